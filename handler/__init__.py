@@ -1,0 +1,1 @@
+"""The image classifier that runs inside a TorchServe worker, and inside its model archive."""

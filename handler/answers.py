@@ -1,0 +1,57 @@
+"""Probabilities and errors to the JSON that clients read."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+import torch
+from torch import Tensor
+
+from handler.errors import ModelFailed, RequestError
+
+Answer = dict[str, Any]
+
+
+def best_classes(probabilities: Tensor, top_k: int, labels: Sequence[str]) -> list[Answer]:
+    """float32 [C] -> the `top_k` likeliest classes, best first.
+
+    Raises ModelFailed where the model gave NaN or infinity.
+    """
+    if not torch.isfinite(probabilities).all():
+        raise ModelFailed("the model gave no finite probabilities for this image")
+    confidences, classes = probabilities.topk(top_k)
+    return [
+        {"class": labels[class_id], "class_id": class_id, "confidence": round(confidence, 6)}
+        for class_id, confidence in zip(classes.tolist(), confidences.tolist(), strict=True)
+    ]
+
+
+def success(predictions: list[Answer], metadata: Answer) -> Answer:
+    return {"status": "success", "predictions": predictions, "metadata": metadata}
+
+
+def failure(error: RequestError) -> Answer:
+    return {
+        "status": "error",
+        "code": error.status,
+        "type": type(error).__name__,
+        "message": str(error),
+    }
+
+
+def several(results: list[Answer]) -> tuple[int, Answer]:
+    """HTTP status and answer for a request of several images.
+
+    200 as long as one image was answered; where none was, the gravest of their statuses.
+    """
+    codes = [result["code"] for result in results if result["status"] == "error"]
+    if not codes:
+        return 200, {"status": "success", "results": results}
+    if len(codes) < len(results):
+        return 200, {"status": "partial", "results": results}
+    return max(codes), {"status": "error", "results": results}
+
+
+def encode(answer: Answer) -> bytes:
+    """UTF-8 JSON. TorchServe would indent a dict, and lose the batch to a numpy type in it."""
+    return orjson.dumps(answer)

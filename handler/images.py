@@ -1,0 +1,161 @@
+"""Bytes of an image to the model's input."""
+
+import re
+from dataclasses import dataclass
+from io import BytesIO
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.models import WeightsEnum
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+from torchvision.transforms._presets import ImageClassification
+
+from handler.errors import (
+    ImageTooLarge,
+    InvalidModel,
+    NoImage,
+    TooManyPixels,
+    UnreadableImage,
+    UnsupportedFormat,
+)
+from handler.settings import Settings
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+# Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
+Image.MAX_IMAGE_PIXELS = None
+
+# What people send by mistake, by its first bytes: named in the answer instead of "unreadable".
+_FOREIGN = (
+    ("TIFF", rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
+    ("HEIC", rb".{4}ftyp(hei[cxms]|hev[cmsx]|mif1|msf1)"),
+    ("AVIF", rb".{4}ftypavi[fs]"),
+    ("a video", rb".{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI "),
+    ("JPEG XL", rb"\xff\x0a|\0\0\0\x0cJXL "),
+    ("JPEG 2000", rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"),
+    ("PDF", rb"%PDF-"),
+    ("PostScript", rb"%!PS"),
+    ("PSD", rb"8BPS"),
+    ("ICO", rb"\0\0[\x01\x02]\0"),
+    ("a ZIP archive", rb"PK\x03\x04"),
+    ("a gzip file", rb"\x1f\x8b"),
+    ("SVG", rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*-->\s*)?(<!doctype svg.*)?<svg\b"),
+    ("HTML", rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*-->\s*)?<(!doctype html|html|head|body)\b"),
+    ("XML", rb"(?i)(\xef\xbb\xbf)?\s*<\?xml"),
+)
+_FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded image, ready for the model."""
+
+    pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model wants it
+    size: tuple[int, int]  # width and height of the image as people see it
+
+
+@dataclass(frozen=True)
+class InputTransform:
+    """The recipe's own resize and crop, in uint8; `mean` and `std` are left to the engine.
+
+    Stops before torchvision's normalisation, because a batch of bytes is a quarter of the floats.
+    The source of every number is the recipe: V1 weights resize to 256, V2 to 232.
+    """
+
+    resize_size: list[int]
+    crop_size: list[int]
+    interpolation: InterpolationMode
+    antialias: bool
+    mean: list[float]
+    std: list[float]
+
+    @classmethod
+    def from_recipe(cls, recipe: WeightsEnum) -> "InputTransform":
+        """Raises InvalidModel for a recipe that is not of torchvision's classification kind."""
+        preset = recipe.transforms()
+        if not isinstance(preset, ImageClassification):
+            raise InvalidModel(f"{recipe} has no image classification transforms")
+        return cls(
+            preset.resize_size,
+            preset.crop_size,
+            preset.interpolation,
+            preset.antialias,
+            preset.mean,
+            preset.std,
+        )
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        """A PIL RGB image to uint8 [3, crop, crop]."""
+        image = F.resize(image, self.resize_size, self.interpolation, antialias=self.antialias)
+        return F.pil_to_tensor(F.center_crop(image, self.crop_size))
+
+
+def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> Picture:
+    """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family."""
+    image = decode_image(data, settings)
+    return Picture(transform(image), image.size)
+
+
+def decode_image(data: bytes, settings: Settings) -> Image.Image:
+    """JPEG, PNG, WebP, GIF or BMP bytes to a PIL RGB image, upright; of several frames the first.
+
+    Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
+    """
+    if not data:
+        raise NoImage("the image is empty (0 bytes)")
+    if len(data) > settings.max_image_bytes:
+        raise ImageTooLarge(
+            f"the image has {len(data)} bytes, the limit is {settings.max_image_bytes}"
+        )
+    try:
+        image = Image.open(BytesIO(data), formats=FORMATS)
+    except Exception as exc:  # hostile headers reach many of Pillow's error paths
+        name = foreign_format(data)
+        if name:
+            raise UnsupportedFormat(
+                f"{name} is not served; send one of {', '.join(FORMATS)}"
+            ) from exc
+        raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
+    width, height = image.size
+    if width * height > settings.max_image_pixels:
+        raise TooManyPixels(
+            f"the image has {width}x{height} pixels, the limit is {settings.max_image_pixels}"
+        )
+    try:
+        return to_rgb(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as exc:  # as above
+        raise UnreadableImage(
+            f"{len(data)} bytes of {image.format} are damaged or truncated"
+        ) from exc
+
+
+def foreign_format(data: bytes) -> str | None:
+    """The name of a format that is recognised but not served."""
+    head = bytes(data[:1024])
+    return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says; a damaged EXIF block turns nothing."""
+    image.load()
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF is decoration: struct, tag and type errors all occur
+        return image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode to RGB: 16-bit grey scaled instead of clipped, transparency over white."""
+    if image.mode.startswith("I"):  # "I;16", "I;16B", or "I" with 16-bit values
+        grey = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+        eight_bits = (grey.clamp(0, 65535).float() / 257).round().to(torch.uint8)
+        image = Image.frombytes("L", image.size, eight_bits.numpy().tobytes())
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,177 @@
+"""One row of a batch to images and options, whatever the form of its body.
+
+What arrives (ts/service.py, ts/protocol/otf_message_handler.py of TorchServe 0.12): a raw body is
+{"body": bytearray}; multipart is one entry for each part; `/{model}/predict?top_k=3` adds its query
+to either; JSON is already parsed and text already a str, unless decode_input_request is off;
+a broken multipart body is {}.
+"""
+
+import base64
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from handler.errors import (
+    ImageTooLarge,
+    InvalidBase64,
+    InvalidTopK,
+    MalformedRequest,
+    NoImage,
+    RequestError,
+    TooManyImages,
+)
+from handler.settings import Settings
+
+IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
+MAX_FILENAME = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRequest:
+    """What one client asked for."""
+
+    images: list[bytes | RequestError]  # encoded images in the order sent; a bad one fails alone
+    several: bool  # whether the client asked in the form that gets a list of results
+    top_k: int
+    filename: str | None = None
+
+
+def read_request(
+    row: Mapping[str, Any], headers: Mapping[str, Any], classes: int, settings: Settings
+) -> ImageRequest:
+    """A row and its headers (names in lower case) to an ImageRequest.
+
+    Raises a RequestError where the request as a whole cannot be answered.
+    """
+    content_type = str(headers.get("content-type", "")).lower()
+    fields = dict(row)
+    if set(fields) - {"top_k"} == {"body"}:
+        document = _json_document(fields["body"], content_type)
+        if document is not None:
+            # An option in the document is nearer to the image than the same one in the query.
+            return _read_json(
+                {"top_k": _text(fields.get("top_k"))} | document, headers, classes, settings
+            )
+    if content_type.startswith("application/x-www-form-urlencoded"):
+        raise MalformedRequest(
+            "the body came as a web form; with curl use -T FILE or -F file=@FILE, "
+            "or name the type with -H 'Content-Type: image/jpeg'"
+        )
+    top_k = _top_k(_text(fields.pop("top_k", None)), headers, classes, settings)
+    filename = _filename(_text(fields.pop("filename", None)))
+    unknown = [name for name in fields if not IMAGE_PART.fullmatch(name)]
+    if unknown:
+        raise MalformedRequest(
+            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, top_k, filename"
+        )
+    if not fields and content_type.startswith("multipart/"):
+        raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
+    images: list[bytes | RequestError] = [_bytes(value) for value in fields.values()]
+    if not images or images == [b""]:
+        raise NoImage("the request has no image; send it as the body or as a part named 'file'")
+    several = len(images) > 1
+    _check_count(len(images), settings)
+    if several and filename is not None:
+        raise MalformedRequest("filename goes with one image, and the request has several")
+    return ImageRequest(images=images, several=several, top_k=top_k, filename=filename)
+
+
+def _json_document(body: Any, content_type: str) -> dict[str, Any] | None:
+    """The body as a JSON object, or None where it is not meant as JSON."""
+    if not isinstance(body, dict | list):
+        data = _bytes(body)
+        if not content_type.startswith("application/json") and not data.lstrip().startswith(b"{"):
+            return None
+        try:
+            body = orjson.loads(data)
+        except orjson.JSONDecodeError as exc:
+            raise MalformedRequest("the body is not valid JSON") from exc
+    if not isinstance(body, dict):
+        raise MalformedRequest("the JSON body must be an object with 'image' or 'images'")
+    return body
+
+
+def _read_json(
+    document: dict[str, Any], headers: Mapping[str, Any], classes: int, settings: Settings
+) -> ImageRequest:
+    unknown = set(document) - {"image", "images", "top_k", "filename"}
+    if unknown:
+        raise MalformedRequest(
+            f"unknown field {min(unknown)[:40]!r}; known: image, images, top_k, filename"
+        )
+    several = "images" in document
+    if several == ("image" in document):
+        raise NoImage("the JSON body needs 'image' or 'images', and not both")
+    entries = document["images"] if several else [document["image"]]
+    if not isinstance(entries, list):
+        raise MalformedRequest("'images' must be a list of base64 strings")
+    if not entries:
+        raise NoImage("'images' is empty")
+    _check_count(len(entries), settings)
+    filename = _filename(document.get("filename"))
+    if several and filename is not None:
+        raise MalformedRequest("filename goes with 'image', not with 'images'")
+    top_k = _top_k(document["top_k"], headers, classes, settings)
+    images = [_decode_base64(entry, settings) for entry in entries]
+    if not several and isinstance(images[0], RequestError):
+        raise images[0]
+    return ImageRequest(images=images, several=several, top_k=top_k, filename=filename)
+
+
+def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
+    """A base64 string or data: URL to bytes; what is wrong with it comes back, unraised."""
+    if not isinstance(entry, str):
+        return MalformedRequest("an image in JSON must be a base64 string")
+    if re.match(r"(?i)(https?|ftp|file|s3|gs)://", entry):
+        return InvalidBase64("the image is a URL; URLs are not fetched, send the bytes as base64")
+    if entry.startswith("data:"):
+        kind, _, entry = entry.partition(",")
+        if not kind.endswith(";base64"):
+            return InvalidBase64("a data: URL must be of the form data:image/…;base64,…")
+    if len(entry) // 4 * 3 > settings.max_image_bytes + 2:  # + 2: padding
+        return ImageTooLarge(
+            f"the image has about {len(entry) // 4 * 3} bytes, "
+            f"the limit is {settings.max_image_bytes}"
+        )
+    try:
+        return base64.b64decode("".join(entry.split()), validate=True)
+    except ValueError:
+        return InvalidBase64("the image is not valid base64")
+
+
+def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Settings) -> int:
+    """The number of classes wanted: field, then header X-Top-K, then the setting."""
+    if value is None:
+        value = headers.get("x-top-k")
+    if value is None:
+        return min(settings.top_k, classes)
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
+        value = int(value)
+    if type(value) is not int or not 1 <= value <= classes:
+        raise InvalidTopK(f"top_k must be a whole number from 1 to {classes}")
+    return value
+
+
+def _filename(value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or len(value) > MAX_FILENAME):
+        raise MalformedRequest(f"filename must be text of at most {MAX_FILENAME} characters")
+    return value
+
+
+def _check_count(images: int, settings: Settings) -> None:
+    if images > settings.max_images:
+        raise TooManyImages(f"the request has {images} images, the limit is {settings.max_images}")
+
+
+def _bytes(value: Any) -> bytes:
+    """A part's value, which TorchServe hands over as bytes, str (text/*) or parsed JSON."""
+    if isinstance(value, bytes | bytearray):
+        return bytes(value)
+    return value.encode() if isinstance(value, str) else orjson.dumps(value)
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else _bytes(value).decode("utf-8", "replace")

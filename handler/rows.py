@@ -1,0 +1,31 @@
+"""A request of a batch, and its images, on their way from bytes to answers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from handler.errors import RequestError
+from handler.images import Picture
+from handler.payloads import ImageRequest
+
+
+@dataclass
+class Item:
+    """One image: an error, or a picture, then its probabilities, then its predictions."""
+
+    error: RequestError | None = None
+    picture: Picture | None = None
+    probabilities: Tensor | None = None  # float32 [C]
+    predictions: list[dict[str, Any]] = field(default_factory=list)  # best first
+
+
+@dataclass
+class Row:
+    """One request; each stage of the handler fills in its part."""
+
+    request_id: str
+    request: ImageRequest | RequestError  # an error: refused as a whole, there are no items
+    items: list[Item] = field(default_factory=list)
+    status: int = 0  # HTTP status of the answer
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage

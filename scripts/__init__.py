@@ -1,0 +1,1 @@
+"""Commands around the handler: set up, package, serve, check and ask."""

@@ -1,0 +1,148 @@
+"""Make .venv match the pinned requirements, then run a command in it.
+
+    bootstrap.py serve ARGS…    set up and start scripts/serve.py
+    bootstrap.py dev            set up with the tools that scripts/test needs
+
+Runs with the system's Python and the standard library only.
+"""
+
+from __future__ import annotations  # so that an old Python gets as far as the message for it
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.json"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main(argv: list[str]) -> int:
+    if sys.version_info < (3, 10):
+        return _fail(
+            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()}; "
+            "name another with PYTHON=/path/to/python3"
+        )
+    command, *rest = argv
+    torch_build = "auto"
+    if command == "serve":
+        from scripts.options import parse_serve  # after the version check: newer syntax
+
+        torch_build = parse_serve(rest).torch
+    try:
+        set_up("requirements-dev.txt" if command == "dev" else "requirements.txt", torch_build)
+    except subprocess.CalledProcessError as exc:
+        return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
+    if command == "serve":
+        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / "serve.py"), *rest])
+    return 0
+
+
+def set_up(requirements: str, torch_build: str) -> None:
+    """Create or update .venv; does nothing where the pins have not changed.
+
+    Raises CalledProcessError where venv or pip failed (they have said why).
+    """
+    with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        installed = _read_stamp() if PYTHON.exists() else {}
+        wanted = {
+            name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+            for name in {"requirements.txt", requirements}
+        }
+        same_torch = torch_build in ("auto", installed.get("torch"))
+        if same_torch and wanted.items() <= installed.items():
+            return
+        print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
+        if not installed:
+            _run([sys.executable, "-m", "venv", "--clear", VENV])
+            # The repository itself becomes importable, as an editable install would make it.
+            site = next((VENV / "lib").glob("python*/site-packages"))
+            (site / "repository.pth").write_text(f"{ROOT}\n")
+        STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
+        if not same_torch and installed:
+            _pip("uninstall", "--yes", "torch", "torchvision")
+        build = installed["torch"] if same_torch and installed else _install_torch(torch_build)
+        _pip("install", "-r", ROOT / requirements)
+        STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
+
+
+def _install_torch(build: str) -> str:
+    """Install the pinned torch and torchvision; returns the build taken, "cpu" or "cuda"."""
+    text = (ROOT / "requirements.txt").read_text()
+    pins = re.findall(r"^(?:torch|torchvision)==\S+", text, re.MULTILINE)
+    if build == "cpu":
+        _pip("install", "--index-url", CPU_INDEX, *pins)
+        return "cpu"
+    if build == "cuda" or platform.system() != "Linux":
+        reason = "as asked" if build == "cuda" else "the only one on this system"
+    elif has_gpu():
+        reason = "there is a GPU"
+    elif cpu_index_answers():
+        print(f"torch: the CPU build from {CPU_INDEX} (there is no GPU)", file=sys.stderr)
+        try:
+            _pip("install", "--index-url", CPU_INDEX, *pins)
+            return "cpu"
+        except subprocess.CalledProcessError:
+            reason = "the CPU build could not be installed"
+    else:
+        reason = "no GPU here, but PyTorch's CPU index does not answer"
+    print(f"torch: the default build ({reason})", file=sys.stderr, flush=True)
+    _pip("install", *pins)
+    return "cuda"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver lists a GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return False
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def cpu_index_answers(url: str = f"{CPU_INDEX}/torch/", seconds: float = 3) -> bool:
+    """Ask PyTorch's CPU index once, in a process of its own: no DNS lookup outlasts the limit."""
+    probe = f"import urllib.request; urllib.request.urlopen({url!r})"
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
+
+
+def _pip(*args: object) -> None:
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    _run([PYTHON, "-m", "pip", *args, "--disable-pip-version-check", *quiet])
+
+
+def _run(command: list[object]) -> None:
+    """Run with what it prints on stderr, so that stdout is the command's own."""
+    subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+
+
+def _read_stamp() -> dict[str, str]:
+    try:
+        return dict(json.loads(STAMP.read_text()))
+    except (OSError, ValueError):
+        return {}
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,79 @@
+"""Exit 0 only when every wanted model has all its workers READY.
+
+TorchServe's own /ping says Healthy while models load, while workers crash, and without any model.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import requests
+
+TIMEOUT_SECONDS = 5
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/healthcheck.py", description=__doc__)
+    parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
+    parser.add_argument(
+        "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        models = args.models or registered_models(args.management)
+        states = {model: describe(args.management, model) for model in models}
+    except requests.RequestException as exc:
+        print(f"{args.management} does not answer: {type(exc).__name__}")
+        return 1
+    if not states:
+        print("no model is registered")
+        return 1
+    for model, state in states.items():
+        print(f"{model}: {summary(state)}")
+    return 0 if all(is_ready(state) for state in states.values()) else 1
+
+
+def registered_models(management: str) -> list[str]:
+    """Names of the models that TorchServe knows. Raises requests.RequestException."""
+    names: list[str] = []
+    page = ""
+    while True:
+        response = requests.get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
+        response.raise_for_status()
+        content = response.json()
+        names += [model["modelName"] for model in content["models"]]
+        if "nextPageToken" not in content:
+            return names
+        page = f"?next_page_token={content['nextPageToken']}"
+
+
+def describe(management: str, model: str) -> dict[str, Any] | None:
+    """TorchServe's description of a model's default version; None where it is not registered.
+
+    Raises requests.RequestException.
+    """
+    response = requests.get(f"{management}/models/{model}", timeout=TIMEOUT_SECONDS)
+    if response.status_code == 404:
+        return None
+    response.raise_for_status()
+    return dict(response.json()[0])
+
+
+def ready_workers(state: dict[str, Any]) -> int:
+    return sum(worker["status"] == "READY" for worker in state["workers"])
+
+
+def is_ready(state: dict[str, Any] | None) -> bool:
+    """Whether as many workers are READY as the model should have, and at least one."""
+    return state is not None and ready_workers(state) >= max(1, state["minWorkers"])
+
+
+def summary(state: dict[str, Any] | None) -> str:
+    if state is None:
+        return "not registered"
+    return f"{ready_workers(state)} of {state['minWorkers']} workers READY"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""Command-line options. Standard library only: --help and mistakes need no set-up."""
+
+import argparse
+from collections.abc import Callable, Sequence
+
+DEFAULT_MODEL = "mobilenet_v2"
+
+
+def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of ./scripts/serve; exits with 2 and one line where they are wrong."""
+    parser = _parser("./scripts/serve", "Package models and serve them with TorchServe.")
+    add_model_options(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument(
+        "--host",
+        type=_host,
+        help="address for predictions; the others stay as config.properties has them "
+        "(default: config.properties, 127.0.0.1)",
+        default=argparse.SUPPRESS,
+    )
+    for option, purpose, default in (
+        ("--port", "predictions", 8080),
+        ("--management-port", "scaling and info", 8081),
+        ("--metrics-port", "Prometheus", 8082),
+    ):
+        server.add_argument(
+            option,
+            metavar="PORT",
+            type=number(1, 65535),
+            help=f"{purpose} (default: config.properties, {default})",
+            default=argparse.SUPPRESS,
+        )
+    parser.add_argument(
+        "--torch",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="which build of torch to install; auto: the CPU build where there is no GPU "
+        "and PyTorch's own index answers, else the default build",
+    )
+    args = parser.parse_args(argv)
+    for name in ("host", "port", "management_port", "metrics_port"):
+        setattr(args, name, getattr(args, name, None))
+    check_model_options(parser, args)
+    return args
+
+
+def parse_package(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options of scripts/package.py."""
+    parser = _parser("scripts/package.py", "Make model_store/{model}.mar.")
+    add_model_options(parser)
+    args = parser.parse_args(argv)
+    check_model_options(parser, args)
+    return args
+
+
+def _parser(prog: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the content of an archive."""
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        action="append",
+        dest="models",
+        metavar="NAME",
+        help=f"any torchvision classifier, repeatable (default: {DEFAULT_MODEL})",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--weights",
+        metavar="pretrained|untrained|FILE",
+        help="FILE: a state dict, .pth or .safetensors "
+        "(default: pretrained, or untrained where they cannot be downloaded)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--recipe",
+        metavar="ENTRY",
+        help="torchvision weights entry whose transforms and labels apply "
+        "(default: the model's DEFAULT)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--labels",
+        metavar="FILE",
+        help="class names, one a line or JSON (default: the recipe's)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    model.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "int8"])
+    model.add_argument(
+        "--workers",
+        default="auto",
+        metavar="N|auto",
+        type=_workers,
+        help="processes per model; auto: one a core on CPU, one on GPU",
+    )
+    model.add_argument(
+        "--batch-size",
+        metavar="N",
+        type=number(1, 1024),
+        help="most requests in a batch (default: as in handler/configs)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--max-batch-delay-ms",
+        metavar="MS",
+        type=number(1, 10_000),
+        help="how long a batch waits for more requests (default: as in handler/configs)",
+        default=argparse.SUPPRESS,
+    )
+
+
+def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Fill in what was not given, and refuse what cannot go together."""
+    for name in ("models", "weights", "recipe", "labels", "batch_size", "max_batch_delay_ms"):
+        setattr(args, name, getattr(args, name, None))
+    args.models = list(dict.fromkeys(args.models or [DEFAULT_MODEL]))
+    own = args.weights not in (None, "pretrained", "untrained")
+    if len(args.models) > 1 and (own or args.recipe or args.labels):
+        parser.error("a weights file, --recipe and --labels go with one --model")
+
+
+def number(low: int, high: int) -> Callable[[str], int]:
+    """An argparse type: a whole number in a range."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low} to {high}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _workers(text: str) -> str | int:
+    return text if text == "auto" else number(1, 1024)(text)
+
+
+def _host(text: str) -> str:
+    if not text or ":" in text or "/" in text:
+        raise argparse.ArgumentTypeError(
+            f"must be a host name or an IPv4 address (TorchServe has no IPv6), got {text!r}"
+        )
+    return text

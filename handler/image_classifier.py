@@ -78,12 +78,19 @@ class ImageClassifier(BaseHandler):
                 context.system_properties.get("gpu_id"),
                 workers=config.get("minWorkers", 1),
             )
-        except SetupError as exc:
-            log_line(logging.ERROR, "startup_failed", model=context.model_name, message=str(exc))
+            self.version = str(context.manifest["model"]["modelVersion"])
+            self.metrics = Metrics(torchserve_emit(), context.model_name, self.version)
+            self._warm_up(config.get("batchSize", 1))
+        except Exception as exc:
+            expected = isinstance(exc, SetupError)
+            log_line(
+                logging.ERROR,
+                "startup_failed",
+                model=context.model_name,
+                message=str(exc),
+                cause=None if expected else traceback.format_exc(),
+            )
             raise RuntimeError(str(exc)) from exc
-        self.version = str(context.manifest["model"]["modelVersion"])
-        self.metrics = Metrics(torchserve_emit(), context.model_name, self.version)
-        self._warm_up(config.get("batchSize", 1))
         self.metrics.start()
         # TorchServe writes a line for each batch through the root logger itself; its errors stay,
         # and so does whatever comes through any other logger, the metrics above all.

@@ -32,7 +32,7 @@ from handler.networks import (
 )
 from handler.settings import Settings
 from scripts.options import parse_package
-from scripts.torchserve import MODEL_CONFIG_KEYS
+from scripts.torchserve import CONFIG, MODEL_CONFIG_KEYS, read_config
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -44,7 +44,6 @@ from scripts.weights import (
 
 ROOT = Path(__file__).resolve().parent.parent
 HANDLER = ROOT / "handler"
-MODEL_STORE = ROOT / "model_store"
 MODEL_VERSION = "1.0"
 CONFIG_FILE = "model-config.yaml"
 LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
@@ -53,8 +52,9 @@ LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_package(argv)
     try:
+        store = read_config()["model_store"]
         for model in args.models:
-            archive = package(model, args)
+            archive = package(model, args, CONFIG.parent / store)
             print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def package(model: str, options: Namespace, out_dir: Path = MODEL_STORE) -> Path:
+def package(model: str, options: Namespace, out_dir: Path) -> Path:
     """Make the archive of a model, or return the one that the same inputs made before.
 
     Raises SetupError where settings, weights, labels and model do not go together.
@@ -108,7 +108,7 @@ def package(model: str, options: Namespace, out_dir: Path = MODEL_STORE) -> Path
         inputs_sha256=inputs,
         packaged_with={name: version(name) for name in LIBRARIES},
     )
-    out_dir.mkdir(exist_ok=True)
+    out_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
         _archive(Path(folder), model, card, state, config).replace(archive)
     return archive

@@ -14,11 +14,19 @@ from handler.errors import SetupError
 from scripts import healthcheck
 from scripts.options import parse_serve
 from scripts.package import ROOT, package
-from scripts.torchserve import CONFIG, Address, TorchServe, check_ports, read_address, read_config
+from scripts.torchserve import (
+    CONFIG,
+    Address,
+    TorchServe,
+    check_ports,
+    find_java,
+    read_address,
+    read_config,
+)
 
 READY_SECONDS = 300
 POLL_SECONDS = 0.1
-MAX_RESTARTS = 2  # of a worker while it loads, until the model is given up
+MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 
 
@@ -35,7 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
         environ = listen(config, inference, management, metrics)
-        archives = [package(model, args) for model in args.models]
+        java = find_java()
+        store = CONFIG.parent / config["model_store"]
+        archives = [package(model, args, store) for model in args.models]
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
@@ -47,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
-    server = TorchServe(config, archives, environ)
+    server = TorchServe(java, config, archives, environ)
     try:
         server.start()
         wait_until_ready(server, management, args.models, stop)
@@ -149,7 +159,7 @@ def banner(
             f"  predict   curl {predict} -T {example}",
             f"  top 3     curl {predict} -F file=@{example} -F top_k=3",
             f"  info      curl '{described}?customized=true'",
-            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}&synchronous=true'",
+            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
             "",
         ]
     lines += [f"  metrics   curl {metrics.url}/metrics", "  stop      Ctrl-C"]

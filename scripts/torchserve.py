@@ -76,7 +76,10 @@ class Address:
 
 
 def read_config(path: Path = CONFIG) -> dict[str, str]:
-    """config.properties as a dict. Raises InvalidSettings for a key that TorchServe ignores."""
+    """config.properties under the environment's TS_<KEY>, as TorchServe itself reads the two.
+
+    Raises InvalidSettings for a key that TorchServe would ignore.
+    """
     config = {}
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
         if not line.strip() or line.lstrip().startswith(("#", "!")):
@@ -87,7 +90,8 @@ def read_config(path: Path = CONFIG) -> dict[str, str]:
                 f"{path.name}, line {number}: {key!r} is not a TorchServe setting"
             )
         config[key] = value
-    return config
+    variables = {key: os.environ.get(f"TS_{key.upper()}") for key in CONFIG_KEYS}
+    return config | {key: value for key, value in variables.items() if value is not None}
 
 
 def read_address(config: dict[str, str], key: str, host: str | None, port: int | None) -> Address:
@@ -136,12 +140,15 @@ def find_java() -> Path:
 class TorchServe:
     """One TorchServe with its workers, in a process group and a folder of their own."""
 
-    def __init__(self, config: dict[str, str], archives: list[Path], environ: dict[str, str]):
+    def __init__(
+        self, java: Path, config: dict[str, str], archives: list[Path], environ: dict[str, str]
+    ) -> None:
         """`environ` has the TS_ variables that go over config.properties."""
+        self._java = java
         self._config = config
         self._archives = archives
         self._environ = environ
-        self._java: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._folder = ""
 
     def start(self) -> None:
@@ -157,12 +164,10 @@ class TorchServe:
         self._folder = tempfile.mkdtemp(prefix="torchserve-")  # sockets, unpacked archives
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
-            find_java(),
+            self._java,
             f"-Dmodel_server_home={home}",
             f"-Dlog4j.configurationFile=file://{LOG_CONFIG}",
             f"-Djava.io.tmpdir={self._folder}",
-            # The jar holds log4j's classes for newer Javas, and its manifest forgets to say so.
-            "-Djdk.util.jar.enableMultiRelease=force",
             *self._config.get("vmargs", "").split(),
             *("-cp", ":".join([str(home / "ts" / "frontend" / "*"), *plugins])),
             "org.pytorch.serve.ModelServer",
@@ -184,7 +189,7 @@ class TorchServe:
         # Either would go over what is passed here, and into the workers.
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)
-        self._java = subprocess.Popen(
+        self._process = subprocess.Popen(
             [str(word) for word in command],
             env=environ | self._environ,
             cwd=self._folder,
@@ -194,19 +199,19 @@ class TorchServe:
 
     def exit_status(self) -> int | None:
         """None while it runs."""
-        return self._java.poll() if self._java else None
+        return self._process.poll() if self._process else None
 
     def stop(self) -> None:
         """End Java, then whatever is left of its group, and remove the folder."""
-        if self._java is not None:
-            self._java.terminate()
+        if self._process is not None:
+            self._process.terminate()
             try:
-                self._java.wait(STOP_SECONDS)
+                self._process.wait(STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 print("TorchServe did not stop in time; killing it", file=sys.stderr)
             except KeyboardInterrupt:  # a second Ctrl-C
                 pass
             with suppress(ProcessLookupError):  # nothing is left
-                os.killpg(self._java.pid, signal.SIGKILL)
-            self._java.wait()
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -5,7 +5,9 @@ import json
 import pickle
 import re
 import socket
+import sys
 import urllib.error
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,7 @@ def download(url: str, cache: Path) -> Path:
     prefix = match.group(1) if match else ""
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        print(f"Downloading {url}", flush=True)
+        print(f"Downloading {url}", file=sys.stderr, flush=True)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torch.hub sets none
         try:
@@ -116,7 +118,9 @@ def read_state_dict(source: Source, recipe: WeightsEnum, architecture: str) -> d
     try:
         if source.path.suffix == ".safetensors":
             return load_file(source.path)
-        content = torch.load(source.path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
+            content = torch.load(source.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
         raise InvalidModel(
             f"{source.path} holds Python objects besides tensors, which are never unpickled; "

@@ -1,0 +1,36 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.server.colours import make_weights
+from tests.server.serving import ROOT, Server, serving
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_weights(tmp_path_factory.mktemp("colours"))
+
+
+@pytest.fixture(scope="session")
+def server(
+    tmp_path_factory: pytest.TempPathFactory, colour_weights: tuple[Path, Path]
+) -> Iterator[Server]:
+    """Two workers that know three colours."""
+    weights, labels = map(str, colour_weights)
+    options = ("--weights", weights, "--labels", labels, "--workers", "2")
+    with serving(tmp_path_factory.mktemp("server"), *options) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real weights and labelled images, which lie beside a checkout and are not part of it."""
+    if not SHARED.is_dir():
+        if os.environ.get("REQUIRE_EVERYTHING"):
+            pytest.fail(f"{SHARED.name}/ is missing beside the checkout")
+        pytest.skip("no real weights and images beside this checkout")
+    return SHARED

@@ -1,0 +1,206 @@
+"""Starting, refusing to start, and stopping."""
+
+import json
+import pickle
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+import torchvision
+
+from tests.server.colours import make_weights
+from tests.server.serving import ROOT, SERVE, environment, free_ports, run_serve, serving
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Path.touch, (self.path,))
+
+
+def two_classes(folder: Path) -> list[str]:
+    """Options for a small model with two classes."""
+    weights, labels = folder / "two.pth", folder / "two.txt"
+    torch.save(torchvision.models.squeezenet1_1(num_classes=2).state_dict(), weights)
+    labels.write_text("yes\nno\n")
+    return ["--model", "squeezenet1_1", "--weights", str(weights), "--labels", str(labels)]
+
+
+def port_options() -> list[str]:
+    return [word for name, port in free_ports().items() for word in (f"--{name}", str(port))]
+
+
+def refused(folder: Path, *options: str, env: dict[str, str] | None = None) -> str:
+    """The one line that ./scripts/serve ends with; it must end with 2 before Java starts."""
+    done = run_serve(folder, *options, env=env)
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
+    lines = [line for line in lines if not line.startswith(("  ", "Downloading "))]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not done.stdout
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "words"),
+    [
+        (["--wokers", "2"], {}, ["--wokers"]),
+        (["--workers", "0"], {}, ["--workers", "1 to 1024", "'0'"]),
+        (["--model", "resnet5"], {}, ["'resnet5'", "resnet50"]),
+        (["--recipe", "ResNet50_Weights.IMAGENET1K_V1"], {}, ["recipe", "mobilenet_v2"]),
+        (["--weights", "nowhere.pth"], {}, ["nowhere.pth"]),
+        (["--precision", "int8", "--weights", "untrained"], {}, ["precision", "int8"]),
+        (["--device", "cuda", "--weights", "untrained"], {}, ["cuda"]),
+        ([], {"CLASSIFIER_TOPK": "3"}, ["CLASSIFIER_TOPK", "CLASSIFIER_TOP_K"]),
+        ([], {"CLASSIFIER_TOP_K": "0"}, ["top_k", "1 to 1000", "0"]),
+        ([], {"CLASSIFIER_ENV": "prod"}, ["env", "production", "'prod'"]),
+        (["--weights", "untrained"], {"CLASSIFIER_ENV": "production"}, ["untrained"]),
+        (["--weights", "pretrained"], {}, ["cannot be downloaded"]),
+        ([], {"JAVA_HOME": "/nowhere"}, ["JAVA_HOME", "/nowhere"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_clear_line(
+    tmp_path: Path, options: list[str], env: dict[str, str], words: list[str]
+) -> None:
+    if torch.cuda.is_available() and "cuda" in options:
+        pytest.skip("there is a GPU here, so asking for one is no mistake")
+    line = refused(tmp_path, *options, env=env)
+    for word in words:
+        assert word in line
+
+
+def test_a_typo_in_config_properties_is_named(tmp_path: Path) -> None:
+    """Run from a copy of the repository, because the file is part of it."""
+    for name in ("handler", "scripts"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    text = (ROOT / "config.properties").read_text()
+    (tmp_path / "config.properties").write_text(text.replace("metrics_mode=", "metric_mode="))
+    done = subprocess.run(
+        [sys.executable, tmp_path / "scripts" / "serve.py"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: config.properties, line ")
+    assert "'metric_mode' is not a TorchServe setting" in done.stderr
+
+
+def test_a_taken_port_is_named_before_java_starts(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        line = refused(tmp_path, "--port", str(port))
+    assert f"127.0.0.1:{port}" in line
+    assert "--port" in line
+
+
+def test_weights_of_another_model_are_refused_by_tensor(tmp_path: Path) -> None:
+    weights, _ = make_weights(tmp_path)
+    line = refused(tmp_path, "--model", "resnet18", "--weights", str(weights))
+    assert "colours.pth" in line
+    assert "resnet18" in line
+    assert "fc.weight is missing" in line
+
+
+def test_labels_that_do_not_fit_name_both_numbers(tmp_path: Path) -> None:
+    weights, labels = make_weights(tmp_path)
+    assert "1000" in (line := refused(tmp_path, "--weights", str(weights)))
+    assert "3" in line
+    labels.write_text("red\ngreen\n")
+    line = refused(tmp_path, "--weights", str(weights), "--labels", str(labels))
+    assert "2 names" in line
+    assert "3 classes" in line
+
+
+def test_a_pickle_is_not_opened(tmp_path: Path) -> None:
+    weights, proof = tmp_path / "evil.pth", tmp_path / "proof"
+    torch.save({"weight": Payload(proof)}, weights)
+    assert "never unpickled" in refused(tmp_path, "--weights", str(weights))
+    weights.write_bytes(pickle.dumps(Payload(proof)))
+    assert "evil.pth" in refused(tmp_path, "--weights", str(weights))
+    assert not proof.exists()
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
+    weights = tmp_path / "epoch.pth"
+    torch.save({"epoch": 3}, weights)
+    assert "not a state dict" in refused(tmp_path, "--weights", str(weights))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> None:
+    options = two_classes(tmp_path)
+    with serving(tmp_path, *options, "--workers", "1", model="squeezenet1_1") as server:
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(children) == 2, "Java and one worker"
+        folder = next(
+            word.split("=")[1]
+            for word in children[0].cmdline()
+            if word.startswith("-Djava.io.tmpdir=")
+        )
+        assert Path(folder).is_dir()
+        server.process.send_signal(number)
+        assert server.process.wait(30) == 0
+        assert not [child for child in children if child.is_running()]
+        assert not Path(folder).exists()
+        with socket.socket() as probe:
+            assert probe.connect_ex(("127.0.0.1", server.ports["port"])) != 0
+
+
+def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
+    command = [*SERVE, *two_classes(tmp_path), "--workers", "1", *port_options()]
+    process = subprocess.Popen(
+        command,
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        parent = psutil.Process(process.pid)
+        while len(children := parent.children(recursive=True)) < 2:  # Java and its worker
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        assert not [child for child in children if child.is_running()]
+    finally:
+        process.kill()
+
+
+def test_a_model_that_cannot_load_ends_the_server(tmp_path: Path) -> None:
+    """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
+    options = [*two_classes(tmp_path), "--workers", "1"]
+    environ = environment(tmp_path)
+    package = [sys.executable, ROOT / "scripts" / "package.py", *options]
+    subprocess.run(package, env=environ, check=True, capture_output=True, timeout=120)
+    archive = tmp_path / "store" / "squeezenet1_1.mar"
+    with zipfile.ZipFile(archive) as whole:
+        content = {name: whole.read(name) for name in whole.namelist()}
+    content["weights.safetensors"] = content["weights.safetensors"][:1000]
+    with zipfile.ZipFile(archive, "w") as damaged:
+        for name, data in content.items():
+            damaged.writestr(name, data)
+    done = run_serve(tmp_path, *options, *port_options())
+    assert done.returncode == 1
+    assert "squeezenet1_1 does not load" in done.stderr
+    failures = [json.loads(line) for line in done.stdout.splitlines() if "startup_failed" in line]
+    assert "SafetensorError" in failures[0]["cause"]

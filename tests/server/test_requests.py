@@ -1,0 +1,328 @@
+"""Every request form, answer and error of the documented API, against the real server."""
+
+import base64
+import json
+import struct
+import subprocess
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from typing import Any
+
+import pytest
+import requests
+from PIL import Image
+
+from tests.server.colours import LABELS, encoded, picture
+from tests.server.serving import Server
+
+TIMEOUT = 30
+
+
+def post(server: Server, **kwargs: Any) -> requests.Response:
+    return requests.post(server.predictions, timeout=TIMEOUT, **kwargs)
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def best(answer: dict[str, Any]) -> str:
+    return answer["predictions"][0]["class"]
+
+
+@pytest.mark.parametrize("label", LABELS)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_every_format_is_classified(server: Server, label: str, format: str) -> None:
+    response = post(server, data=encoded(label, format))
+    assert response.status_code == 200
+    assert best(response.json()) == label
+
+
+@pytest.mark.parametrize("content_type", [None, "image/jpeg", "application/octet-stream", "text/x"])
+def test_raw_body_of_any_content_type(server: Server, content_type: str | None) -> None:
+    headers = {"Content-Type": content_type} if content_type else {}
+    assert best(post(server, data=encoded("green"), headers=headers).json()) == "green"
+
+
+def test_answer_has_the_documented_form(server: Server) -> None:
+    response = post(server, data=encoded("blue", size=(200, 100)))
+    answer = response.json()
+    assert response.headers["content-type"] == "application/json"
+    assert list(answer) == ["status", "predictions", "metadata"]
+    assert answer["status"] == "success"
+    assert best(answer) == "blue"
+    assert answer["predictions"][0]["class_id"] == 2
+    confidences = [prediction["confidence"] for prediction in answer["predictions"]]
+    assert confidences == sorted(confidences, reverse=True)
+    assert sum(confidences) == pytest.approx(1, abs=1e-4)
+    metadata = answer["metadata"]
+    assert 0 < metadata.pop("inference_time") < 10
+    assert metadata.pop("request_id") == response.headers["x-request-id"]
+    assert metadata == {
+        "filename": None,
+        "model": "mobilenet_v2",
+        "version": "1.0",
+        "weights": "colours.pth",
+        "device": "cpu",
+        "engine": "torch-fp32",
+        "image_size": [200, 100],
+        "cached": False,
+    }
+
+
+@pytest.mark.parametrize("part", ["file", "image", "data", "body", "file1"])
+def test_multipart(server: Server, part: str) -> None:
+    response = post(
+        server,
+        files={part: ("x.jpg", encoded("red"), "image/jpeg")},
+        data={"top_k": "2", "filename": "röd.jpg"},
+    )
+    answer = response.json()
+    assert [best(answer), len(answer["predictions"])] == ["red", 2]
+    assert answer["metadata"]["filename"] == "röd.jpg"
+
+
+def test_several_parts_are_answered_in_order(server: Server) -> None:
+    files = {f"file{i}": encoded(label) for i, label in enumerate(("blue", "red", "green"), 1)}
+    answer = post(server, files=files).json()
+    assert answer["status"] == "success"
+    assert [best(result) for result in answer["results"]] == ["blue", "red", "green"]
+
+
+def test_json_image(server: Server) -> None:
+    answer = post(server, json={"image": b64(encoded("green")), "top_k": 1}).json()
+    assert [best(answer), len(answer["predictions"])] == ["green", 1]
+
+
+def test_json_data_url_and_filename(server: Server) -> None:
+    url = "data:image/png;base64," + b64(encoded("red", "PNG"))
+    answer = post(server, json={"image": url, "filename": "a.png"}).json()
+    assert (best(answer), answer["metadata"]["filename"]) == ("red", "a.png")
+
+
+def test_json_list_with_a_bad_image_is_partial(server: Server) -> None:
+    images = [b64(encoded("red")), "no base64!", b64(b"no image"), b64(encoded("blue"))]
+    response = post(server, json={"images": images})
+    answer = response.json()
+    assert (response.status_code, answer["status"]) == (200, "partial")
+    assert [result["status"] for result in answer["results"]] == [
+        "success",
+        "error",
+        "error",
+        "success",
+    ]
+    assert [result["type"] for result in answer["results"][1:3]] == [
+        "InvalidBase64",
+        "UnreadableImage",
+    ]
+
+
+def test_json_list_without_a_good_image_is_an_error(server: Server) -> None:
+    response = post(server, json={"images": [b64(b"no image"), b64(b"%PDF-1.7")]})
+    assert response.status_code == 415
+    assert response.json()["status"] == "error"
+
+
+def test_top_k_of_the_header(server: Server) -> None:
+    answer = post(server, data=encoded("red"), headers={"X-Top-K": "1"}).json()
+    assert len(answer["predictions"]) == 1
+
+
+def test_top_k_of_the_query(server: Server) -> None:
+    for body in ({"data": encoded("red")}, {"files": {"file": encoded("red")}}):
+        url = f"{server.url}/{server.model}/predict?top_k=2"
+        answer = requests.post(url, timeout=TIMEOUT, **body).json()
+        assert [best(answer), len(answer["predictions"])] == ["red", 2]
+
+
+def test_version_in_the_path(server: Server) -> None:
+    response = requests.post(f"{server.predictions}/1.0", data=encoded("green"), timeout=TIMEOUT)
+    assert best(response.json()) == "green"
+
+
+def png(image: Image.Image, **options: Any) -> bytes:
+    file = BytesIO()
+    image.save(file, options.pop("format", "PNG"), **options)
+    return file.getvalue()
+
+
+def rotated(label: str) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return png(picture(label, (300, 100)), format="JPEG", exif=exif)
+
+
+def huge_header() -> bytes:
+    """A PNG that announces 20000x20000 pixels and holds a few bytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+
+    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
+
+
+ODD_IMAGES = {
+    "grey": (lambda: png(picture("red").convert("L")), 200, None),
+    "grey JPEG": (lambda: png(picture("red").convert("L"), format="JPEG"), 200, None),
+    "16-bit grey": (lambda: png(Image.new("I;16", (64, 64), 40000)), 200, None),
+    "RGBA": (lambda: png(picture("green").convert("RGBA")), 200, "green"),
+    "palette": (
+        lambda: png(picture("blue").convert("P", palette=Image.Palette.ADAPTIVE)),
+        200,
+        "blue",
+    ),
+    "CMYK": (lambda: png(picture("red").convert("CMYK"), format="JPEG"), 200, "red"),
+    "EXIF-rotated": (lambda: rotated("green"), 200, "green"),
+    "animated": (
+        lambda: png(picture("blue"), format="GIF", save_all=True, append_images=[picture("red")]),
+        200,
+        "blue",
+    ),
+    "1x1": (lambda: png(picture("red", (1, 1))), 200, "red"),
+    "20000x20000 header": (huge_header, 413, "TooManyPixels"),
+    "truncated": (lambda: encoded("red")[:-200], 400, "UnreadableImage"),
+    "empty": (lambda: b"", 400, "NoImage"),
+    "text": (lambda: b"hello", 400, "UnreadableImage"),
+    "HTML": (lambda: b"<!DOCTYPE html><html><body>no</body></html>", 415, "UnsupportedFormat"),
+    "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, "UnsupportedFormat"),
+    "PDF": (lambda: b"%PDF-1.7 ...", 415, "UnsupportedFormat"),
+    "TIFF": (lambda: png(picture("red"), format="TIFF"), 415, "UnsupportedFormat"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_IMAGES)
+def test_odd_image(server: Server, kind: str) -> None:
+    make, status, expected = ODD_IMAGES[kind]
+    response = post(server, data=make())
+    answer = response.json()
+    assert response.status_code == status
+    if status == 200:
+        assert expected is None or best(answer) == expected
+    else:
+        assert (answer["status"], answer["code"], answer["type"]) == ("error", status, expected)
+
+
+def test_exif_orientation_is_applied(server: Server) -> None:
+    answer = post(server, data=rotated("red")).json()
+    assert answer["metadata"]["image_size"] == [100, 300]
+
+
+BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
+    "top_k 0": ({"headers": {"X-Top-K": "0"}, "data": encoded("red")}, 400, "InvalidTopK"),
+    "top_k too large": ({"headers": {"X-Top-K": "4"}, "data": encoded("red")}, 400, "InvalidTopK"),
+    "top_k text": (
+        {"data": {"top_k": "many"}, "files": {"file": encoded("red")}},
+        400,
+        "InvalidTopK",
+    ),
+    "broken JSON": (
+        {"data": b'{"image": ', "headers": {"Content-Type": "application/json"}},
+        400,
+        "MalformedRequest",
+    ),
+    "JSON without an image": ({"json": {"top_k": 1}}, 400, "NoImage"),
+    "JSON list": ({"json": ["a"]}, 400, "MalformedRequest"),
+    "URL": ({"json": {"image": "http://127.0.0.1/cat.jpg"}}, 400, "InvalidBase64"),
+    "bad base64": ({"json": {"image": "%%%"}}, 400, "InvalidBase64"),
+    "unknown field": ({"json": {"image": "", "topk": 1}}, 400, "MalformedRequest"),
+    "unknown part": ({"files": {"picture": encoded("red")}}, 400, "MalformedRequest"),
+    "broken multipart": (
+        {"data": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
+        400,
+        "MalformedRequest",
+    ),
+    "web form": ({"data": {"image": "abc"}}, 400, "MalformedRequest"),
+    "too many images": ({"json": {"images": ["YQ=="] * 33}}, 413, "TooManyImages"),
+    "too many bytes": ({"data": bytes(10 * 2**20 + 1)}, 413, "ImageTooLarge"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_REQUESTS)
+def test_bad_request(server: Server, kind: str) -> None:
+    request, status, type_name = BAD_REQUESTS[kind]
+    response = post(server, **request)
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == {
+        "status": "error",
+        "code": status,
+        "type": type_name,
+        "message": response.json()["message"],
+    }
+    assert response.status_code == status
+
+
+def test_a_body_above_the_frontends_limit_is_refused(server: Server) -> None:
+    assert post(server, data=bytes(17 * 2**20)).status_code == 413
+
+
+def test_a_client_cannot_pass_for_a_describe_request(server: Server) -> None:
+    response = post(server, data=encoded("red"), headers={"describe": "True"})
+    assert best(response.json()) == "red"
+
+
+def test_explanations_are_refused(server: Server) -> None:
+    url = f"{server.url}/explanations/{server.model}"
+    assert requests.post(url, data=encoded("red"), timeout=TIMEOUT).status_code == 400
+
+
+def test_unknown_model_is_404(server: Server) -> None:
+    url = f"{server.url}/predictions/unknown"
+    assert requests.post(url, data=encoded("red"), timeout=TIMEOUT).status_code == 404
+
+
+def test_concurrent_good_and_bad_requests(server: Server) -> None:
+    """64 at once, a quarter of them garbage: each gets its own answer, and no worker restarts."""
+    before = server.worker_pids()
+    seen = len(server.log("request"))
+    garbage = [
+        (b"not an image", 400),
+        (b"%PDF-1.7", 415),
+        (huge_header(), 413),
+        (encoded("red")[:-200], 400),
+    ]
+    jobs: list[tuple[bytes, int, str | None]] = []
+    for i in range(64):
+        if i % 4 == 3:
+            jobs.append((*garbage[i // 4 % len(garbage)], None))
+        else:
+            jobs.append((encoded(LABELS[i % 3]), 200, LABELS[i % 3]))
+
+    def ask(job: tuple[bytes, int, str | None]) -> None:
+        body, status, label = job
+        response = post(server, data=body)
+        assert response.status_code == status
+        if label:
+            assert best(response.json()) == label
+        else:
+            assert response.json()["code"] == status
+
+    with ThreadPoolExecutor(64) as pool:
+        assert len(list(pool.map(ask, jobs))) == 64
+    assert server.worker_pids() == before
+    lines = server.log("request")[seen:]
+    assert len(lines) == 64
+    assert max(line["batch"] for line in lines) > 1, "no batch formed, so none was tested"
+    mixed = [line for line in lines if line["batch"] > 1 and line["status"] != 200]
+    assert mixed, "no refused request shared a batch with others"
+
+
+def test_the_banners_lines_work(server: Server) -> None:
+    """What ./scripts/serve prints is run as printed."""
+    lines = [line for line in server.text().splitlines() if " curl " in line]
+    assert len(lines) == 5
+    for line in lines:
+        command = line.split(maxsplit=1)[1] if not line.startswith("  top 3") else line[11:]
+        done = subprocess.run(
+            ["bash", "-c", command.strip() + " --silent --show-error --fail"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, (line, done.stderr)
+        assert done.stdout
+        if "/predictions/" in line:
+            assert json.loads(done.stdout)["status"] == "success"

@@ -1,0 +1,536 @@
+"""Bytes of an image to the model's input: every mode, format and orientation, and every damage."""
+
+import random
+import struct
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import get_weight
+from torchvision.models.segmentation import FCN_ResNet50_Weights
+
+from handler.errors import (
+    ImageTooLarge,
+    InvalidModel,
+    NoImage,
+    RequestError,
+    TooManyPixels,
+    UnreadableImage,
+    UnsupportedFormat,
+)
+from handler.images import FORMATS, InputTransform, Picture, decode_image, read_picture, to_rgb
+from handler.settings import Settings
+from tests.drawing import (
+    BLUE,
+    GREEN,
+    QUARTERS,
+    RED,
+    announced,
+    encode,
+    grey16,
+    noise,
+    plain,
+    png_chunk,
+    quarters,
+    turned,
+    with_exif,
+)
+
+LOSSLESS = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}
+TRANSFORM = InputTransform.from_recipe(get_weight("MobileNet_V2_Weights.IMAGENET1K_V2"))
+
+
+def decode(data: bytes, **settings: int) -> Image.Image:
+    return decode_image(data, Settings(**settings))
+
+
+def refusal(data: bytes, **settings: int) -> RequestError:
+    with pytest.raises(RequestError) as raised:
+        decode(data, **settings)
+    return raised.value
+
+
+def outcome(data: bytes, **settings: int) -> Picture | RequestError:
+    try:
+        return read_picture(data, TRANSFORM, Settings(**settings))
+    except RequestError as error:
+        return error
+
+
+def near(seen: object, wanted: tuple[int, ...], by: int = 6) -> bool:
+    """Whether two colours are the same but for what JPEG does to them."""
+    return all(abs(a - b) <= by for a, b in zip(tuple(seen), wanted, strict=True))
+
+
+def corners(image: Image.Image) -> list[object]:
+    """The middles of the four quarters."""
+    width, height = image.size
+    return [
+        image.getpixel((x, y))
+        for y in (height // 4, height * 3 // 4)
+        for x in (width // 4, width * 3 // 4)
+    ]
+
+
+# --- Modes
+
+
+@pytest.mark.parametrize(
+    ("image", "colour"),
+    [
+        (plain(128, mode="L"), (128, 128, 128)),
+        (plain((128, 255), mode="LA"), (128, 128, 128)),
+        (plain(1, mode="1"), (255, 255, 255)),
+        (plain(0, mode="1"), (0, 0, 0)),
+        (plain(RED).quantize(4), RED),
+        (plain(RED), RED),
+        (plain((*GREEN, 255), mode="RGBA"), GREEN),
+        (grey16([128 * 257] * 4), (128, 128, 128)),
+    ],
+    ids=["L", "LA", "1 white", "1 black", "P", "RGB", "RGBA", "I;16"],
+)
+def test_any_mode_decodes_to_rgb(image: Image.Image, colour: tuple[int, int, int]) -> None:
+    decoded = decode(encode(image, "PNG"))
+    assert (decoded.mode, decoded.size) == ("RGB", image.size)
+    assert decoded.getcolors() == [(image.width * image.height, colour)]
+
+
+@pytest.mark.parametrize(
+    ("ink", "colour"),
+    [((0, 255, 255, 0), (255, 0, 0)), ((0, 0, 0, 255), (0, 0, 0)), ((0, 0, 0, 0), (255,) * 3)],
+)
+def test_cmyk_jpeg(ink: tuple[int, ...], colour: tuple[int, ...]) -> None:
+    decoded = decode(encode(plain(ink, mode="CMYK"), "JPEG", quality=95))
+    assert decoded.mode == "RGB"
+    assert near(decoded.getpixel((5, 5)), colour)
+
+
+@pytest.mark.parametrize("value", [0, 127, 128, 129, 256, 300, 32768, 65407, 65535])
+def test_16_bit_grey_is_scaled_not_clipped(value: int) -> None:
+    shade = round(value / 257)
+    assert decode(encode(grey16([value]))).getpixel((0, 0)) == (shade, shade, shade)
+
+
+def test_16_bit_grey_keeps_its_order() -> None:
+    decoded = decode(encode(grey16(range(0, 65536, 257))))
+    assert [decoded.getpixel((x, 0))[0] for x in range(decoded.width)] == list(range(256))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I;16L", "I;16B"])
+def test_16_bit_grey_of_either_byte_order(mode: str) -> None:
+    order = ">" if mode.endswith("B") else "<"
+    image = Image.frombytes(mode, (3, 1), struct.pack(f"{order}3H", 0, 257, 65535))
+    rgb = to_rgb(image)
+    assert [rgb.getpixel((x, 0))[0] for x in range(3)] == [0, 1, 255]
+
+
+@pytest.mark.parametrize(("value", "shade"), [(0, 0), (257, 1), (65535, 255), (70_000, 255)])
+def test_16_bit_grey_in_wider_numbers(value: int, shade: int) -> None:
+    assert to_rgb(plain(value, mode="I")).getpixel((0, 0)) == (shade, shade, shade)
+
+
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+@pytest.mark.parametrize(
+    ("alpha", "colour"), [(0, (255, 255, 255)), (255, (200, 0, 0)), (51, (244, 204, 204))]
+)
+def test_transparency_goes_over_white(
+    format: str, alpha: int, colour: tuple[int, int, int]
+) -> None:
+    image = plain((200, 0, 0, alpha), mode="RGBA")
+    decoded = decode(encode(image, format, lossless=True, exact=True))
+    assert near(decoded.getpixel((5, 5)), colour, by=1)
+
+
+def test_transparent_grey_goes_over_white() -> None:
+    assert decode(encode(plain((0, 0), mode="LA"))).getpixel((5, 5)) == (255, 255, 255)
+    assert decode(encode(plain((0, 51), mode="LA"))).getpixel((5, 5)) == (204, 204, 204)
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_transparent_palette_entry_is_white(format: str) -> None:
+    image = Image.new("P", (4, 1))
+    image.putpalette([*RED, *GREEN, *BLUE])
+    image.putdata([0, 1, 2, 1])
+    decoded = decode(encode(image, format, transparency=1))
+    assert [decoded.getpixel((x, 0)) for x in range(4)] == [RED, (255,) * 3, BLUE, (255,) * 3]
+
+
+def test_palette_with_an_alpha_for_each_entry() -> None:
+    image = Image.new("P", (2, 1))
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.putdata([0, 1])
+    decoded = decode(encode(image, "PNG", transparency=bytes([51, 255])))
+    assert [decoded.getpixel((x, 0)) for x in range(2)] == [(244, 204, 204), (0, 0, 200)]
+
+
+@pytest.mark.parametrize(
+    ("image", "transparent"),
+    [
+        (plain(77, mode="L"), 77),
+        (plain(RED), RED),
+        (plain(1, mode="1"), 1),
+        (grey16([1000, 1000]), 1000),
+    ],
+    ids=["L", "RGB", "1", "I;16"],
+)
+def test_transparent_colour_is_white(image: Image.Image, transparent: object) -> None:
+    """A PNG without an alpha channel may name one colour that is not there."""
+    decoded = decode(encode(image, "PNG", transparency=transparent))
+    assert decoded.getpixel((0, 0)) == (255, 255, 255)
+
+
+# --- Formats
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_any_format_decodes(format: str) -> None:
+    options = LOSSLESS.get(format, {})
+    decoded = decode(encode(quarters(), format, **options))
+    assert (decoded.mode, decoded.size) == ("RGB", (96, 64))
+    assert all(map(near, corners(decoded), QUARTERS))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "BMP", "WEBP"])
+def test_grey_of_any_format(format: str) -> None:
+    decoded = decode(encode(plain(100, mode="L"), format))
+    assert decoded.mode == "RGB"
+    assert near(decoded.getpixel((5, 5)), (100, 100, 100), by=2)
+
+
+@pytest.mark.parametrize("options", [{"progressive": True}, {"subsampling": 2}, {"optimize": True}])
+def test_jpeg_variants(options: dict[str, object]) -> None:
+    decoded = decode(encode(quarters(), "JPEG", quality=95, **options))
+    assert all(map(near, corners(decoded), QUARTERS))
+
+
+def test_jpeg_of_several_pictures_gives_the_first() -> None:
+    """Phones append depth maps and previews (MPO)."""
+    data = encode(plain(RED), "MPO", save_all=True, append_images=[plain(BLUE)], quality=95)
+    assert near(decode(data).getpixel((5, 5)), RED)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
+def test_first_frame_of_an_animation(format: str) -> None:
+    frames = [plain(colour) for colour in (RED, GREEN, BLUE)]
+    options = {"save_all": True, "append_images": frames[1:], "duration": 50, "lossless": True}
+    decoded = decode(encode(frames[0], format, **options))
+    assert near(decoded.getpixel((5, 5)), RED)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (2, 3)])
+def test_tiny_images(format: str, size: tuple[int, int]) -> None:
+    picture = read_picture(encode(plain(GREEN, size), format), TRANSFORM, Settings())
+    assert picture.size == size
+    assert picture.pixels.shape == (3, 224, 224)
+    assert near(picture.pixels.float().mean(dim=(1, 2)).tolist(), GREEN)
+
+
+# --- Orientation
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
+    data = turned(quarters(), orientation, format, **LOSSLESS.get(format, {}))
+    decoded = decode(data)
+    assert decoded.size == (96, 64)
+    assert all(map(near, corners(decoded), QUARTERS))
+
+
+@pytest.mark.parametrize("orientation", [1, 6, 8])
+def test_size_is_that_of_the_image_as_people_see_it(orientation: int) -> None:
+    data = turned(quarters(), orientation, "PNG")
+    picture = read_picture(data, TRANSFORM, Settings())
+    assert picture.size == (96, 64)
+
+
+def _tiff(kind: int, count: int, value: bytes, entries: int = 1) -> bytes:
+    """A little-endian EXIF block whose only entry is the orientation."""
+    entry = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<IH", 8, entries) + entry + bytes(4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"",
+        b"garbage that is no TIFF header at all",
+        b"II*\0",
+        b"II*\0\xff\xff\xff\x7f",
+        b"MM\0*\0\0\0\x08\0\x01",
+        _tiff(3, 1, struct.pack("<H", 0)),
+        _tiff(3, 1, struct.pack("<H", 9)),
+        _tiff(3, 1, struct.pack("<H", 65535)),
+        _tiff(2, 2, b"6\0"),
+        _tiff(5, 1, struct.pack("<I", 0xFFFFFF)),
+        _tiff(3, 2**32 - 1, struct.pack("<I", 8)),
+        _tiff(99, 1, b"\x06"),
+        _tiff(3, 1, struct.pack("<H", 0), entries=60_000),
+    ],
+    ids=range(13),
+)
+def test_damaged_exif_turns_nothing(exif: bytes) -> None:
+    decoded = decode(with_exif(exif, quarters()))
+    assert decoded.size == (96, 64)
+    assert all(map(near, corners(decoded), QUARTERS))
+
+
+# --- Refusals
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_more_pixels_than_allowed_are_refused_by_the_header(format: str) -> None:
+    side = 16_383 if format == "WEBP" else 20_000  # WebP has 14 bits for a side
+    error = refusal(announced(format, side, side))
+    assert (type(error), error.status) == (TooManyPixels, 413)
+    assert str(error) == f"the image has {side}x{side} pixels, the limit is 50000000"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pixel_limit_at_its_edge(format: str) -> None:
+    data = encode(plain(size=(64, 48)), format)
+    assert decode(data, max_image_pixels=64 * 48).size == (64, 48)
+    assert type(refusal(data, max_image_pixels=64 * 48 - 1)) is TooManyPixels
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_byte_limit_at_its_edge(format: str) -> None:
+    data = encode(plain(), format)
+    assert decode(data, max_image_bytes=len(data)).size == (64, 48)
+    error = refusal(data, max_image_bytes=len(data) - 1)
+    assert (type(error), error.status) == (ImageTooLarge, 413)
+    assert str(error) == f"the image has {len(data)} bytes, the limit is {len(data) - 1}"
+
+
+@pytest.mark.usefixtures("one_more_gigabyte")
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (2, 40_000), (1, 1_000_000)], ids=str)
+def test_a_thread_of_an_image_costs_no_gigabytes(size: tuple[int, int]) -> None:
+    """Resizing the short side of 1x20000 to 232 would make a billion pixels of a hundred bytes."""
+    data = encode(Image.new("1", size))
+    assert len(data) < 3000
+    result = outcome(data)
+    if isinstance(result, RequestError):
+        assert result.status in (400, 413)
+    else:
+        assert result.pixels.shape == (3, 224, 224)
+
+
+def test_no_bytes_are_no_image() -> None:
+    error = refusal(b"")
+    assert (type(error), error.status) == (NoImage, 400)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("part", [0.02, 0.1, 0.25, 0.5, 0.75, 0.9])
+def test_truncated_image_is_refused(format: str, part: float) -> None:
+    whole = encode(noise(), format)
+    error = refusal(whole[: int(len(whole) * part)])
+    assert (type(error), error.status) == (UnreadableImage, 400)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_no_pixels_are_refused_or_ignored(format: str, size: tuple[int, int]) -> None:
+    """A GIF's own frame may still have some."""
+    result = outcome(announced(format, *size))
+    if isinstance(result, RequestError):
+        assert (type(result), result.status) == (UnreadableImage, 400)
+    else:
+        assert min(result.size) > 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"\0", b"hello", b"{}", b"\xff" * 100, bytes(1000), b"\x89PNG\r\n\x1a\n", b"GIF89a", b"BM"],
+)
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    error = refusal(data)
+    assert (type(error), error.status) == (UnreadableImage, 400)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_bytes_are_refused(seed: int) -> None:
+    rng = random.Random(seed)
+    assert refusal(rng.randbytes(rng.randint(1, 2000))).status in (400, 415)
+
+
+FOREIGN = {
+    "TIFF": [
+        encode(plain(), "TIFF"),
+        b"MM\0*\0\0\0\x08",
+        b"II+\0\x08\0\0\0",
+        encode(plain(), "TIFF", compression="tiff_lzw"),
+    ],
+    "HEIC": [b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic"],
+    "AVIF": [b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf"],
+    "a video": [b"\0\0\0\x18ftypmp42\0\0\0\0", b"\x1aE\xdf\xa3\x01", b"RIFF\x10\0\0\0AVI LIST"],
+    "JPEG XL": [b"\xff\x0a\xfa\x1f", b"\0\0\0\x0cJXL \r\n\x87\n"],
+    "JPEG 2000": [b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51\0\x2f"],
+    "PDF": [encode(plain(), "PDF"), b"%PDF-1.7\n"],
+    "PostScript": [b"%!PS-Adobe-3.0 EPSF-3.0\n"],
+    "PSD": [b"8BPS\0\x01"],
+    "ICO": [encode(plain(), "ICO")],
+    "a ZIP archive": [b"PK\x03\x04\x14\0"],
+    "a gzip file": [b"\x1f\x8b\x08\0"],
+    "SVG": [
+        b"<svg/>",
+        b"\xef\xbb\xbf<svg xmlns='http://www.w3.org/2000/svg'></svg>",
+        b'<?xml version="1.0" encoding="UTF-8"?>\n<svg width="1"></svg>',
+        b'<?xml version="1.0"?>\n<!-- drawn -->\n<!DOCTYPE svg PUBLIC "-//W3C//DTD SVG 1.1//EN">'
+        b"\n<svg></svg>",
+        b"  \n<!-- drawn --><SVG>",
+    ],
+    "HTML": [
+        b"<!DOCTYPE html><html></html>",
+        b"\n<html lang='en'>",
+        b"<!-- x --><!doctype HTML>",
+        b"<body>",
+    ],
+    "XML": [b'<?xml version="1.0"?><note/>'],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [(name, data) for name, kinds in FOREIGN.items() for data in kinds],
+    ids=[f"{name} {index}" for name, kinds in FOREIGN.items() for index in range(len(kinds))],
+)
+def test_foreign_format_is_refused_by_name(name: str, data: bytes) -> None:
+    error = refusal(data)
+    assert (type(error), error.status) == (UnsupportedFormat, 415)
+    assert str(error) == f"{name} is not served; send one of JPEG, PNG, WEBP, GIF, BMP"
+
+
+@pytest.mark.parametrize(
+    "data", [b"<html", b"<svg" * 3000, b"<?xml" + b" " * 10**6, b"<!--" * 10**5]
+)
+def test_long_markup_is_refused_quickly(data: bytes) -> None:
+    assert refusal(data).status in (400, 415)
+
+
+ZEROS = zlib.compress(bytes(50_000_000), 1)  # a thousandth of that
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [
+        png_chunk(b"zTXt", b"k\0\0" + ZEROS),
+        png_chunk(b"iTXt", b"k\0\1\0\0\0" + ZEROS),
+        png_chunk(b"iCCP", b"k\0\0" + ZEROS),
+    ],
+    ids=["zTXt", "iTXt", "iCCP"],
+)
+@pytest.mark.usefixtures("one_more_gigabyte")
+def test_compressed_remarks_are_not_blown_up(chunk: bytes) -> None:
+    data = encode(plain(RED))
+    start = data.index(b"IDAT") - 4
+    result = outcome(data[:start] + chunk + data[start:])
+    if isinstance(result, RequestError):
+        assert result.status == 400
+    else:
+        assert near(result.pixels[:, 0, 0].tolist(), RED, by=0)
+
+
+@pytest.mark.parametrize("data", [b"hello", encode(noise(), "PNG")[:1000], b"<svg/>"])
+def test_messages_hold_nothing_of_ours(data: bytes) -> None:
+    message = str(refusal(data))
+    assert not any(word in message for word in ("0x", "/", "BytesIO", "Error", "Traceback"))
+
+
+# --- Damage by chance
+
+
+def _damaged(data: bytes, seed: int) -> bytes:
+    rng = random.Random(seed)
+    bytes_ = bytearray(data)
+    kind = rng.choice(["flip", "header", "cut", "grow", "swap"])
+    if kind == "cut":
+        return bytes(bytes_[: rng.randrange(len(bytes_))])
+    if kind == "grow":
+        at = rng.randrange(len(bytes_))
+        return bytes(bytes_[:at] + rng.randbytes(rng.randint(1, 50)) + bytes_[at:])
+    if kind == "swap":
+        a, b = sorted(rng.sample(range(len(bytes_)), 2))
+        return bytes(bytes_[:a] + bytes_[b:] + bytes_[a:b])
+    reach = min(len(bytes_), 80) if kind == "header" else len(bytes_)
+    for _ in range(rng.randint(1, 12)):
+        bytes_[rng.randrange(reach)] = rng.randrange(256)
+    return bytes(bytes_)
+
+
+SAMPLES = {
+    "JPEG": turned(noise((40, 30)), 6, "JPEG"),
+    "progressive JPEG": encode(noise((40, 30)), "JPEG", progressive=True),
+    "CMYK JPEG": encode(noise((40, 30)).convert("CMYK"), "JPEG"),
+    "PNG": turned(noise((40, 30)), 8, "PNG"),
+    "palette PNG": encode(noise((40, 30)).quantize(16), "PNG", transparency=3),
+    "16-bit PNG": encode(grey16(range(0, 60_000, 500))),
+    "WEBP": encode(noise((40, 30)), "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0"),
+    "lossless WEBP": encode(noise((40, 30)).convert("RGBA"), "WEBP", lossless=True),
+    "animated WEBP": encode(
+        noise((40, 30)), "WEBP", save_all=True, append_images=[noise((40, 30), 1)]
+    ),
+    "GIF": encode(noise((40, 30)), "GIF", transparency=3),
+    "animated GIF": encode(
+        noise((40, 30)), "GIF", save_all=True, append_images=[noise((40, 30), 1)]
+    ),
+    "BMP": encode(noise((40, 30)), "BMP"),
+    "palette BMP": encode(noise((40, 30)).quantize(16), "BMP"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.usefixtures("one_more_gigabyte")
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_damage_gives_a_picture_or_a_refusal(kind: str) -> None:
+    pictures = refused = 0
+    for seed in range(150):
+        result = outcome(_damaged(SAMPLES[kind], seed), max_image_pixels=20_000)
+        if isinstance(result, RequestError):
+            refused += 1
+            assert result.status in (400, 413, 415), seed
+        else:
+            pictures += 1
+            assert (result.pixels.shape, result.pixels.dtype) == ((3, 224, 224), torch.uint8), seed
+    assert refused
+    assert pictures  # or the damage is too coarse to say anything
+
+
+# --- The recipe's own transforms
+
+RECIPES = (
+    "MobileNet_V2_Weights.IMAGENET1K_V1",
+    "MobileNet_V2_Weights.IMAGENET1K_V2",
+    "ResNet50_Weights.IMAGENET1K_V2",
+    "EfficientNet_B1_Weights.IMAGENET1K_V1",
+    "Inception_V3_Weights.IMAGENET1K_V1",
+    "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1",
+    "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1",
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", [(500, 375), (90, 640), (33, 57)], ids=str)
+def test_pixels_are_those_of_the_recipe(name: str, size: tuple[int, int]) -> None:
+    recipe = get_weight(name)
+    transform = InputTransform.from_recipe(recipe)
+    image = noise(size)
+    picture = read_picture(encode(image), transform, Settings())
+    mean = torch.tensor(transform.mean).view(3, 1, 1)
+    std = torch.tensor(transform.std).view(3, 1, 1)
+    ours = (picture.pixels / 255 - mean) / std
+    torch.testing.assert_close(ours, recipe.transforms()(image), rtol=0, atol=1e-6)
+
+
+def test_recipes_differ_in_their_numbers() -> None:
+    """V1 weights resize to 256, V2 to 232: a constant of ours would be wrong for one of them."""
+    v1, v2 = (InputTransform.from_recipe(get_weight(name)) for name in RECIPES[:2])
+    assert (v1.resize_size, v2.resize_size) == ([256], [232])
+
+
+def test_recipe_of_another_kind_is_refused() -> None:
+    with pytest.raises(InvalidModel, match="has no image classification transforms"):
+        InputTransform.from_recipe(FCN_ResNet50_Weights.DEFAULT)

@@ -1,0 +1,205 @@
+"""Settings: their layers, their rules, and what they say when a rule is broken."""
+
+from dataclasses import FrozenInstanceError, fields
+from typing import Any
+
+import pytest
+
+from handler.errors import InvalidSettings, SetupError
+from handler.settings import PROFILES, Settings
+
+NAMES = [spec.name for spec in fields(Settings)]
+RANGES = [
+    ("top_k", 1, 1000),
+    ("max_image_bytes", 1, 2**30),
+    ("max_image_pixels", 1, 2**30),
+    ("max_images", 1, 1024),
+    ("threads", 0, 1024),
+    ("warmup_batches", 0, 100),
+]
+CHOICES = [
+    ("env", ["development", "staging", "production"]),
+    ("device", ["auto", "cpu", "cuda"]),
+    ("precision", ["auto", "fp32", "bf16", "int8"]),
+]
+SWITCHES = ["allow_untrained", "log_requests"]
+
+
+def load(section: Any = None, **environ: str) -> Settings:
+    return Settings.load(section, environ)
+
+
+def test_defaults_hold_where_nothing_is_said() -> None:
+    assert load() == load({}) == Settings()
+
+
+def test_every_setting_is_covered_below() -> None:
+    covered = [name for name, *_ in RANGES + CHOICES] + SWITCHES
+    assert sorted(covered) == sorted(NAMES)
+
+
+def test_yaml_goes_over_defaults() -> None:
+    assert load({"top_k": 3}).top_k == 3
+
+
+def test_environment_goes_over_yaml() -> None:
+    assert load({"top_k": 3}, CLASSIFIER_TOP_K="2").top_k == 2
+
+
+def test_environment_leaves_other_yaml_alone() -> None:
+    settings = load({"top_k": 3, "max_images": 4}, CLASSIFIER_TOP_K="2")
+    assert settings == Settings(top_k=2, max_images=4)
+
+
+def test_profile_goes_over_defaults() -> None:
+    settings = load({"env": "production"})
+    assert (settings.allow_untrained, settings.warmup_batches) == (False, 3)
+    assert settings == Settings(env="production", **PROFILES["production"])
+
+
+def test_yaml_goes_over_profile() -> None:
+    settings = load({"env": "production", "allow_untrained": True})
+    assert (settings.allow_untrained, settings.warmup_batches) == (True, 3)
+
+
+def test_environment_goes_over_profile() -> None:
+    settings = load({"env": "production"}, CLASSIFIER_ALLOW_UNTRAINED="true")
+    assert (settings.allow_untrained, settings.warmup_batches) == (True, 3)
+
+
+def test_environment_names_the_profile() -> None:
+    assert load({"env": "production"}, CLASSIFIER_ENV="staging") == load({"env": "staging"})
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_is_valid(profile: str) -> None:
+    assert load(CLASSIFIER_ENV=profile).env == profile
+
+
+def test_the_process_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLASSIFIER_MAX_IMAGES", "7")
+    assert Settings.load().max_images == 7
+
+
+def test_other_variables_are_not_ours() -> None:
+    assert load(PATH="/bin", TOP_K="x", CLASSIFIERS_TOP_K="x", classifier_top_k="x") == Settings()
+
+
+@pytest.mark.parametrize("name", ["topk", "Top_K", "top_k ", "", 3, None])
+def test_unknown_name_in_yaml_is_refused(name: Any) -> None:
+    with pytest.raises(InvalidSettings) as refusal:
+        load({name: 3})
+    assert f"handler.{name} is unknown" in str(refusal.value)
+    assert all(known in str(refusal.value) for known in NAMES)
+
+
+@pytest.mark.parametrize("name", ["CLASSIFIER_TOPK", "CLASSIFIER_", "CLASSIFIER_top_k"])
+def test_unknown_name_in_environment_is_refused(name: str) -> None:
+    with pytest.raises(InvalidSettings) as refusal:
+        load(**{name: "3"})
+    assert f"{name} is unknown" in str(refusal.value)
+    assert all(f"CLASSIFIER_{known.upper()}" in str(refusal.value) for known in NAMES)
+
+
+@pytest.mark.parametrize("section", [[], ["top_k"], "top_k", 3, True])
+def test_section_must_be_a_mapping(section: Any) -> None:
+    with pytest.raises(InvalidSettings, match="handler must be a mapping of settings, got "):
+        load(section)
+
+
+@pytest.mark.parametrize(("name", "low", "high"), RANGES)
+def test_edges_of_a_range_are_valid(name: str, low: int, high: int) -> None:
+    for value in (low, high):
+        assert getattr(load({name: value}), name) == value
+        assert getattr(load(**{f"CLASSIFIER_{name.upper()}": str(value)}), name) == value
+
+
+@pytest.mark.parametrize(("name", "low", "high"), RANGES)
+@pytest.mark.parametrize("side", ["below", "above"])
+@pytest.mark.parametrize("source", ["yaml", "environment"])
+def test_beyond_a_range_is_refused(name: str, low: int, high: int, side: str, source: str) -> None:
+    value = low - 1 if side == "below" else high + 1
+    section = {name: value} if source == "yaml" else {}
+    environ = {f"CLASSIFIER_{name.upper()}": str(value)} if source == "environment" else {}
+    with pytest.raises(InvalidSettings) as refusal:
+        load(section, **environ)
+    assert str(refusal.value) == f"{name} must be {low} to {high}, got {value}"
+
+
+@pytest.mark.parametrize(("name", "choices"), CHOICES)
+def test_every_choice_is_valid(name: str, choices: list[str]) -> None:
+    for choice in choices:
+        assert getattr(load({name: choice}), name) == choice
+
+
+@pytest.mark.parametrize(("name", "choices"), CHOICES)
+@pytest.mark.parametrize("value", ["", "CPU", "other"])
+def test_another_choice_is_refused(name: str, choices: list[str], value: str) -> None:
+    for section, environ in (({name: value}, {}), ({}, {f"CLASSIFIER_{name.upper()}": value})):
+        with pytest.raises(InvalidSettings) as refusal:
+            load(section, **environ)
+        rule = f"{name} must be one of {', '.join(choices)}"
+        assert str(refusal.value) == f"{rule}, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("top_k", True, "a whole number"),
+        ("top_k", "3", "a whole number"),
+        ("top_k", 3.0, "a whole number"),
+        ("top_k", None, "a whole number"),
+        ("top_k", [3], "a whole number"),
+        ("threads", False, "a whole number"),
+        ("log_requests", 1, "true or false"),
+        ("log_requests", "true", "true or false"),
+        ("log_requests", None, "true or false"),
+        ("device", None, "text"),
+        ("device", 0, "text"),
+        ("env", ["production"], "text"),
+        ("env", True, "text"),
+    ],
+)
+def test_wrong_type_in_yaml_is_refused(name: str, value: Any, rule: str) -> None:
+    with pytest.raises(InvalidSettings) as refusal:
+        load({name: value})
+    assert str(refusal.value) == f"{name} must be {rule}, got {value!r}"
+
+
+@pytest.mark.parametrize("text", ["", "five", "5.0", "5e1", "true", "0x5", "5 6"])
+def test_environment_number_must_be_whole(text: str) -> None:
+    with pytest.raises(InvalidSettings) as refusal:
+        load(CLASSIFIER_TOP_K=text)
+    assert str(refusal.value) == f"CLASSIFIER_TOP_K must be a whole number, got {text!r}"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("true", True), ("True", True), ("1", True), ("false", False), ("FALSE", False), ("0", False)],
+)
+@pytest.mark.parametrize("name", SWITCHES)
+def test_environment_switch(name: str, text: str, value: bool) -> None:
+    assert getattr(load(**{f"CLASSIFIER_{name.upper()}": text}), name) is value
+
+
+@pytest.mark.parametrize("text", ["", "yes", "on", "2", "None"])
+def test_environment_switch_must_be_true_or_false(text: str) -> None:
+    with pytest.raises(InvalidSettings) as refusal:
+        load(CLASSIFIER_LOG_REQUESTS=text)
+    assert str(refusal.value) == f"CLASSIFIER_LOG_REQUESTS must be true or false, got {text!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_never_change(name: str) -> None:
+    settings = Settings()
+    with pytest.raises(FrozenInstanceError):
+        setattr(settings, name, getattr(settings, name))
+
+
+def test_rules_hold_without_load_too() -> None:
+    with pytest.raises(InvalidSettings, match="top_k must be 1 to 1000, got 0"):
+        Settings(top_k=0)
+
+
+def test_a_refusal_stops_the_start_like_any_setup_error() -> None:
+    assert issubclass(InvalidSettings, SetupError)

@@ -1,0 +1,54 @@
+"""A small model in an unpacked archive: three classes, seeded weights, sure answers."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
+from handler.networks import build_network, get_recipe
+
+ARCHITECTURE = "squeezenet1_1"
+RECIPE = get_recipe(ARCHITECTURE)
+LABELS = ("heron", "crane", "crane")  # as in ImageNet, where two classes have one name
+
+
+def tiny_network(architecture: str = ARCHITECTURE, classes: int = 3) -> nn.Module:
+    """Seeded, and with a last layer steep enough that different pictures get different answers."""
+    torch.manual_seed(1)
+    network = build_network(get_recipe(architecture), architecture, classes)
+    with torch.no_grad():
+        last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
+        if architecture == ARCHITECTURE:
+            last.weight.mul_(60)
+            last.bias.add_(3)
+    return network
+
+
+def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCard:
+    return ModelCard(
+        architecture=architecture,
+        recipe=str(get_recipe(architecture)),
+        labels=LABELS,
+        parameters={"total": 724_035, "trainable": 724_035},
+        weights=WeightsFacts(
+            name="birds.pth" if trained else "untrained",
+            trained=trained,
+            source="file" if trained else "seed 0",
+            sha256="0" * 64,
+        ),
+        inputs_sha256="1" * 64,
+        packaged_with={"torch": torch.__version__},
+    )
+
+
+def make_model_dir(folder: Path, architecture: str = ARCHITECTURE, trained: bool = True) -> Path:
+    """What TorchServe unpacks for a worker, as far as our code reads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CARD_FILE).write_text(tiny_card(architecture, trained).to_json(), "utf-8")
+    state = {
+        name: tensor.clone() for name, tensor in tiny_network(architecture).state_dict().items()
+    }
+    save_file(state, folder / WEIGHTS_FILE)
+    return folder

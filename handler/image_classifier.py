@@ -11,11 +11,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
+from io import BytesIO
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from PIL import Image
 from ts.torch_handler.base_handler import BaseHandler
 
 from handler.answers import Answer, best_classes, encode, failure, several, success
@@ -107,11 +109,13 @@ class ImageClassifier(BaseHandler):
         )
 
     def _warm_up(self, batch_size: int) -> None:
-        """Classify blank images, one and a full batch, so that the first client need not wait."""
-        crop = self.transform.crop_size[0]
+        """Classify a blank image, alone and as a full batch: the first client need not wait."""
+        file = BytesIO()
+        Image.new("RGB", (500, 375)).save(file, "JPEG")
         for _ in range(self.settings.warmup_batches):
+            pixels = read_picture(file.getvalue(), self.transform, self.settings).pixels
             for images in sorted({1, min(batch_size, MAX_FORWARD)}):
-                self.engine.probabilities(torch.zeros(images, 3, crop, crop, dtype=torch.uint8))
+                self.engine.probabilities(torch.stack([pixels] * images))
 
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever befalls its neighbours."""

@@ -27,6 +27,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 # Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
+# Pillow loads its other plugins at the first image it cannot identify: 30 ms of somebody's request.
+Image.init()
+
 # What people send by mistake, by its first bytes: named in the answer instead of "unreadable".
 _FOREIGN = (
     ("TIFF", rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),

@@ -14,7 +14,7 @@ from handler.errors import InvalidSettings
 from handler.images import InputTransform
 from handler.machine import available_cores
 from handler.model_card import WEIGHTS_FILE, ModelCard
-from handler.networks import build_network, get_recipe
+from handler.networks import empty_network, get_recipe
 from handler.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -89,8 +89,7 @@ def load_engine(
     recipe = get_recipe(card.architecture, card.recipe)
     state = load_file(model_dir / WEIGHTS_FILE)
     # Built without memory and given the file's tensors, so no random weights are drawn first.
-    with torch.device("meta"):
-        network = build_network(recipe, card.architecture, len(card.labels))
+    network = empty_network(recipe, card.architecture, len(card.labels))
     network.load_state_dict(state, assign=True)
     precision = "fp32" if settings.precision == "auto" else settings.precision
     return TorchEager(network, InputTransform.from_recipe(recipe), precision, device)

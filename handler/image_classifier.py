@@ -113,7 +113,7 @@ class ImageClassifier(BaseHandler):
         file = BytesIO()
         Image.new("RGB", (500, 375)).save(file, "JPEG")
         for _ in range(self.settings.warmup_batches):
-            pixels = read_picture(file.getvalue(), self.transform, self.settings).pixels
+            pixels = read_picture(file.getvalue(), self.transform, Settings()).pixels
             for images in sorted({1, min(batch_size, MAX_FORWARD)}):
                 self.engine.probabilities(torch.stack([pixels] * images))
 
@@ -183,14 +183,15 @@ class ImageClassifier(BaseHandler):
             part = items[start : start + MAX_FORWARD]
             images = torch.stack([item.picture.pixels for item in part if item.picture])
             try:
-                for item, probabilities in zip(
-                    part, self.engine.probabilities(images), strict=True
-                ):
-                    item.probabilities = probabilities
+                # As a list, so that a wrong number of rows is an error before any is taken.
+                pairs = list(zip(part, self.engine.probabilities(images), strict=True))
             except Exception:  # the images all have one shape: what fails here is not one of them
                 error = self._failure("the model failed", *(row.request_id for row in rows))
                 for item in part:
                     item.error = error
+            else:
+                for item, probabilities in pairs:
+                    item.probabilities = probabilities
         for row in rows:
             row.seconds["inference"] = perf_counter() - started
         return rows

@@ -23,6 +23,7 @@ from handler.errors import (
 from handler.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_ASPECT_RATIO = 16  # of what is resized; of longer images the middle
 
 # Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
@@ -91,6 +92,10 @@ class InputTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """A PIL RGB image to uint8 [3, crop, crop]."""
+        # The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000
+        # pixels it would make 232 x 11 million first. Only the middle of a strip is kept.
+        longest = MAX_ASPECT_RATIO * min(image.size)
+        image = F.center_crop(image, [min(side, longest) for side in (image.height, image.width)])
         image = F.resize(image, self.resize_size, self.interpolation, antialias=self.antialias)
         return F.pil_to_tensor(F.center_crop(image, self.crop_size))
 
@@ -155,6 +160,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: 16-bit grey scaled instead of clipped, transparency over white."""
     if image.mode.startswith("I"):  # "I;16", "I;16B", or "I" with 16-bit values
         grey = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+        if isinstance(transparent := image.info.get("transparency"), int):
+            grey[grey == transparent] = 65535
         eight_bits = (grey.clamp(0, 65535).float() / 257).round().to(torch.uint8)
         image = Image.frombytes("L", image.size, eight_bits.numpy().tobytes())
     if image.has_transparency_data:

@@ -51,7 +51,7 @@ class ModelCard:
     def read(cls, model_dir: Path) -> "ModelCard":
         """The card of an unpacked archive; raises InvalidModel where there is none."""
         try:
-            text = (model_dir / CARD_FILE).read_text("utf-8")
+            text = (model_dir / CARD_FILE).read_bytes()
         except OSError as exc:
             raise InvalidModel(f"the archive has no {CARD_FILE}: package it again") from exc
         return cls.from_json(text)

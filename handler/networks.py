@@ -23,9 +23,11 @@ def get_recipe(architecture: str, name: str | None = None) -> WeightsEnum:
         raise InvalidModel(
             f"{architecture!r} is not a torchvision classifier; known: {', '.join(architectures())}"
         )
-    known = torchvision.models.get_model_weights(architecture)
+    entries = torchvision.models.get_model_weights(architecture)
     if name is None:
-        return known.DEFAULT
+        return entries.DEFAULT
+    # Entries without class names are for feature extraction: their last layer is no classifier.
+    known = [recipe for recipe in entries if recipe.meta["categories"]]
     for recipe in known:
         if str(recipe) == name:
             return recipe
@@ -39,6 +41,18 @@ def build_network(recipe: WeightsEnum, architecture: str, classes: int) -> nn.Mo
     return torchvision.models.get_model(
         architecture, weights=None, num_classes=classes, **_arguments(recipe, architecture)
     ).eval()
+
+
+def empty_network(recipe: WeightsEnum, architecture: str, classes: int) -> nn.Module:
+    """The same network on the meta device: shapes without memory, for weights to be assigned to.
+
+    RegNet's builder reads values of tensors, which has no meaning there; it is built with memory.
+    """
+    try:
+        with torch.device("meta"):
+            return build_network(recipe, architecture, classes)
+    except NotImplementedError:
+        return build_network(recipe, architecture, classes)
 
 
 def _arguments(recipe: WeightsEnum, architecture: str) -> dict[str, Any]:
@@ -73,9 +87,8 @@ def class_count(state: Mapping[str, Tensor], recipe: WeightsEnum, architecture: 
     The layer is found by building the architecture for two class counts and comparing shapes.
     Raises InvalidModel where the state dict has no such layer.
     """
-    with torch.device("meta"):
-        two = build_network(recipe, architecture, 2).state_dict()
-        three = build_network(recipe, architecture, 3).state_dict()
+    two = empty_network(recipe, architecture, 2).state_dict()
+    three = empty_network(recipe, architecture, 3).state_dict()
     head = [name for name in two if two[name].shape != three[name].shape]
     for name in head:
         if name in state and state[name].dim() > 0:
@@ -90,8 +103,7 @@ def fit_state_dict(
 
     Raises InvalidModel with the name of the first tensor that does not fit.
     """
-    with torch.device("meta"):
-        wanted = build_network(recipe, architecture, classes).state_dict()
+    wanted = empty_network(recipe, architecture, classes).state_dict()
     fitted, problems = {}, []
     for name, tensor in wanted.items():
         given = state.get(name)

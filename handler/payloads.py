@@ -7,6 +7,7 @@ a broken multipart body is {}.
 """
 
 import base64
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -131,13 +132,14 @@ def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
         kind, _, entry = entry.partition(",")
         if not kind.endswith(";base64"):
             return InvalidBase64("a data: URL must be of the form data:image/…;base64,…")
+    entry = "".join(entry.split())  # base64 often comes in lines
     if len(entry) // 4 * 3 > settings.max_image_bytes + 2:  # + 2: padding
         return ImageTooLarge(
             f"the image has about {len(entry) // 4 * 3} bytes, "
             f"the limit is {settings.max_image_bytes}"
         )
     try:
-        return base64.b64decode("".join(entry.split()), validate=True)
+        return base64.b64decode(entry, validate=True)
     except ValueError:
         return InvalidBase64("the image is not valid base64")
 
@@ -156,9 +158,20 @@ def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Setti
 
 
 def _filename(value: Any) -> str | None:
-    if value is not None and (not isinstance(value, str) or len(value) > MAX_FILENAME):
+    if value is None:
+        return None
+    if not isinstance(value, str) or len(value) > MAX_FILENAME or not _is_unicode(value):
         raise MalformedRequest(f"filename must be text of at most {MAX_FILENAME} characters")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """False with a lone surrogate, which JSON may spell (\\ud800) and UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_count(images: int, settings: Settings) -> None:
@@ -170,7 +183,8 @@ def _bytes(value: Any) -> bytes:
     """A part's value, which TorchServe hands over as bytes, str (text/*) or parsed JSON."""
     if isinstance(value, bytes | bytearray):
         return bytes(value)
-    return value.encode() if isinstance(value, str) else orjson.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "replace")
 
 
 def _text(value: Any) -> str | None:

@@ -93,8 +93,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="class names, one a line or JSON (default: the recipe's)",
         default=argparse.SUPPRESS,
     )
-    model.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    model.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "int8"])
+    model.add_argument(
+        "--device",
+        default="auto",
+        choices=["auto", "cpu", "cuda"],
+        help="auto: a GPU where there is one",
+    )
+    model.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16", "int8"],
+        help="auto: fp32; int8 has no engine in this version",
+    )
     model.add_argument(
         "--workers",
         default="auto",

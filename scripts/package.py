@@ -24,9 +24,9 @@ from handler.images import InputTransform
 from handler.machine import available_cores
 from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
 from handler.networks import (
-    build_network,
     class_count,
     clean_state_dict,
+    empty_network,
     fit_state_dict,
     get_recipe,
 )
@@ -92,8 +92,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         state = fit_state_dict(state, recipe, model, classes)
     except InvalidModel as exc:
         raise InvalidModel(f"{source.path or source.name}: {exc}") from exc
-    with torch.device("meta"):
-        parameters = [*build_network(recipe, model, classes).parameters()]
+    parameters = [*empty_network(recipe, model, classes).parameters()]
     card = ModelCard(
         architecture=model,
         recipe=str(recipe),
@@ -143,8 +142,11 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
             continue
         try:
             content = yaml.safe_load(path.read_text("utf-8")) or {}
-        except yaml.YAMLError as exc:
-            raise InvalidSettings(f"{path.name} is not valid YAML: {exc}") from exc
+        except (yaml.YAMLError, UnicodeDecodeError) as exc:
+            reason = " ".join(str(exc).split())
+            raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
+        if not isinstance(content, dict):
+            raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
         for key, value in content.items():
             if key not in MODEL_CONFIG_KEYS:
                 raise InvalidSettings(
@@ -162,7 +164,10 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
         config["batchSize"] = options.batch_size
     if options.max_batch_delay_ms:
         config["maxBatchDelay"] = options.max_batch_delay_ms
-    handler = dict(config.get("handler") or {})
+    handler = config.get("handler") or {}
+    if not isinstance(handler, dict):
+        raise InvalidSettings(f"handler must be a mapping of settings, got {handler!r}")
+    handler = dict(handler)
     if options.device != "auto":
         config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
         handler["device"] = options.device
@@ -188,7 +193,7 @@ def read_digest(archive: Path) -> str | None:
     try:
         with zipfile.ZipFile(archive) as content:
             return ModelCard.from_json(content.read(CARD_FILE)).inputs_sha256
-    except (OSError, zipfile.BadZipFile, KeyError, InvalidModel):
+    except Exception:  # zipfile has many words for damage, and the cure is the same: make it again
         return None
 
 

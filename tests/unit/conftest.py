@@ -23,6 +23,19 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of torch wait for each other where the machine is busy: slow for small tensors."""
+    torch = sys.modules.get("torch")  # not every test needs it, and it takes seconds to load
+    if torch is None:
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Web:
     """A web server on a free port of loopback, with an answer for each path."""
 

@@ -512,17 +512,26 @@ RECIPES = (
 )
 
 
-@pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("size", [(500, 375), (90, 640), (33, 57)], ids=str)
-def test_pixels_are_those_of_the_recipe(name: str, size: tuple[int, int]) -> None:
+def assert_pixels_are_those_of(name: str, image: Image.Image) -> None:
     recipe = get_weight(name)
     transform = InputTransform.from_recipe(recipe)
-    image = noise(size)
     picture = read_picture(encode(image), transform, Settings())
     mean = torch.tensor(transform.mean).view(3, 1, 1)
     std = torch.tensor(transform.std).view(3, 1, 1)
     ours = (picture.pixels / 255 - mean) / std
     torch.testing.assert_close(ours, recipe.transforms()(image), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", [(500, 375), (90, 640), (33, 57)], ids=str)
+def test_pixels_are_those_of_the_recipe(name: str, size: tuple[int, int]) -> None:
+    assert_pixels_are_those_of(name, noise(size))
+
+
+@pytest.mark.parametrize("size", [(1000, 40), (10, 400)], ids=str)
+def test_pixels_of_a_strip_are_those_of_the_recipe(size: tuple[int, int]) -> None:
+    """Of which the recipe takes the middle, after resizing all of it."""
+    assert_pixels_are_those_of("MobileNet_V2_Weights.IMAGENET1K_V1", noise(size))
 
 
 def test_recipes_differ_in_their_numbers() -> None:

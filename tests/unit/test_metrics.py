@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import handler
+from handler import metrics as metrics_module
 from handler.metrics import COUNTERS, IMAGES, REQUESTS, STAGE, STAGE_BUCKETS, Metrics
 from handler.metrics import torchserve_emit as emit_to_torchserve
 
@@ -182,6 +183,20 @@ def test_nothing_is_lost_between_threads() -> None:
     assert recorder.total(REQUESTS, "200") == 2000
     assert recorder.total(f"{STAGE}_count", "total") == 2000
     assert recorder.total(f"{STAGE}_sum", "total") == pytest.approx(200)
+
+
+def test_a_started_thread_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "FLUSH_SECONDS", 0.01)
+    counted = threading.Event()
+
+    def emit(name: str, increment: float, labels: Sequence[str]) -> None:
+        if labels[-1] == "418":
+            counted.set()
+
+    metrics = Metrics(emit, *MODEL)
+    metrics.start()
+    metrics.count_request(418)
+    assert counted.wait(10)
 
 
 # --- On the way to TorchServe

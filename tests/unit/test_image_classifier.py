@@ -1,0 +1,770 @@
+"""The real handler with TorchServe's own context objects: batches in, one answer a row out."""
+
+import base64
+import json
+import logging
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from ts.context import Context, RequestProcessor
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
+from ts.service import Service
+from ts.utils.util import list_classes_from_module
+
+import handler
+import handler.image_classifier
+from handler.image_classifier import MAX_FORWARD, ImageClassifier
+from handler.metrics import Metrics
+from handler.model_card import CARD_FILE
+from tests.drawing import BLUE, GREEN, RED, encode, noise, plain
+from tests.unit.tiny import LABELS, RECIPE, make_model_dir
+
+METRICS_CONFIG = Path(handler.__file__).parent / "configs" / "metrics.yaml"
+JPEG = encode(noise((300, 200)), "JPEG")
+PNG = encode(noise((200, 300), seed=1), "PNG")
+JSON = {"Content-Type": "application/json"}
+MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
+QUICK = {"device": "cpu", "threads": 1, "warmup_batches": 0}
+REQUEST_KEYS = [
+    *("time", "level", "event", "request_id", "model", "version", "weights", "status", "images"),
+    *("batch", "preprocess_ms", "inference_ms", "postprocess_ms", "total_ms"),
+    *("top_class", "confidence", "error"),
+]
+
+
+@dataclass
+class Reply:
+    """What TorchServe would send to one client."""
+
+    status: int
+    phrase: str
+    content_type: str | None
+    body: Any
+
+    @property
+    def error(self) -> str | None:
+        return self.body.get("type")
+
+
+class Fake:
+    """An engine that answers by colour: class 0, 1 or 2 for red, green or blue."""
+
+    name, precision, device = "fake-fp32", "fp32", "cpu"
+
+    def __init__(self, fail: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.batches: list[int] = []
+        self.fail = fail
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        self.batches.append(len(images))
+        if self.fail:
+            return self.fail(images)
+        return (images.float().mean(dim=(2, 3)) / 25).softmax(dim=1)
+
+
+def broken(_: Tensor) -> Tensor:
+    raise RuntimeError("cuDNN says no at 0x7f00 in /opt/secret")
+
+
+def not_a_number(images: Tensor) -> Tensor:
+    return torch.full((len(images), 3), float("nan"))
+
+
+def one_too_few(images: Tensor) -> Tensor:
+    return torch.full((len(images) - 1, 3), 1 / 3)
+
+
+@pytest.fixture(scope="session")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model_dir(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def isolation(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> Iterator[list[Metrics]]:
+    """No flushing threads, and the root logger as it was; gives what would have been started."""
+    started: list[Metrics] = []
+    monkeypatch.setattr(Metrics, "start", lambda metrics: started.append(metrics))
+    caplog.set_level(logging.INFO)
+    filters = list(logging.getLogger().filters)
+    yield started
+    logging.getLogger().filters[:] = filters
+
+
+def make_context(folder: Path, config: Mapping[str, Any] | None = None, **settings: Any) -> Context:
+    """A worker's context as TorchServe makes it."""
+    yaml = dict(config or {}) | {"handler": QUICK | settings}
+    manifest = {"model": {"modelVersion": "1.0", "modelName": "birds"}}
+    return Context("birds", str(folder), manifest, 8, None, "0.12.0", model_yaml_config=yaml)
+
+
+def start(
+    folder: Path, config: Mapping[str, Any] | None = None, **settings: Any
+) -> ImageClassifier:
+    classifier = ImageClassifier()
+    classifier.initialize(make_context(folder, config, **settings))
+    return classifier
+
+
+@pytest.fixture
+def classifier(model_dir: Path) -> ImageClassifier:
+    return start(model_dir)
+
+
+def ask(
+    classifier: ImageClassifier,
+    *rows: Mapping[str, Any],
+    headers: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+) -> list[Reply]:
+    """Hand over a batch as TorchServe does; `headers` are for all rows, or one for each."""
+    each = headers if isinstance(headers, Sequence) and headers else [headers or {}] * len(rows)
+    context = classifier.context
+    context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
+    context.request_processor = [RequestProcessor(dict(one)) for one in each]
+    bodies = classifier.handle(list(rows), context)
+    assert len(bodies) == len(rows)
+    return [
+        Reply(
+            *context.get_response_status(index),
+            context.get_response_content_type(index),
+            json.loads(body),
+        )
+        for index, body in enumerate(bodies)
+    ]
+
+
+def b64(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def log(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
+    messages = [record.getMessage() for record in caplog.records if record.name == "classifier"]
+    assert not any("\n" in message for message in messages)
+    return [line for line in map(json.loads, messages) if line["event"] == event]
+
+
+def without_times(answer: dict[str, Any]) -> dict[str, Any]:
+    metadata = answer["metadata"] | {"inference_time": 0, "request_id": ""}
+    return answer | {"metadata": metadata}
+
+
+# --- TorchServe's rules
+
+
+def test_the_module_has_one_class() -> None:
+    """TorchServe refuses any other number."""
+    assert list_classes_from_module(handler.image_classifier) == [ImageClassifier]
+
+
+def test_torchserves_own_service_takes_the_answers(model_dir: Path) -> None:
+    """The batch as it comes from the socket, the reply as it goes back."""
+    classifier = ImageClassifier()
+    manifest = {"model": {"modelVersion": "1.0"}}
+    arguments = ("birds", str(model_dir), manifest, classifier.handle, None, 8)
+    metrics = MetricsCacheYamlImpl(config_file_path=str(METRICS_CONFIG))
+    metrics.initialize_cache()
+    service = Service(*arguments, metrics_cache=metrics)
+    classifier.initialize(service.context)
+    service.set_cl_socket(None)
+    reply = service.predict(
+        [
+            {
+                "requestId": b"id-0",
+                "headers": [{"name": b"X-Top-K", "value": b"1"}],
+                "parameters": [
+                    {"name": "body", "contentType": "image/jpeg", "value": bytearray(JPEG)}
+                ],
+            },
+            {
+                "requestId": b"id-1",
+                "headers": [{"name": b"Content-Type", "value": b"multipart/form-data"}],
+                "parameters": [
+                    {"name": "file", "contentType": "image/png", "value": bytearray(PNG)},
+                    {"name": "top_k", "contentType": "text/plain", "value": "9"},
+                ],
+            },
+            {"requestId": b"id-2", "headers": [], "parameters": []},
+        ]
+    )
+    assert struct.unpack("!i", reply[:4]) == (200,)
+    assert [reply.count(b"id-%d" % index) >= 1 for index in range(3)] == [True] * 3
+    assert reply.count(b"application/json") >= 3
+    assert b'"top_k must be a whole number from 1 to 3"' in reply
+    assert b'"type":"NoImage"' in reply
+
+
+def test_phrases_stay_empty(classifier: ImageClassifier) -> None:
+    """TorchServe loses step with the worker over others."""
+    replies = ask(classifier, {"body": JPEG}, {"body": b"x"})
+    assert [reply.phrase for reply in replies] == ["", ""]
+
+
+# --- One image
+
+
+def test_answer_of_one_image(classifier: ImageClassifier) -> None:
+    row = {"file": bytearray(JPEG), "filename": b"heron.jpg", "top_k": b"3"}
+    [reply] = ask(classifier, row, headers=MULTIPART)
+    assert (reply.status, reply.content_type) == (200, "application/json")
+    assert list(reply.body) == ["status", "predictions", "metadata"]
+    assert reply.body["status"] == "success"
+    predictions = reply.body["predictions"]
+    assert [list(prediction) for prediction in predictions] == [
+        ["class", "class_id", "confidence"]
+    ] * 3
+    assert sorted(prediction["class_id"] for prediction in predictions) == [0, 1, 2]
+    assert all(LABELS[one["class_id"]] == one["class"] for one in predictions)
+    confidences = [prediction["confidence"] for prediction in predictions]
+    assert confidences == sorted(confidences, reverse=True)
+    assert sum(confidences) == pytest.approx(1, abs=1e-5)
+    metadata = reply.body["metadata"]
+    assert 0 < metadata.pop("inference_time") < 10
+    assert metadata == {
+        "filename": "heron.jpg",
+        "model": "birds",
+        "version": "1.0",
+        "weights": "birds.pth",
+        "device": "cpu",
+        "engine": "torch-fp32",
+        "image_size": [300, 200],
+        "cached": False,
+        "request_id": "id-0",
+    }
+
+
+def test_answer_is_the_models(classifier: ImageClassifier) -> None:
+    [reply] = ask(classifier, {"body": PNG}, headers={"X-Top-K": "3"})
+    image = noise((200, 300), seed=1)
+    with torch.inference_mode():
+        network = classifier.engine._network
+        wanted = network(RECIPE.transforms()(image)[None]).softmax(dim=1)[0].tolist()
+    for prediction in reply.body["predictions"]:
+        assert prediction["confidence"] == pytest.approx(wanted[prediction["class_id"]], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["x-top-k", "X-Top-K", "X-TOP-K"])
+def test_header_in_any_case(classifier: ImageClassifier, name: str) -> None:
+    [reply] = ask(classifier, {"body": JPEG}, headers={name: "1"})
+    assert len(reply.body["predictions"]) == 1
+
+
+def test_top_k_of_the_settings(model_dir: Path) -> None:
+    [reply] = ask(start(model_dir, top_k=2), {"body": JPEG})
+    assert len(reply.body["predictions"]) == 2
+
+
+# --- Batches
+
+
+SMALL = encode(plain(GREEN, (8, 8)), "PNG")
+LIMITS = {"max_image_bytes": 1500, "max_image_pixels": 10_000, "max_images": 8}
+BAD_ROWS: list[tuple[dict[str, Any], dict[str, str], int, str]] = [
+    ({"body": b"not an image"}, {}, 400, "UnreadableImage"),
+    ({"body": SMALL[: len(SMALL) // 2]}, {}, 400, "UnreadableImage"),
+    ({}, {}, 400, "NoImage"),
+    ({}, MULTIPART, 400, "MalformedRequest"),
+    ({"body": b""}, {}, 400, "NoImage"),
+    ({"file": b"", "top_k": b"1"}, MULTIPART, 400, "NoImage"),
+    ({"body": b'{"image": '}, JSON, 400, "MalformedRequest"),
+    ({"body": {"image": "%%%"}}, JSON, 400, "InvalidBase64"),
+    ({"file": SMALL, "top_k": b"4"}, MULTIPART, 400, "InvalidTopK"),
+    ({"body": b"<svg xmlns='http://www.w3.org/2000/svg'/>"}, {}, 415, "UnsupportedFormat"),
+    ({"body": bytes(2000)}, {}, 413, "ImageTooLarge"),
+    ({"body": encode(plain(size=(200, 200)))}, {}, 413, "TooManyPixels"),
+    ({"body": {"images": ["QQ=="] * 9}}, JSON, 413, "TooManyImages"),
+    ({"body": SMALL}, {"explain": "True"}, 400, "MalformedRequest"),
+]
+
+
+def test_bad_rows_among_good_ones(model_dir: Path) -> None:
+    classifier = start(model_dir, **LIMITS)
+    classifier.engine = Fake()
+    rows: list[Mapping[str, Any]] = [{"body": SMALL}]
+    headers: list[Mapping[str, Any]] = [{}]
+    for row, header, *_ in BAD_ROWS:
+        rows += [row, {"body": SMALL}]
+        headers += [header, {}]
+    replies = ask(classifier, *rows, headers=headers)
+    good, bad = replies[0::2], replies[1::2]
+    assert [(reply.status, reply.error) for reply in bad] == [wanted[2:] for wanted in BAD_ROWS]
+    assert [reply.status for reply in good] == [200] * (len(BAD_ROWS) + 1)
+    assert {reply.body["predictions"][0]["class_id"] for reply in good} == {1}
+    assert {reply.content_type for reply in replies} == {"application/json"}
+    for reply in bad:
+        assert list(reply.body) == ["status", "code", "type", "message"]
+        assert (reply.body["status"], reply.body["code"]) == ("error", reply.status)
+
+
+def test_a_bad_neighbour_harms_nobody(classifier: ImageClassifier) -> None:
+    [alone] = ask(classifier, {"body": JPEG})
+    replies = ask(classifier, {"body": b"bad"}, {"body": JPEG}, {}, {"body": PNG}, {"body": [3]})
+    assert [reply.status for reply in replies] == [400, 200, 400, 200, 400]
+    among = replies[1].body
+    for ours, theirs in zip(among["predictions"], alone.body["predictions"], strict=True):
+        assert ours["class_id"] == theirs["class_id"]
+        assert ours["confidence"] == pytest.approx(theirs["confidence"], abs=1e-5)
+    assert among["metadata"]["request_id"] == "id-1"
+
+
+def test_a_batch_of_bad_rows_needs_no_model(classifier: ImageClassifier) -> None:
+    classifier.engine = Fake()
+    replies = ask(classifier, {"body": b"bad"}, {})
+    assert [reply.status for reply in replies] == [400, 400]
+    assert classifier.engine.batches == []
+
+
+def test_every_row_gets_its_own_answer(classifier: ImageClassifier) -> None:
+    """More images than one pass takes, some of them several to a row."""
+    classifier.engine = Fake()
+    pictures = [encode(plain(colour)) for colour in (RED, GREEN, BLUE)]
+    wanted = [(index * 7) % 3 for index in range(30)]
+    rows = [
+        {"body": {"images": [b64(pictures[(colour + turn) % 3]) for turn in range(3)]}}
+        if index % 4 == 0
+        else {"body": pictures[colour]}
+        for index, colour in enumerate(wanted)
+    ]
+    replies = ask(classifier, *rows)
+    for index, (colour, reply) in enumerate(zip(wanted, replies, strict=True)):
+        answers = reply.body.get("results", [reply.body])
+        best = [answer["predictions"][0]["class_id"] for answer in answers]
+        assert best == ([(colour + turn) % 3 for turn in range(3)] if index % 4 == 0 else [colour])
+    assert classifier.engine.batches == [MAX_FORWARD, 30 + 2 * 8 - MAX_FORWARD]
+
+
+# --- Several images in a request
+
+
+CASES = [
+    ("json", [JPEG], 200, "success"),
+    ("json", [JPEG, PNG], 200, "success"),
+    ("json", [JPEG, b"bad"], 200, "partial"),
+    ("json", [b"bad", b"<svg/>"], 415, "error"),
+    ("json", [b"bad"], 400, "error"),
+    ("parts", [JPEG, PNG], 200, "success"),
+    ("parts", [b"bad", PNG], 200, "partial"),
+    ("parts", [b"<svg/>", b"bad"], 415, "error"),
+]
+
+
+@pytest.mark.parametrize(("form", "images", "status", "outcome"), CASES, ids=range(len(CASES)))
+def test_several_images(
+    classifier: ImageClassifier, form: str, images: list[bytes], status: int, outcome: str
+) -> None:
+    row: dict[str, Any] = {f"file{index}": image for index, image in enumerate(images)}
+    if form == "json":
+        row = {"body": {"images": [b64(image) for image in images]}}
+    [reply] = ask(classifier, row)
+    assert (reply.status, reply.body["status"]) == (status, outcome)
+    assert list(reply.body) == ["status", "results"]
+    bad = {b"bad": "UnreadableImage", b"<svg/>": "UnsupportedFormat"}
+    assert [result.get("type") for result in reply.body["results"]] == list(map(bad.get, images))
+    for result, image in zip(reply.body["results"], images, strict=True):
+        if image not in bad:
+            [alone] = ask(classifier, {"body": image})
+            ours, theirs = without_times(result), without_times(alone.body)
+            assert ours["metadata"] == theirs["metadata"]
+            assert [one["class_id"] for one in ours["predictions"]] == [
+                one["class_id"] for one in theirs["predictions"]
+            ]
+
+
+def test_empty_images_of_a_list_fail_alone(classifier: ImageClassifier) -> None:
+    [reply] = ask(classifier, {"body": {"images": ["", b64(JPEG), 3]}})
+    assert [result.get("type") for result in reply.body["results"]] == [
+        "NoImage",
+        None,
+        "MalformedRequest",
+    ]
+
+
+# --- The model fails
+
+
+@pytest.mark.parametrize("fail", [broken, not_a_number, one_too_few])
+def test_a_failing_model_is_a_500_for_the_rows_it_concerns(
+    classifier: ImageClassifier, fail: Callable[[Tensor], Tensor]
+) -> None:
+    classifier.engine = Fake(fail)
+    rows = [{"body": JPEG}, {"body": b"bad"}, {"body": {"images": [b64(JPEG), "%"]}}]
+    good, bad, several = ask(classifier, *rows)
+    assert (good.status, good.error) == (500, "ModelFailed")
+    assert (bad.status, bad.error) == (400, "UnreadableImage")
+    assert (several.status, several.body["status"]) == (500, "error")
+    assert {reply.content_type for reply in (good, bad, several)} == {"application/json"}
+
+
+@pytest.mark.parametrize("fail", [broken, not_a_number])
+def test_the_cause_is_in_the_log_under_the_request_id(
+    classifier: ImageClassifier,
+    caplog: pytest.LogCaptureFixture,
+    fail: Callable[[Tensor], Tensor],
+) -> None:
+    classifier.engine = Fake(fail)
+    replies = ask(classifier, {"body": JPEG}, {"body": PNG})
+    failures = log(caplog, "failure")
+    assert {one for line in failures for one in line["requests"]} == {"id-0", "id-1"}
+    assert all(line["level"] == "ERROR" and line["model"] == "birds" for line in failures)
+    causes = " ".join(line["cause"] for line in failures)
+    if fail is broken:
+        assert "cuDNN says no at 0x7f00" in causes
+        assert "Traceback" in causes
+    else:
+        assert "no finite probabilities" in causes
+    for reply in replies:
+        assert not any(word in reply.body["message"] for word in ("0x", "/", "cuDNN", "Traceback"))
+
+
+def test_only_the_pass_that_failed_is_lost(classifier: ImageClassifier) -> None:
+    def second(images: Tensor) -> Tensor:
+        if len(classifier.engine.batches) == 2:
+            raise RuntimeError("out of memory")
+        return torch.full((len(images), 3), 1 / 3)
+
+    classifier.engine = Fake(second)
+    replies = ask(classifier, *[{"body": encode(plain(RED))}] * (MAX_FORWARD + 2))
+    assert [reply.status for reply in replies] == [200] * MAX_FORWARD + [500] * 2
+
+
+def test_the_next_batch_is_answered_again(classifier: ImageClassifier) -> None:
+    engine, classifier.engine = classifier.engine, Fake(broken)
+    assert ask(classifier, {"body": JPEG})[0].status == 500
+    classifier.engine = engine
+    assert ask(classifier, {"body": JPEG})[0].status == 200
+
+
+def test_a_bug_of_ours_is_one_clients_500(
+    classifier: ImageClassifier,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read_picture = handler.image_classifier.read_picture
+
+    def fragile(data: bytes, *args: Any) -> Any:
+        return read_picture(data, *args) if data == JPEG else 1 // 0
+
+    monkeypatch.setattr(handler.image_classifier, "read_picture", fragile)
+    bad, good = ask(classifier, {"body": PNG}, {"body": JPEG})
+    assert (bad.status, bad.error, good.status) == (500, "ModelFailed", 200)
+    [line] = log(caplog, "failure")
+    assert line["requests"] == ["id-0"]
+    assert "ZeroDivisionError" in line["cause"]
+
+
+@pytest.mark.parametrize("filename", ["\ud800", "a\udfffb"])
+def test_no_text_of_a_client_costs_the_batch(classifier: ImageClassifier, filename: str) -> None:
+    """TorchServe parses JSON with Python's json, which lets half of a surrogate pair pass."""
+    body = {"image": b64(JPEG), "filename": filename}
+    odd, good = ask(classifier, {"body": body}, {"body": JPEG})
+    assert odd.status in (200, 400)
+    assert good.status == 200
+
+
+# --- Describe and explain
+
+
+def test_describe(classifier: ImageClassifier) -> None:
+    [reply] = ask(classifier, {}, headers={"describe": "True"})
+    facts = reply.body
+    assert {
+        name: facts[name]
+        for name in ("model", "version", "architecture", "classes", "input_size", "recipe")
+    } == {
+        "model": "birds",
+        "version": "1.0",
+        "architecture": "squeezenet1_1",
+        "classes": 3,
+        "input_size": [3, 224, 224],
+        "recipe": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+    }
+    assert facts["parameters"] == {"total": 724_035, "trainable": 724_035}
+    assert facts["transforms"] == {
+        "resize_size": [256],
+        "crop_size": [224],
+        "interpolation": "bilinear",
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+    assert facts["weights"] == {
+        "name": "birds.pth",
+        "trained": True,
+        "source": "file",
+        "sha256": "0" * 64,
+    }
+    assert (facts["engine"], facts["precision"], facts["device"]) == ("torch-fp32", "fp32", "cpu")
+    assert facts["libraries"]["torch"] == torch.__version__.partition("+")[0]
+    assert facts["settings"]["threads"] == facts["threads"] == 1
+    assert facts["settings"]["top_k"] == 5
+
+
+def test_a_clients_describe_header_is_no_describe(classifier: ImageClassifier) -> None:
+    """TorchServe's base handler would answer it for the whole batch."""
+    header = {"describe": "True"}
+    [reply] = ask(classifier, {"body": JPEG}, headers=header)
+    assert reply.body["status"] == "success"
+    replies = ask(classifier, {}, {"body": JPEG}, headers=[header, header])
+    assert [reply.status for reply in replies] == [400, 200]
+
+
+@pytest.mark.parametrize("name", ["explain", "Explain"])
+def test_explanations_are_refused(classifier: ImageClassifier, name: str) -> None:
+    [reply] = ask(classifier, {"body": JPEG}, headers={name: "True"})
+    assert (reply.status, reply.error) == (400, "MalformedRequest")
+    assert "/predictions" in reply.body["message"]
+
+
+def test_torchserves_explain_header_of_predictions(classifier: ImageClassifier) -> None:
+    [reply] = ask(classifier, {"body": JPEG}, headers={"explain": "False"})
+    assert reply.status == 200
+
+
+# --- Log
+
+
+def test_a_line_for_each_request(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    good, bad = ask(classifier, {"body": {"images": [b64(JPEG), b64(PNG)]}}, {"body": b"bad"})
+    first, second = log(caplog, "request")
+    best = good.body["results"][0]["predictions"][0]
+    assert list(first) == list(second) == REQUEST_KEYS
+    assert {name: first[name] for name in first if not name.endswith(("_ms", "time"))} == {
+        "level": "INFO",
+        "event": "request",
+        "request_id": "id-0",
+        "model": "birds",
+        "version": "1.0",
+        "weights": "birds.pth",
+        "status": 200,
+        "images": 2,
+        "batch": 2,
+        "top_class": best["class"],
+        "confidence": best["confidence"],
+        "error": None,
+    }
+    assert (second["request_id"], second["status"], second["images"]) == ("id-1", bad.status, 1)
+    assert (second["top_class"], second["confidence"]) == (None, None)
+    assert (second["level"], second["error"]) == ("INFO", "UnreadableImage")
+    for line in (first, second):
+        assert all(line[name] >= 0 for name in line if name.endswith("_ms"))
+        assert line["total_ms"] >= line["inference_ms"]
+
+
+def test_a_500_is_an_error_in_the_log(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier.engine = Fake(broken)
+    ask(classifier, {"body": JPEG})
+    [line] = log(caplog, "request")
+    assert (line["level"], line["status"], line["error"]) == ("ERROR", 500, "ModelFailed")
+
+
+def test_lines_are_ascii(model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """TorchServe's reader would break a line at U+2028."""
+    for path in model_dir.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    card = json.loads((tmp_path / CARD_FILE).read_text()) | {"labels": ["鷺\u2028"] * 3}
+    (tmp_path / CARD_FILE).write_text(json.dumps(card))
+    ask(start(tmp_path), {"body": JPEG})
+    [line] = log(caplog, "request")
+    assert line["top_class"] == "鷺\u2028"
+    assert all(record.getMessage().isascii() for record in caplog.records)
+
+
+@pytest.mark.parametrize("fail", [None, broken])
+def test_no_image_is_ever_in_the_log(
+    classifier: ImageClassifier,
+    caplog: pytest.LogCaptureFixture,
+    fail: Callable[[Tensor], Tensor] | None,
+) -> None:
+    classifier.engine = Fake(fail)
+    secret = b"\x01\x02secret-of-a-client" * 20
+    cut = JPEG[:-50] + secret
+    rows: list[dict[str, Any]] = [{name: JPEG + secret} for name in ("body", "file", "image")]
+    rows += [{"body": {"image": b64(JPEG + secret)}}, {"body": {"image": b64(secret) + "%"}}]
+    rows += [{"body": cut}, {"body": secret}, {"body": b"{" + secret}, {"odd": secret}]
+    rows += [{"file": JPEG, "filename": secret[:200]}, {"file": JPEG, "top_k": secret}]
+    ask(classifier, *rows)
+    assert len(log(caplog, "request")) == len(rows)
+    for hidden in ("secret-of-a-client", b64(secret)[8:40], b64(JPEG)[:40], "JFIF"):
+        assert hidden not in caplog.text
+
+
+def test_request_lines_can_be_turned_off(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classifier = start(model_dir, log_requests=False)
+    classifier.engine = Fake(broken)
+    ask(classifier, {"body": JPEG})
+    assert log(caplog, "request") == []
+    assert len(log(caplog, "failure")) == 1
+
+
+def test_torchserves_own_chatter_stops(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each batch would be a line; errors and metrics pass."""
+    logging.info("Backend received inference at: 1")
+    logging.error("Prediction error")
+    logging.getLogger("ts.metrics.caching_metric").info("[METRICS]x")
+    assert "Backend received" not in caplog.text
+    assert "Prediction error" in caplog.text
+    assert "[METRICS]x" in caplog.text
+    assert classifier.initialized
+
+
+# --- Metrics
+
+
+def test_requests_images_and_stages_are_counted(classifier: ImageClassifier) -> None:
+    emitted: dict[tuple[str, ...], float] = {}
+
+    def emit(name: str, increment: float, labels: Sequence[str]) -> None:
+        emitted[(name, *labels)] = increment
+
+    classifier.metrics = Metrics(emit, "birds", "1.0")
+    rows = [{"body": {"images": [b64(JPEG), "%"]}}, {"body": b"bad"}, {"body": PNG}, {}]
+    ask(classifier, *rows)
+    classifier.metrics.flush()
+    requests = {key[-1]: value for key, value in emitted.items() if "requests" in key[0]}
+    images = {key[-1]: value for key, value in emitted.items() if "images" in key[0]}
+    stages = {key[-1]: value for key, value in emitted.items() if key[0].endswith("_count")}
+    assert requests == {"200": 2, "400": 2}
+    assert images == {"success": 2, "InvalidBase64": 1, "UnreadableImage": 1, "NoImage": 1}
+    assert stages == {"preprocess": 4, "inference": 4, "postprocess": 4, "total": 4}
+
+
+def test_metrics_are_flushed_from_the_start(
+    classifier: ImageClassifier, isolation: list[Metrics]
+) -> None:
+    assert isolation == [classifier.metrics]
+
+
+# --- Starting
+
+
+def test_ready_line(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start(model_dir)
+    [line] = log(caplog, "model_ready")
+    assert line["startup_ms"] > 0
+    assert {name: line[name] for name in line if name not in ("time", "startup_ms")} == {
+        "level": "INFO",
+        "event": "model_ready",
+        "model": "birds",
+        "version": "1.0",
+        "weights": "birds.pth",
+        "engine": "torch-fp32",
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def test_untrained_weights_are_said_everywhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    classifier = start(make_model_dir(tmp_path, trained=False))
+    [reply] = ask(classifier, {"body": JPEG})
+    [info] = ask(classifier, {}, headers={"describe": "True"})
+    assert reply.body["metadata"]["weights"] == "untrained"
+    assert (info.body["weights"]["name"], info.body["weights"]["trained"]) == ("untrained", False)
+    [ready] = log(caplog, "model_ready")
+    assert (ready["level"], ready["weights"]) == ("WARNING", "untrained")
+
+
+def test_untrained_weights_can_be_forbidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_ALLOW_UNTRAINED", "false")
+    folder = make_model_dir(tmp_path, trained=False)
+    with pytest.raises(RuntimeError, match="untrained, and allow_untrained is false"):
+        start(folder)
+    [line] = log(caplog, "startup_failed")
+    assert (line["level"], line["model"]) == ("ERROR", "birds")
+    assert line["message"] == "the weights are untrained, and allow_untrained is false"
+
+
+def test_trained_weights_start_in_production(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_ENV", "production")
+    assert start(model_dir).initialized
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"topk": 3}, "handler.topk is unknown"),
+        ({"top_k": 0}, "top_k must be 1 to 1000, got 0"),
+        ({"precision": "int8"}, "no int8 engine"),
+    ],
+)
+def test_wrong_settings_stop_the_start(
+    model_dir: Path, caplog: pytest.LogCaptureFixture, settings: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        start(model_dir, **settings)
+    [line] = log(caplog, "startup_failed")
+    assert message in line["message"]
+
+
+def test_a_folder_without_a_model_stops_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(RuntimeError, match=r"no model\.json"):
+        start(tmp_path)
+    assert len(log(caplog, "startup_failed")) == 1
+
+
+def test_a_model_that_cannot_run_stops_the_start(
+    model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the worker says READY, not at the first request."""
+    monkeypatch.setattr(handler.image_classifier, "load_engine", lambda *_, **__: Fake(broken))
+    with pytest.raises(RuntimeError, match="cuDNN says no"):
+        start(model_dir, warmup_batches=1)
+    [line] = log(caplog, "startup_failed")
+    assert "Traceback" in line["cause"]
+
+
+@pytest.mark.parametrize(
+    ("config", "warmup_batches", "batches"),
+    [
+        ({"batchSize": 8}, 2, [1, 8, 1, 8]),
+        ({"batchSize": 1}, 1, [1]),
+        ({}, 1, [1]),
+        ({"batchSize": 1000}, 1, [1, MAX_FORWARD]),
+        ({"batchSize": 8}, 0, []),
+    ],
+)
+def test_warm_up_runs_one_image_and_a_full_batch(
+    model_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    config: dict[str, Any],
+    warmup_batches: int,
+    batches: list[int],
+) -> None:
+    engine = Fake()
+    monkeypatch.setattr(handler.image_classifier, "load_engine", lambda *_, **__: engine)
+    start(model_dir, config, warmup_batches=warmup_batches)
+    assert engine.batches == batches
+
+
+@pytest.mark.parametrize("limit", ["max_image_bytes", "max_image_pixels"])
+def test_warm_up_minds_no_limits(model_dir: Path, limit: str) -> None:
+    """They are for clients; ours is no client."""
+    assert start(model_dir, warmup_batches=1, **{limit: 1}).initialized
+
+
+def test_a_model_without_configuration_starts(model_dir: Path) -> None:
+    """An archive in somebody else's TorchServe may have none."""
+    classifier = ImageClassifier()
+    context = make_context(model_dir)
+    context.model_yaml_config = None
+    classifier.initialize(context)
+    [reply] = ask(classifier, {"body": JPEG})
+    assert reply.status == 200

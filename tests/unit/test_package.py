@@ -1,0 +1,528 @@
+"""Archives: their configuration, what they hold, and when they are made again."""
+
+import json
+import random
+import shutil
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+import yaml
+from safetensors.torch import load_file
+from ts.context import Context, RequestProcessor
+
+from handler.errors import InvalidModel, InvalidSettings
+from handler.image_classifier import ImageClassifier
+from handler.metrics import Metrics
+from handler.model_card import ModelCard
+from handler.networks import build_network, get_recipe
+from handler.settings import Settings
+from scripts import package as package_module
+from scripts.options import parse_package
+from scripts.package import HANDLER, main, model_config, package, read_digest
+from scripts.torchserve import MODEL_CONFIG_KEYS
+from scripts.weights import DownloadFailed, find_weights
+from tests.drawing import encode, noise
+
+MODEL = "squeezenet1_1"
+RECIPE = get_recipe(MODEL)
+CONFIGS = sorted((HANDLER / "configs").glob("*.yaml"))
+
+
+def options(*argv: str) -> Namespace:
+    return parse_package(["--model", MODEL, "--weights", "untrained", "--workers", "1", *argv])
+
+
+# --- TorchServe's model configuration
+
+
+@pytest.fixture
+def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of configurations in place of ours."""
+    folder = tmp_path / "handler" / "configs"
+    folder.mkdir(parents=True)
+    (folder / "default.yaml").write_text("batchSize: 8\nmaxBatchDelay: 1\nhandler: {top_k: 3}\n")
+    monkeypatch.setattr(package_module, "HANDLER", tmp_path / "handler")
+    return folder
+
+
+def config_of(model: str = MODEL, *argv: str) -> dict[str, Any]:
+    return model_config(model, parse_package(["--workers", "1", *argv]))
+
+
+WITHOUT_MODEL = {"metrics.yaml"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in CONFIGS if path.name not in WITHOUT_MODEL], ids=lambda path: path.name
+)
+def test_our_configurations_are_valid(path: Path) -> None:
+    config = config_of(path.stem)
+    assert set(config) <= MODEL_CONFIG_KEYS
+    Settings.load(config["handler"], {})
+    assert config["responseTimeout"] > 0  # TorchServe's default is two minutes
+    assert config["maxBatchDelay"] > 0  # TorchServe takes 0 for 100
+
+
+def test_our_configurations_are_of_known_models() -> None:
+    names = {path.stem for path in CONFIGS if path.name not in WITHOUT_MODEL} - {"default"}
+    assert names <= set(torchvision.models.list_models())
+
+
+def test_default_alone(configs: Path) -> None:
+    assert config_of() == {
+        "batchSize": 8,
+        "maxBatchDelay": 1,
+        "handler": {"top_k": 3},
+        "minWorkers": 1,
+        "maxWorkers": 1,
+    }
+
+
+def test_the_models_own_file_goes_over_default(configs: Path) -> None:
+    (configs / f"{MODEL}.yaml").write_text("batchSize: 2\n")
+    config = config_of()
+    assert (config["batchSize"], config["maxBatchDelay"]) == (2, 1)
+    assert config_of("alexnet")["batchSize"] == 8
+
+
+def test_options_go_over_both(configs: Path) -> None:
+    (configs / f"{MODEL}.yaml").write_text("batchSize: 2\nmaxBatchDelay: 5\nminWorkers: 9\n")
+    argv = "--batch-size 16 --max-batch-delay-ms 7 --workers 3 --device cpu --precision bf16"
+    assert config_of(MODEL, *argv.split()) == {
+        "batchSize": 16,
+        "maxBatchDelay": 7,
+        "handler": {"top_k": 3, "device": "cpu", "precision": "bf16"},
+        "minWorkers": 3,
+        "maxWorkers": 3,
+        "deviceType": "cpu",
+    }
+
+
+def test_gpu_is_called_so_by_torchserve(configs: Path) -> None:
+    config = config_of(MODEL, "--device", "cuda")
+    assert (config["deviceType"], config["handler"]["device"]) == ("gpu", "cuda")
+
+
+@pytest.mark.parametrize(("device", "workers"), [("auto", 6), ("cpu", 6), ("cuda", 1)])
+def test_workers_by_themselves(
+    configs: Path, monkeypatch: pytest.MonkeyPatch, device: str, workers: int
+) -> None:
+    monkeypatch.setattr(package_module, "available_cores", lambda: 6)
+    config = model_config(MODEL, parse_package(["--device", device]))
+    assert (config["minWorkers"], config["maxWorkers"]) == (workers, workers)
+
+
+def test_empty_files_say_nothing(configs: Path) -> None:
+    (configs / "default.yaml").write_text("# nothing\nhandler:\n")
+    (configs / f"{MODEL}.yaml").write_text("")
+    assert config_of() == {"handler": {}, "minWorkers": 1, "maxWorkers": 1}
+
+
+@pytest.mark.parametrize("key", ["batchsize", "batch_size", "rateLimiter", "top_k", "3"])
+def test_unknown_key_is_refused(configs: Path, key: str) -> None:
+    (configs / f"{MODEL}.yaml").write_text(f"{key}: 3\n")
+    with pytest.raises(InvalidSettings) as refused:
+        config_of()
+    assert str(refused.value).startswith(f"{MODEL}.yaml: {key} is unknown; known: ")
+    assert "batchSize" in str(refused.value)
+
+
+@pytest.mark.parametrize("value", ["true", "'8'", "8.5", "[8]", "{a: 1}", "null", "eight"])
+def test_key_of_the_wrong_type_is_refused(configs: Path, value: str) -> None:
+    (configs / "default.yaml").write_text(f"batchSize: {value}\n")
+    with pytest.raises(InvalidSettings) as refused:
+        config_of()
+    seen = yaml.safe_load(value)
+    assert str(refused.value) == (f"default.yaml: batchSize must be a whole number, got {seen!r}")
+
+
+@pytest.mark.parametrize("text", ["a: [", "\tbatchSize: 8", "a: b: c", "- batchSize", "text", "3"])
+def test_what_is_no_mapping_is_refused(configs: Path, text: str) -> None:
+    (configs / "default.yaml").write_text(text)
+    with pytest.raises(InvalidSettings, match=r"default\.yaml"):
+        config_of()
+
+
+@pytest.mark.parametrize("section", ["3", "[top_k]", "text"])
+def test_handler_section_must_be_a_mapping(configs: Path, tmp_path: Path, section: str) -> None:
+    (configs / "default.yaml").write_text(f"handler: {section}\n")
+    with pytest.raises(InvalidSettings):
+        package(MODEL, options(), tmp_path / "store")
+
+
+# --- The digest of an archive's inputs
+
+
+def digest(
+    model: str = MODEL,
+    recipe: str = "R",
+    labels: tuple[str, ...] = ("a", "b"),
+    config: dict[str, Any] | None = None,
+    architecture: str = MODEL,
+) -> str:
+    source = find_weights("untrained", RECIPE, architecture)
+    return package_module._digest(model, recipe, labels, source, config or {"batchSize": 8})
+
+
+def test_digest_is_stable() -> None:
+    assert digest() == digest()
+    assert len(digest()) == 64
+    mixed = {"handler": {"b": 1, "a": 2}, "batchSize": 8}
+    assert digest(config=mixed) == digest(config=dict(reversed(mixed.items())))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "alexnet"},
+        {"recipe": "R2"},
+        {"labels": ("b", "a")},
+        {"labels": ("a", "b", "c")},
+        {"labels": ("a,b",)},
+        {"config": {"batchSize": 9}},
+        {"config": {"batchSize": 8, "handler": {"top_k": 3}}},
+        {"architecture": "alexnet"},  # other weights
+    ],
+    ids=str,
+)
+def test_digest_changes_with_each_input(change: dict[str, Any]) -> None:
+    assert digest(**change) != digest()
+
+
+def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
+    seen = set()
+    for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
+        (tmp_path / name).write_bytes(content)
+        source = find_weights(str(tmp_path / name), RECIPE, MODEL)
+        seen.add(package_module._digest(MODEL, "R", ["a"], source, {}))
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("change", ["edit", "add", "remove"])
+def test_digest_changes_with_the_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    before = digest()
+    copy = Path(shutil.copytree(HANDLER, tmp_path / "handler"))
+    monkeypatch.setattr(package_module, "HANDLER", copy)
+    assert digest() == before
+    if change == "edit":
+        (copy / "answers.py").write_text((copy / "answers.py").read_text() + "# changed\n")
+    elif change == "add":
+        (copy / "new.py").write_text("")
+    else:
+        (copy / "rows.py").unlink()
+    assert digest() != before
+
+
+def test_digest_changes_with_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = digest()
+    monkeypatch.setattr(package_module, "version", lambda name: "0.0.0")
+    assert digest() != before
+
+
+# --- A real archive
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return package(MODEL, options(), tmp_path_factory.mktemp("built") / "new" / "store")
+
+
+@pytest.fixture
+def archive(built: Path, tmp_path: Path) -> Path:
+    """A copy to do things to."""
+    (tmp_path / "store").mkdir()
+    return Path(shutil.copy2(built, tmp_path / "store"))
+
+
+def test_the_store_holds_the_archive_and_nothing_else(built: Path) -> None:
+    assert [path.name for path in built.parent.iterdir()] == [f"{MODEL}.mar"]
+
+
+def test_content_of_an_archive(built: Path) -> None:
+    modules = {f"handler/{path.name}" for path in HANDLER.glob("*.py")}
+    assert set(zipfile.ZipFile(built).namelist()) - {"handler/", "MAR-INF/"} == modules | {
+        "MAR-INF/MANIFEST.json",
+        "image_classifier.py",
+        "model-config.yaml",
+        "model.json",
+        "weights.safetensors",
+    }
+
+
+def test_manifest_of_an_archive(built: Path) -> None:
+    model = json.loads(zipfile.ZipFile(built).read("MAR-INF/MANIFEST.json"))["model"]
+    assert model["modelName"] == MODEL
+    assert model["modelVersion"] == "1.0"
+    assert model["handler"] == "image_classifier.py"
+    assert model["serializedFile"] == "weights.safetensors"
+    assert model["configFile"] == "model-config.yaml"
+
+
+def test_code_of_an_archive_is_ours(built: Path) -> None:
+    content = zipfile.ZipFile(built)
+    for path in HANDLER.glob("*.py"):
+        assert content.read(f"handler/{path.name}") == path.read_bytes()
+    assert content.read("image_classifier.py") == (HANDLER / "image_classifier.py").read_bytes()
+
+
+def test_configuration_of_an_archive(built: Path) -> None:
+    config = yaml.safe_load(zipfile.ZipFile(built).read("model-config.yaml"))
+    assert config == model_config(MODEL, options())
+
+
+def test_card_of_an_archive(built: Path) -> None:
+    card = ModelCard.from_json(zipfile.ZipFile(built).read("model.json"))
+    assert (card.architecture, card.recipe) == (MODEL, str(RECIPE))
+    assert card.labels == tuple(RECIPE.meta["categories"])
+    assert card.parameters == dict.fromkeys(("total", "trainable"), RECIPE.meta["num_params"])
+    assert (card.weights.name, card.weights.trained) == ("untrained", False)
+    assert set(card.packaged_with) == {"torch", "torchvision", "torch-model-archiver"}
+
+
+def test_weights_of_an_archive_fit(built: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(built).extract("weights.safetensors", tmp_path)
+    network = build_network(RECIPE, MODEL, 1000)
+    network.load_state_dict(load_file(tmp_path / "weights.safetensors"))
+
+
+def test_the_handler_answers_from_an_archive(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Metrics, "start", lambda _: None)
+    zipfile.ZipFile(built).extractall(tmp_path)
+    manifest = json.loads((tmp_path / "MAR-INF" / "MANIFEST.json").read_text())
+    config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())
+    config["handler"] |= {"device": "cpu", "warmup_batches": 0}
+    context = Context(MODEL, str(tmp_path), manifest, 1, None, "0.12.0", model_yaml_config=config)
+    context.request_ids = {0: "id-0"}
+    context.request_processor = [RequestProcessor({})]
+    classifier = ImageClassifier()
+    classifier.initialize(context)
+    [answer] = classifier.handle([{"body": encode(noise(), "JPEG")}], context)
+    assert json.loads(answer)["metadata"]["weights"] == "untrained"
+    assert len(json.loads(answer)["predictions"]) == 5
+
+
+def test_digest_of_an_archive_is_read_back(built: Path) -> None:
+    card = ModelCard.from_json(zipfile.ZipFile(built).read("model.json"))
+    assert read_digest(built) == card.inputs_sha256
+
+
+# --- Made again or not
+
+
+def test_the_same_inputs_make_nothing_new(archive: Path) -> None:
+    before = archive.stat()
+    assert package(MODEL, options(), archive.parent) == archive
+    after = archive.stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
+
+
+def test_a_changed_option_makes_a_new_one(archive: Path) -> None:
+    before = archive.stat().st_ino
+    package(MODEL, options("--batch-size", "3"), archive.parent)
+    assert archive.stat().st_ino != before
+    config = yaml.safe_load(zipfile.ZipFile(archive).read("model-config.yaml"))
+    assert config["batchSize"] == 3
+
+
+def test_a_damaged_archive_is_made_again(archive: Path, built: Path) -> None:
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert read_digest(archive) is None
+    package(MODEL, options(), archive.parent)
+    assert read_digest(archive) == read_digest(built)
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04", b"no zip at all"])
+def test_no_digest_of_what_is_no_archive(tmp_path: Path, content: bytes | None) -> None:
+    if content is not None:
+        (tmp_path / "x.mar").write_bytes(content)
+    assert read_digest(tmp_path / "x.mar") is None
+
+
+@pytest.mark.parametrize("card", [None, b"", b"{}", b"\xff\xfe", b'{"inputs_sha256": "x"}'])
+def test_no_digest_of_a_foreign_archive(tmp_path: Path, card: bytes | None) -> None:
+    with zipfile.ZipFile(tmp_path / "x.mar", "w") as content:
+        content.writestr("MAR-INF/MANIFEST.json", "{}")
+        if card is not None:
+            content.writestr("model.json", card)
+    assert read_digest(tmp_path / "x.mar") is None
+
+
+def test_damage_by_chance_is_no_crash(tmp_path: Path) -> None:
+    small = tmp_path / "small.mar"
+    with zipfile.ZipFile(small, "w") as content:
+        content.writestr("model.json", json.dumps({"labels": ["a"]}) * 3)
+        content.writestr("weights.safetensors", bytes(100))
+    whole = small.read_bytes()
+    for seed in range(400):
+        rng = random.Random(seed)
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        small.write_bytes(data)
+        assert read_digest(small) is None, seed
+
+
+# --- Own weights and labels
+
+
+def own(folder: Path, classes: int, names: list[str]) -> list[str]:
+    """Options for a fine-tuned model."""
+    torch.manual_seed(0)
+    network = torchvision.models.squeezenet1_1(num_classes=classes)
+    torch.save({"state_dict": network.state_dict()}, folder / "birds.pth")
+    (folder / "birds.txt").write_text("\n".join(names) + "\n")
+    return [
+        *("--weights", str(folder / "birds.pth"), "--labels", str(folder / "birds.txt")),
+        *("--recipe", str(RECIPE)),
+    ]
+
+
+def test_own_weights_and_labels(tmp_path: Path) -> None:
+    archive = package(MODEL, options(*own(tmp_path, 2, ["heron", "鷺"])), tmp_path / "store")
+    card = ModelCard.from_json(zipfile.ZipFile(archive).read("model.json"))
+    assert card.labels == ("heron", "鷺")
+    assert (card.weights.name, card.weights.trained) == ("birds.pth", True)
+    assert card.weights.source == "file"
+    zipfile.ZipFile(archive).extract("weights.safetensors", tmp_path)
+    given = torch.load(tmp_path / "birds.pth", weights_only=True)["state_dict"]
+    packed = load_file(tmp_path / "weights.safetensors")
+    assert set(packed) == set(given)
+    assert all(torch.equal(packed[name], given[name]) for name in given)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--labels has 3 names, the weights have 2 classes"),
+        (["--recipe", "R"], "'R' is not a recipe of squeezenet1_1"),
+        (["--labels", "missing.txt"], "--labels missing.txt cannot be read as text"),
+        (["--weights", "missing.pth"], "--weights missing.pth: there is no such file"),
+        (["--weights", "untrained"], "--labels has 3 names, the weights have 1000 classes"),
+    ],
+    ids=["count", "recipe", "labels", "weights", "untrained"],
+)
+def test_what_does_not_go_together(tmp_path: Path, argv: list[str], message: str) -> None:
+    given = options(*own(tmp_path, 2, ["a", "b", "c"]), *argv)
+    with pytest.raises(InvalidModel) as refused:
+        package(MODEL, given, tmp_path / "store")
+    assert message in str(refused.value)
+    assert not list((tmp_path / "store").glob("*"))
+
+
+def test_weights_of_another_architecture_are_refused_with_their_file(tmp_path: Path) -> None:
+    given = parse_package(["--model", "alexnet", *own(tmp_path, 2, ["a", "b"])[:4]])
+    with pytest.raises(InvalidModel) as refused:
+        package("alexnet", given, tmp_path / "store")
+    assert str(refused.value).startswith(f"{tmp_path / 'birds.pth'}: does not fit alexnet: ")
+
+
+def test_a_failure_leaves_the_last_archive(archive: Path) -> None:
+    before = archive.read_bytes()
+    with pytest.raises(InvalidModel):
+        package(MODEL, options(*own(archive.parent.parent, 2, ["a"])), archive.parent)
+    assert archive.read_bytes() == before
+
+
+# --- Refusals before any work
+
+
+def test_unknown_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidModel, match="'birdnet' is not a torchvision classifier"):
+        package("birdnet", options(), tmp_path)
+
+
+def test_recipe_without_classes_is_refused(tmp_path: Path) -> None:
+    """Weights for feature extraction: their last layer is not trained, and has no names."""
+    argv = "--model vgg16 --recipe VGG16_Weights.IMAGENET1K_FEATURES --weights untrained"
+    with pytest.raises(InvalidModel):
+        package("vgg16", parse_package(argv.split()), tmp_path)
+
+
+def test_int8_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="no int8 engine"):
+        package(MODEL, options("--precision", "int8"), tmp_path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidSettings, match="torch sees no GPU here"):
+        package(MODEL, options("--device", "cuda"), tmp_path)
+
+
+def test_settings_of_the_environment_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_TOP_K", "0")
+    with pytest.raises(InvalidSettings, match="top_k must be 1 to 1000, got 0"):
+        package(MODEL, options(), tmp_path)
+
+
+def test_production_packages_no_untrained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_ENV", "production")
+    with pytest.raises(InvalidSettings) as refused:
+        package(MODEL, options(), tmp_path)
+    assert "squeezenet1_1 would be untrained" in str(refused.value)
+    assert "CLASSIFIER_ENV is production" in str(refused.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- No network
+
+
+@pytest.fixture
+def offline(tmp_path: Path, closed_port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{closed_port}")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+
+@pytest.mark.usefixtures("offline")
+def test_without_a_network_untrained_weights_are_taken_loudly(
+    built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = parse_package(["--model", MODEL, "--workers", "1"])
+    archive = package(MODEL, given, tmp_path / "store")
+    assert read_digest(archive) == read_digest(built)
+    warnings = capsys.readouterr().err
+    assert f"warning: {RECIPE.url} cannot be downloaded: " in warnings
+    assert "is served UNTRAINED: it answers, but its answers mean nothing" in warnings
+
+
+@pytest.mark.usefixtures("offline")
+def test_pretrained_weights_asked_for_are_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(DownloadFailed):
+        package(MODEL, options("--weights", "pretrained"), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+# --- The command
+
+
+def test_command(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TS_MODEL_STORE", str(archive.parent))
+    assert main(["--model", MODEL, "--weights", "untrained", "--workers", "1"]) == 0
+    assert capsys.readouterr().out == f"{archive}  4.8 MiB\n"
+
+
+def test_command_that_fails_says_why_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
+    assert main(["--model", "birdnet", "--weights", "untrained"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: 'birdnet' is not a torchvision classifier")
+    assert printed.err.count("\n") == 1

@@ -178,15 +178,15 @@ class ImageClassifier(BaseHandler):
     def inference(self, rows: list[Row]) -> list[Row]:
         """Give every picture of every row its probabilities, in passes that the rows share."""
         started = perf_counter()
-        items = [item for row in rows for item in row.items if item.picture]
-        for start in range(0, len(items), MAX_FORWARD):
-            part = items[start : start + MAX_FORWARD]
-            images = torch.stack([item.picture.pixels for item in part if item.picture])
+        ready = [(item, row.request_id) for row in rows for item in row.items if item.picture]
+        for start in range(0, len(ready), MAX_FORWARD):
+            part, request_ids = zip(*ready[start : start + MAX_FORWARD], strict=True)
+            images = torch.stack([item.picture.pixels for item in part])
             try:
                 # As a list, so that a wrong number of rows is an error before any is taken.
                 pairs = list(zip(part, self.engine.probabilities(images), strict=True))
             except Exception:  # the images all have one shape: what fails here is not one of them
-                error = self._failure("the model failed", *(row.request_id for row in rows))
+                error = self._failure("the model failed", *dict.fromkeys(request_ids))
                 for item in part:
                     item.error = error
             else:

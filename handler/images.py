@@ -42,7 +42,7 @@ _FOREIGN = (
     ("PDF", rb"%PDF-"),
     ("PostScript", rb"%!PS"),
     ("PSD", rb"8BPS"),
-    ("ICO", rb"\0\0[\x01\x02]\0"),
+    ("ICO", rb"\0\0[\x01\x02]\0[^\0]\0"),
     ("a ZIP archive", rb"PK\x03\x04"),
     ("a gzip file", rb"\x1f\x8b"),
     ("SVG", rb"(?i)(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*-->\s*)?(<!doctype svg.*)?<svg\b"),
@@ -95,7 +95,8 @@ class InputTransform:
         # The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000
         # pixels it would make 232 x 11 million first. Only the middle of a strip is kept.
         longest = MAX_ASPECT_RATIO * min(image.size)
-        image = F.center_crop(image, [min(side, longest) for side in (image.height, image.width)])
+        if max(image.size) > longest:
+            image = F.center_crop(image, [min(side, longest) for side in reversed(image.size)])
         image = F.resize(image, self.resize_size, self.interpolation, antialias=self.antialias)
         return F.pil_to_tensor(F.center_crop(image, self.crop_size))
 
@@ -119,6 +120,8 @@ def decode_image(data: bytes, settings: Settings) -> Image.Image:
         )
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
     except Exception as exc:  # hostile headers reach many of Pillow's error paths
         name = foreign_format(data)
         if name:
@@ -152,6 +155,8 @@ def _upright(image: Image.Image) -> Image.Image:
     image.load()
     try:
         return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
     except Exception:  # EXIF is decoration: struct, tag and type errors all occur
         return image
 

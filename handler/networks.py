@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum
 
 from handler.errors import InvalidModel
@@ -44,15 +45,24 @@ def build_network(recipe: WeightsEnum, architecture: str, classes: int) -> nn.Mo
 
 
 def empty_network(recipe: WeightsEnum, architecture: str, classes: int) -> nn.Module:
-    """The same network on the meta device: shapes without memory, for weights to be assigned to.
-
-    RegNet's builder reads values of tensors, which has no meaning there; it is built with memory.
-    """
-    try:
-        with torch.device("meta"):
-            return build_network(recipe, architecture, classes)
-    except NotImplementedError:
+    """The same network with shapes and no memory, for weights to be assigned to."""
+    with _WithoutMemory():
         return build_network(recipe, architecture, classes)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Put what layers allocate on the meta device, and leave computed tensors alone.
+
+    `torch.device("meta")` moves both, and RegNet's builder computes its widths with tensors.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.empty, torch.zeros, torch.ones):
+            kwargs = kwargs | {"device": "meta"}
+        return func(*args, **kwargs)
 
 
 def _arguments(recipe: WeightsEnum, architecture: str) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from handler.networks import (
 )
 from handler.settings import Settings
 from scripts.options import parse_package
-from scripts.torchserve import CONFIG, MODEL_CONFIG_KEYS, read_config
+from scripts.torchserve import MODEL_CONFIG_KEYS, read_config, read_path
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -52,9 +52,9 @@ LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_package(argv)
     try:
-        store = read_config()["model_store"]
+        store = read_path(read_config(), "model_store")
         for model in args.models:
-            archive = package(model, args, CONFIG.parent / store)
+            archive = package(model, args, store)
             print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)

@@ -15,13 +15,13 @@ from scripts import healthcheck
 from scripts.options import parse_serve
 from scripts.package import ROOT, package
 from scripts.torchserve import (
-    CONFIG,
     Address,
     TorchServe,
     check_ports,
     find_java,
     read_address,
     read_config,
+    read_path,
 )
 
 READY_SECONDS = 300
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metrics = read_address(config, "metrics", None, args.metrics_port)
         environ = listen(config, inference, management, metrics)
         java = find_java()
-        store = CONFIG.parent / config["model_store"]
+        store = read_path(config, "model_store")
         archives = [package(model, args, store) for model in args.models]
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
@@ -110,7 +110,7 @@ def listen(
         "TS_METRICS_ADDRESS": f"http://{metrics.host}:{metrics.port}",
         "TS_GRPC_INFERENCE_PORT": str(grpc["inference"][1]),
         "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
-        "TS_METRICS_CONFIG": str(CONFIG.parent / config["metrics_config"]),
+        "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
     }
 
 

@@ -94,6 +94,13 @@ def read_config(path: Path = CONFIG) -> dict[str, str]:
     return config | {key: value for key, value in variables.items() if value is not None}
 
 
+def read_path(config: dict[str, str], key: str) -> Path:
+    """A path in config.properties, relative to that file. Raises InvalidSettings without one."""
+    if not config.get(key):
+        raise InvalidSettings(f"{CONFIG.name} has no {key}")
+    return CONFIG.parent / config[key]
+
+
 def read_address(config: dict[str, str], key: str, host: str | None, port: int | None) -> Address:
     """An address of config.properties, or TorchServe's default, under what the options say."""
     defaults = {"inference": 8080, "management": 8081, "metrics": 8082}

@@ -76,7 +76,11 @@ def choose_device(settings: Settings, gpu_id: int | None) -> str:
 
 
 def load_engine(
-    card: ModelCard, model_dir: Path, settings: Settings, gpu_id: int | None, workers: int
+    card: ModelCard,
+    model_dir: Path,
+    settings: Settings,
+    gpu_id: int | None,
+    workers: int,
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 

@@ -11,7 +11,7 @@
       400  InvalidTopK
       400  InvalidBase64
       413  ImageTooLarge      more bytes than max_image_bytes
-      413  TooManyPixels      more pixels than max_image_pixels
+      413  TooManyPixels      more pixels than max_image_pixels, all images together
       413  TooManyImages      more images than max_images
       415  UnsupportedFormat  an image or document of a format outside the list
       500  ModelFailed        the log has the cause under the request id

@@ -6,6 +6,7 @@ TorchServe wants exactly one class in this module (ts/model_loader.py).
 import json
 import logging
 import platform
+import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -23,7 +24,7 @@ from ts.torch_handler.base_handler import BaseHandler
 from handler.answers import Answer, best_classes, encode, failure, several, success
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, RequestError, SetupError
-from handler.images import InputTransform, read_picture
+from handler.images import InputTransform, PixelBudget, read_picture
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.networks import get_recipe
@@ -32,6 +33,7 @@ from handler.rows import Item, Row
 from handler.settings import Settings
 
 MAX_FORWARD = 32  # images in one forward pass: bounds the memory of requests with many images
+STAGES = ("preprocess", "inference", "postprocess", "total")
 LIBRARIES = ("torchserve", "torch", "torchvision", "pillow", "safetensors", "orjson")
 
 
@@ -115,7 +117,9 @@ class ImageClassifier(BaseHandler):
         for _ in range(self.settings.warmup_batches):
             pixels = read_picture(file.getvalue(), self.transform, Settings()).pixels
             for images in sorted({1, min(batch_size, MAX_FORWARD)}):
-                self.engine.probabilities(torch.stack([pixels] * images))
+                probabilities = self.engine.probabilities(torch.stack([pixels] * images))
+                if not torch.isfinite(probabilities).all():
+                    raise SetupError("the model gives no finite probabilities for a blank image")
 
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever befalls its neighbours."""
@@ -155,15 +159,15 @@ class ImageClassifier(BaseHandler):
             return Row(request_id, error)
         except Exception:  # a bug of ours is one client's 500, not the whole batch's 503
             return Row(request_id, self._failure("the request could not be read", request_id))
-        return Row(
-            request_id, request, [self._decode(image, request_id) for image in request.images]
-        )
+        budget = PixelBudget(self.settings.max_image_pixels)
+        items = [self._decode(image, budget, request_id) for image in request.images]
+        return Row(request_id, request, items)
 
-    def _decode(self, image: bytes | RequestError, request_id: str) -> Item:
+    def _decode(self, image: bytes | RequestError, budget: PixelBudget, request_id: str) -> Item:
         if isinstance(image, RequestError):
             return Item(error=image)
         try:
-            return Item(picture=read_picture(image, self.transform, self.settings))
+            return Item(picture=read_picture(image, self.transform, self.settings, budget))
         except RequestError as error:
             return Item(error=error)
         except Exception:  # as in _read
@@ -171,7 +175,7 @@ class ImageClassifier(BaseHandler):
 
     def _failure(self, message: str, *request_ids: str) -> ModelFailed:
         """Log the exception being handled under the requests' ids; the client gets the message."""
-        cause = traceback.format_exc()
+        cause = traceback.format_exc() if sys.exc_info()[0] else message
         log_line(logging.ERROR, "failure", **self._identity(), requests=request_ids, cause=cause)
         return ModelFailed(message)
 
@@ -184,16 +188,24 @@ class ImageClassifier(BaseHandler):
             images = torch.stack([item.picture.pixels for item in part])
             try:
                 # As a list, so that a wrong number of rows is an error before any is taken.
-                pairs = list(zip(part, self.engine.probabilities(images), strict=True))
+                classified = list(
+                    zip(part, request_ids, self.engine.probabilities(images), strict=True)
+                )
             except Exception:  # the images all have one shape: what fails here is not one of them
                 error = self._failure("the model failed", *dict.fromkeys(request_ids))
                 for item in part:
                     item.error = error
             else:
-                for item, probabilities in pairs:
-                    item.probabilities = probabilities
+                for item, request_id, probabilities in classified:
+                    if torch.isfinite(probabilities).all():
+                        item.probabilities = probabilities
+                    else:
+                        item.error = self._failure(
+                            "the model gave no finite probabilities", request_id
+                        )
         for row in rows:
-            row.seconds["inference"] = perf_counter() - started
+            if any(item.picture for item in row.items):
+                row.seconds["inference"] = perf_counter() - started
         return rows
 
     def postprocess(self, rows: list[Row]) -> list[bytes]:
@@ -220,31 +232,20 @@ class ImageClassifier(BaseHandler):
 
     def _result(self, item: Item, row: Row, request: ImageRequest) -> Answer:
         """The answer for one image of a row."""
-        if item.picture and item.probabilities is not None:
-            try:
-                item.predictions = best_classes(item.probabilities, request.top_k, self.card.labels)
-            except ModelFailed as error:
-                item.error = error
-                log_line(
-                    logging.ERROR,
-                    "failure",
-                    **self._identity(),
-                    requests=[row.request_id],
-                    cause=str(error),
-                )
-            else:
-                metadata = {
-                    "filename": request.filename,
-                    "inference_time": round(row.seconds["inference"], 6),
-                    **self._identity(),
-                    "device": self.engine.device,
-                    "engine": self.engine.name,
-                    "image_size": item.picture.size,
-                    "cached": False,
-                    "request_id": row.request_id,
-                }
-                return success(item.predictions, metadata)
-        return failure(item.error or ModelFailed("the image was not classified"))
+        if item.error or item.picture is None or item.probabilities is None:
+            return failure(item.error or ModelFailed("the image was not classified"))
+        item.predictions = best_classes(item.probabilities, request.top_k, self.card.labels)
+        metadata = {
+            "filename": request.filename,
+            "inference_time": round(row.seconds["inference"], 6),
+            **self._identity(),
+            "device": self.engine.device,
+            "engine": self.engine.name,
+            "image_size": item.picture.size,
+            "cached": False,
+            "request_id": row.request_id,
+        }
+        return success(item.predictions, metadata)
 
     def _account(self, row: Row, batch: int) -> None:
         """Count a finished row in the metrics and write its line in the log."""
@@ -269,7 +270,7 @@ class ImageClassifier(BaseHandler):
                 status=row.status,
                 images=len(row.items),
                 batch=batch,
-                **{f"{stage}_ms": milliseconds(seconds) for stage, seconds in row.seconds.items()},
+                **{f"{stage}_ms": milliseconds(row.seconds.get(stage, 0)) for stage in STAGES},
                 top_class=best.get("class"),
                 confidence=best.get("confidence"),
                 error=type(errors[0]).__name__ if errors else None,
@@ -308,5 +309,6 @@ class ImageClassifier(BaseHandler):
             "threads": torch.get_num_threads(),
             "libraries": {name: version(name) for name in LIBRARIES}
             | {"python": platform.python_version()},
+            "packaged_with": card.packaged_with,
             "settings": asdict(self.settings),
         }

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from io import BytesIO
 
-import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.models import WeightsEnum
@@ -28,7 +27,7 @@ MAX_ASPECT_RATIO = 16  # of what is resized; of longer images the middle
 # Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
-# Pillow loads its other plugins at the first image it cannot identify: 30 ms of somebody's request.
+# Pillow loads its other plugins at the first image it does not know: 30 ms of somebody's request.
 Image.init()
 
 # What people send by mistake, by its first bytes: named in the answer instead of "unreadable".
@@ -101,13 +100,39 @@ class InputTransform:
         return F.pil_to_tensor(F.center_crop(image, self.crop_size))
 
 
-def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> Picture:
-    """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family."""
-    image = decode_image(data, settings)
+class PixelBudget:
+    """Pixels that the images of one request may still have.
+
+    Shared, because decoding takes a worker seconds for each 50 megapixels, and a batch of requests
+    has `responseTimeout` seconds before TorchServe kills the worker.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = self._left = limit
+
+    def spend(self, width: int, height: int) -> None:
+        """Take an image's pixels off, before it is decoded. Raises TooManyPixels."""
+        if width * height > self._left:
+            left = f", and {self._left} are left" if self._left < self._limit else ""
+            raise TooManyPixels(
+                f"the image has {width}x{height} pixels, "
+                f"the limit for a request is {self._limit}{left}"
+            )
+        self._left -= width * height
+
+
+def read_picture(
+    data: bytes, transform: InputTransform, settings: Settings, budget: PixelBudget | None = None
+) -> Picture:
+    """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family.
+
+    `budget` is the request's; None: the image is the only one of its request.
+    """
+    image = decode_image(data, settings, budget)
     return Picture(transform(image), image.size)
 
 
-def decode_image(data: bytes, settings: Settings) -> Image.Image:
+def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Image.Image:
     """JPEG, PNG, WebP, GIF or BMP bytes to a PIL RGB image, upright; of several frames the first.
 
     Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
@@ -129,11 +154,7 @@ def decode_image(data: bytes, settings: Settings) -> Image.Image:
                 f"{name} is not served; send one of {', '.join(FORMATS)}"
             ) from exc
         raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
-    width, height = image.size
-    if width * height > settings.max_image_pixels:
-        raise TooManyPixels(
-            f"the image has {width}x{height} pixels, the limit is {settings.max_image_pixels}"
-        )
+    (budget or PixelBudget(settings.max_image_pixels)).spend(*image.size)
     try:
         return to_rgb(_upright(image))
     except MemoryError:
@@ -164,11 +185,11 @@ def _upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode to RGB: 16-bit grey scaled instead of clipped, transparency over white."""
     if image.mode.startswith("I"):  # "I;16", "I;16B", or "I" with 16-bit values
-        grey = torch.frombuffer(bytearray(image.convert("I").tobytes()), dtype=torch.int32)
+        eight_bits = [round(value / 257) for value in range(65536)]
         if isinstance(transparent := image.info.get("transparency"), int):
-            grey[grey == transparent] = 65535
-        eight_bits = (grey.clamp(0, 65535).float() / 257).round().to(torch.uint8)
-        image = Image.frombytes("L", image.size, eight_bits.numpy().tobytes())
+            eight_bits[transparent] = 255
+        image = image.convert("I").point(eight_bits, "L")
+        image.info.pop("transparency", None)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -18,7 +18,9 @@ class WeightsFacts:
     name: str  # torchvision's name, the file's name, or "untrained"
     trained: bool
     source: str  # "torchvision", "file" or "seed 0"
-    sha256: str  # of the file given, or of the archived tensors where there was none
+    sha256: (
+        str  # of the file given; of "{architecture} seed 0 torch {version}" where there was none
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,11 +121,13 @@ def fit_state_dict(
             fitted[name] = torch.zeros((), dtype=torch.int64)
         elif given is None:
             problems.append(f"{name} is missing")
+        elif given.is_complex() or given.layout != torch.strided:
+            problems.append(f"{name} is complex or sparse")
         elif given.shape != tensor.shape:
             seen, rule = list(given.shape), list(tensor.shape)
             problems.append(f"{name} has shape {seen}, {architecture} has {rule}")
         else:
-            fitted[name] = given.detach().to("cpu", tensor.dtype).contiguous()
+            fitted[name] = given.detach().to("cpu", tensor.dtype).contiguous().clone()
     problems += [f"{name} is not part of it" for name in state if name not in wanted]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""

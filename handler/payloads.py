@@ -49,13 +49,12 @@ def read_request(
     """
     content_type = str(headers.get("content-type", "")).lower()
     fields = dict(row)
-    if set(fields) - {"top_k"} == {"body"}:
+    if set(fields) - {"top_k", "filename"} == {"body"}:
         document = _json_document(fields["body"], content_type)
         if document is not None:
             # An option in the document is nearer to the image than the same one in the query.
-            return _read_json(
-                {"top_k": _text(fields.get("top_k"))} | document, headers, classes, settings
-            )
+            query = {name: _text(fields.get(name)) for name in ("top_k", "filename")}
+            return _read_json(query | document, headers, classes, settings)
     if content_type.startswith("application/x-www-form-urlencoded"):
         raise MalformedRequest(
             "the body came as a web form; with curl use -T FILE or -F file=@FILE, "
@@ -112,7 +111,7 @@ def _read_json(
     if not entries:
         raise NoImage("'images' is empty")
     _check_count(len(entries), settings)
-    filename = _filename(document.get("filename"))
+    filename = _filename(document["filename"])
     if several and filename is not None:
         raise MalformedRequest("filename goes with 'image', not with 'images'")
     top_k = _top_k(document["top_k"], headers, classes, settings)

@@ -35,7 +35,7 @@ class Settings:
     env: str = _choice(*PROFILES)  # CLASSIFIER_ENV: the profile whose defaults apply
     top_k: int = _number(5, 1, 1000)  # classes in an answer when the request does not say
     max_image_bytes: int = _number(10 * 2**20, 1, 2**30)  # bytes of one encoded image
-    max_image_pixels: int = _number(50_000_000, 1, 2**30)  # width x height, checked before decoding
+    max_image_pixels: int = _number(50_000_000, 1, 2**30)  # width x height, summed over a request
     max_images: int = _number(32, 1, 1024)  # images in one request
     device: str = _choice("auto", "cpu", "cuda")  # auto: the GPU that TorchServe assigns, else CPU
     precision: str = _choice("auto", "fp32", "bf16", "int8")  # auto: fp32

@@ -71,7 +71,9 @@ def set_up(requirements: str, torch_build: str) -> None:
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
         if not same_torch and installed:
             _pip("uninstall", "--yes", "torch", "torchvision")
-        build = installed["torch"] if same_torch and installed else _install_torch(torch_build)
+        build = installed["torch"] if same_torch and installed else torch_build
+        if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
+            build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", "-r", ROOT / requirements)
         STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
 

@@ -12,6 +12,9 @@ import requests
 
 TIMEOUT_SECONDS = 5
 
+SESSION = requests.Session()
+SESSION.trust_env = False  # no proxy of the environment stands between here and this machine
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="scripts/healthcheck.py", description=__doc__)
@@ -39,7 +42,7 @@ def registered_models(management: str) -> list[str]:
     names: list[str] = []
     page = ""
     while True:
-        response = requests.get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
+        response = SESSION.get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
         response.raise_for_status()
         content = response.json()
         names += [model["modelName"] for model in content["models"]]
@@ -48,12 +51,14 @@ def registered_models(management: str) -> list[str]:
         page = f"?next_page_token={content['nextPageToken']}"
 
 
-def describe(management: str, model: str) -> dict[str, Any] | None:
+def describe(
+    management: str, model: str, query: str = "", timeout: float = TIMEOUT_SECONDS
+) -> dict[str, Any] | None:
     """TorchServe's description of a model's default version; None where it is not registered.
 
     Raises requests.RequestException.
     """
-    response = requests.get(f"{management}/models/{model}", timeout=TIMEOUT_SECONDS)
+    response = SESSION.get(f"{management}/models/{model}{query}", timeout=timeout)
     if response.status_code == 404:
         return None
     response.raise_for_status()

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import yaml
 from safetensors.torch import save_file
+from torchvision.models import WeightsEnum
 
 from handler.engines import check_precision, choose_device
 from handler.errors import InvalidModel, InvalidSettings, SetupError
@@ -74,7 +75,8 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     check_precision(settings)
     choose_device(settings, gpu_id=None)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
-    source = choose_weights(model, options)
+    check_limits(settings, config, labels, read_config())
+    source = choose_weights(model, recipe, options.weights)
     if not source.trained and not settings.allow_untrained:
         raise InvalidSettings(
             f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
@@ -107,17 +109,19 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         inputs_sha256=inputs,
         packaged_with={name: version(name) for name in LIBRARIES},
     )
-    out_dir.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
-        _archive(Path(folder), model, card, state, config).replace(archive)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
+            _archive(Path(folder), model, card, state, config).replace(archive)
+    except OSError as exc:
+        raise SetupError(f"{archive} cannot be written: {exc.strerror or exc}") from exc
     return archive
 
 
-def choose_weights(model: str, options: Namespace) -> Source:
+def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Source:
     """The weights asked for; untrained ones where none were and the network gives none."""
-    recipe = get_recipe(model, options.recipe)
-    if options.weights:
-        return find_weights(options.weights, recipe, model)
+    if choice:
+        return find_weights(choice, recipe, model)
     try:
         return find_weights("pretrained", recipe, model)
     except DownloadFailed as exc:
@@ -133,47 +137,87 @@ def choose_weights(model: str, options: Namespace) -> Source:
 def model_config(model: str, options: Namespace) -> dict[str, Any]:
     """TorchServe's model configuration: default.yaml, the model's own file, then the options.
 
-    Raises InvalidSettings for a key that TorchServe would ignore.
+    Raises InvalidSettings for what TorchServe would ignore: unknown keys, values it has no use for.
     """
     config: dict[str, Any] = {}
+    handler: dict[str, Any] = {}
     for name in ("default", model):
         path = HANDLER / "configs" / f"{name}.yaml"
-        if not path.exists():
-            continue
-        try:
-            content = yaml.safe_load(path.read_text("utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as exc:
-            reason = " ".join(str(exc).split())
-            raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
-        if not isinstance(content, dict):
-            raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
-        for key, value in content.items():
-            if key not in MODEL_CONFIG_KEYS:
-                raise InvalidSettings(
-                    f"{path.name}: {key} is unknown; known: {', '.join(sorted(MODEL_CONFIG_KEYS))}"
-                )
-            if isinstance(value, bool) or (key in _NUMBERS and not isinstance(value, int)):
-                raise InvalidSettings(f"{path.name}: {key} must be a whole number, got {value!r}")
-        config |= content
-    workers = options.workers
-    if workers == "auto":
-        workers = 1 if options.device == "cuda" else available_cores()
-    # TorchServe ignores either of the two without the other, and takes one worker a core instead.
-    config |= {"minWorkers": workers, "maxWorkers": workers}
+        if path.exists():
+            content = _read_yaml(path)
+            handler |= content.pop("handler", None) or {}
+            config |= content
     if options.batch_size:
         config["batchSize"] = options.batch_size
     if options.max_batch_delay_ms:
         config["maxBatchDelay"] = options.max_batch_delay_ms
-    handler = config.get("handler") or {}
-    if not isinstance(handler, dict):
-        raise InvalidSettings(f"handler must be a mapping of settings, got {handler!r}")
-    handler = dict(handler)
     if options.device != "auto":
         config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
         handler["device"] = options.device
     if options.precision != "auto":
         handler["precision"] = options.precision
-    return config | {"handler": handler}
+    config["handler"] = handler
+    settings = Settings.load(handler)
+    for name, option in (("device", options.device), ("precision", options.precision)):
+        if option not in ("auto", getattr(settings, name)):
+            raise InvalidSettings(
+                f"--{name} {option} and CLASSIFIER_{name.upper()}={getattr(settings, name)} differ"
+            )
+    workers = options.workers
+    if workers == "auto":
+        on_gpu = choose_device(settings, gpu_id=None) != "cpu"
+        workers = 1 if on_gpu else available_cores()
+    # TorchServe ignores either of the two without the other, and takes one worker a core instead.
+    return config | {"minWorkers": workers, "maxWorkers": workers}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A checked file of handler/configs."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        reason = " ".join(str(exc).split())
+        raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
+    if not isinstance(content, dict):
+        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
+    for key, value in content.items():
+        if key not in MODEL_CONFIG_KEYS:
+            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
+            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
+        if key == "handler":
+            if not isinstance(value, dict | None):
+                raise InvalidSettings(
+                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
+                )
+        elif key == "deviceIds":
+            if not isinstance(value, list) or not all(type(number) is int for number in value):
+                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
+        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
+            raise InvalidSettings(
+                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
+            )
+    return content
+
+
+def check_limits(
+    settings: Settings, config: dict[str, Any], labels: Sequence[str], server: dict[str, str]
+) -> None:
+    """Raise InvalidSettings where the handler's limits do not fit into TorchServe's.
+
+    The largest answer is that of a full batch of the most images with every class: TorchServe kills
+    the worker that exceeds max_response_size.
+    """
+    image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
+    answer = config["batchSize"] * settings.max_images * image
+    if answer > (limit := int(server.get("max_response_size", 6_553_500))):
+        raise InvalidSettings(
+            f"batchSize {config['batchSize']} x max_images {settings.max_images} x {len(labels)} "
+            f"classes may answer {answer} bytes, max_response_size is {limit}"
+        )
+    if settings.max_image_bytes > (limit := int(server.get("max_request_size", 6_553_500))):
+        raise InvalidSettings(
+            f"max_image_bytes is {settings.max_image_bytes}, max_request_size only {limit}"
+        )
 
 
 def _digest(model: str, recipe: str, labels: Sequence[str], source: Source, config: Any) -> str:
@@ -236,9 +280,6 @@ def _archive(
     if done.returncode != 0:
         raise InvalidModel(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1:]}")
     return folder / f"{model}.mar"
-
-
-_NUMBERS = MODEL_CONFIG_KEYS - {"handler", "deviceType", "deviceIds"}
 
 
 if __name__ == "__main__":

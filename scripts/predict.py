@@ -21,12 +21,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--url", default="http://127.0.0.1:8080", help="where predictions are")
     parser.add_argument("--model", default="mobilenet_v2")
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image")
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes (default: the server's)")
     parser.add_argument("--json", action="store_true", help="one JSON answer a line, as received")
     args = parser.parse_args(argv)
     url = f"{args.url.rstrip('/')}/predictions/{args.model}"
     failed = 0
     with requests.Session() as session:
+        if "127.0.0.1" in url or "localhost" in url:
+            session.trust_env = False  # no proxy of the environment
         for path in args.images:
             answer = ask(session, url, path, args.top_k)
             failed += answer["status"] != "success"
@@ -34,13 +36,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def ask(session: requests.Session, url: str, path: Path, top_k: int) -> dict[str, Any]:
+def ask(session: requests.Session, url: str, path: Path, top_k: int | None) -> dict[str, Any]:
     """The server's answer for one file; what goes wrong on the way has the form of its errors."""
     try:
         body = path.read_bytes()
     except OSError as exc:
         return _error(0, "UnreadableFile", f"{path}: {exc.strerror}")
-    form = {"top_k": str(top_k), "filename": path.name[-255:]}
+    form = {"filename": path.name[-255:]} | ({} if top_k is None else {"top_k": str(top_k)})
     try:
         response = session.post(
             url, files={"file": ("image", body)}, data=form, timeout=TIMEOUT_SECONDS

@@ -1,6 +1,7 @@
 """Package the models, start TorchServe in the foreground, say when it is ready, stop it cleanly."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -10,7 +11,7 @@ from threading import Event
 
 import requests
 
-from handler.errors import SetupError
+from handler.errors import InvalidSettings, SetupError
 from scripts import healthcheck
 from scripts.options import parse_serve
 from scripts.package import ROOT, package
@@ -22,10 +23,11 @@ from scripts.torchserve import (
     read_address,
     read_config,
     read_path,
+    read_port,
 )
 
 READY_SECONDS = 300
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.2
 MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 
@@ -37,8 +39,11 @@ class StartFailed(Exception):
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = parse_serve(argv)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half made is cleaned up
+        signal.signal(number, signal.default_int_handler)
     try:
         config = read_config()
+        check_server_settings(config)
         inference = read_address(config, "inference", args.host, args.port)
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
@@ -51,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    environ["TS_MODEL_STORE"] = str(store)
     if args.device == "cpu":
         environ["TS_NUMBER_OF_GPU"] = "0"
 
@@ -62,15 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.start()
         wait_until_ready(server, management, args.models, stop)
         if not stop.is_set():
-            print(banner(args, inference, management, metrics, time.monotonic() - started))
-            sys.stdout.flush()
+            seconds = time.monotonic() - started
+            print(banner(args, inference, management, metrics, seconds), flush=True)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(f"TorchServe ended with status {server.exit_status()}")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    except StartFailed as exc:
+    except (StartFailed, requests.RequestException) as exc:
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
     finally:
@@ -79,6 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         )  # a second Ctrl-C is obeyed at once
         server.stop()
     return 0
+
+
+def check_server_settings(config: dict[str, str]) -> None:
+    """Raise InvalidSettings for what TorchServe takes and this script cannot work with."""
+    if config.get("disable_token_authorization") != "true":
+        raise InvalidSettings(
+            "disable_token_authorization must be true: the health check sends no token"
+        )
+    if config.get("enable_envvars_config") != "true":
+        raise InvalidSettings("enable_envvars_config must be true: the options are passed that way")
 
 
 def listen(
@@ -91,7 +107,7 @@ def listen(
     grpc = {
         purpose: (
             config.get(f"grpc_{purpose}_address", "127.0.0.1"),
-            int(config.get(f"grpc_{purpose}_port", address.grpc_port)),
+            read_port(config, f"grpc_{purpose}_port", address.grpc_port),
         )
         for purpose, address in (("inference", inference), ("management", management))
     }
@@ -143,13 +159,13 @@ def banner(
     args: Namespace, inference: Address, management: Address, metrics: Address, seconds: float
 ) -> str:
     """What people need next, with lines that work when pasted."""
-    example = os.path.relpath(EXAMPLE)
+    example = shlex.quote(os.path.relpath(EXAMPLE))
     lines = []
     for model in args.models:
-        response = requests.get(f"{management.url}/models/{model}?customized=true", timeout=30)
-        info = response.json()[0]
+        info = healthcheck.describe(management.url, model, "?customized=true", timeout=30) or {}
         facts = info["customizedMetadata"]
         workers = info["minWorkers"]
+        top_k = min(3, facts["classes"])
         predict = f"{inference.url}/predictions/{model}"
         described = f"{management.url}/models/{model}"
         lines += [
@@ -157,7 +173,7 @@ def banner(
             f"{facts['engine']}, weights {facts['weights']['name']}",
             "",
             f"  predict   curl {predict} -T {example}",
-            f"  top 3     curl {predict} -F file=@{example} -F top_k=3",
+            f"  top {top_k}     curl {predict} -F file=@{example} -F top_k={top_k}",
             f"  info      curl '{described}?customized=true'",
             f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
             "",

@@ -10,8 +10,9 @@ import sys
 import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+
+import ts
 
 from handler.errors import InvalidSettings, SetupError
 
@@ -46,12 +47,13 @@ CONFIG_KEYS = frozenset(
     """.split()
 )
 
-# Likewise for model-config.yaml; source: org.pytorch.serve.archive.model.ModelConfig.
-# `handler` is ours: TorchServe hands the section to the handler unread.
+# What handler/configs/*.yaml may say, of what org.pytorch.serve.archive.model.ModelConfig reads.
+# Not workers and device, which are options, nor clientTimeoutInMills, which leaves clients without
+# an answer, nor what is for other kinds of models. TorchServe does not read `handler`: it is ours.
 MODEL_CONFIG_KEYS = frozenset(
     """
-    minWorkers maxWorkers batchSize maxBatchDelay responseTimeout startupTimeout deviceType
-    deviceIds maxRetryTimeoutInSec clientTimeoutInMills jobQueueSize handler
+    batchSize maxBatchDelay responseTimeout startupTimeout maxRetryTimeoutInSec jobQueueSize
+    deviceIds handler
     """.split()
 )
 
@@ -80,8 +82,12 @@ def read_config(path: Path = CONFIG) -> dict[str, str]:
 
     Raises InvalidSettings for a key that TorchServe would ignore.
     """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidSettings(f"{path.name} cannot be read: {exc}") from exc
     config = {}
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith(("#", "!")):
             continue
         key, _, value = (part.strip() for part in line.partition("="))
@@ -98,7 +104,7 @@ def read_path(config: dict[str, str], key: str) -> Path:
     """A path in config.properties, relative to that file. Raises InvalidSettings without one."""
     if not config.get(key):
         raise InvalidSettings(f"{CONFIG.name} has no {key}")
-    return CONFIG.parent / config[key]
+    return (CONFIG.parent / config[key]).resolve()
 
 
 def read_address(config: dict[str, str], key: str, host: str | None, port: int | None) -> Address:
@@ -110,6 +116,14 @@ def read_address(config: dict[str, str], key: str, host: str | None, port: int |
     if match is None:
         raise InvalidSettings(f"{key}_address must be http://HOST:PORT, got {value!r}")
     return Address(host or match[1], port or int(match[2]))
+
+
+def read_port(config: dict[str, str], key: str, default: int) -> int:
+    """A port of config.properties. Raises InvalidSettings where it is no number."""
+    value = config.get(key, str(default))
+    if not value.isascii() or not value.isdigit():
+        raise InvalidSettings(f"{key} must be a port number, got {value!r}")
+    return int(value)
 
 
 def check_ports(addresses: dict[str, tuple[str, int]]) -> None:
@@ -164,10 +178,7 @@ class TorchServe:
         The launcher itself forwards no signals, knows one server per machine by its PID file, and
         stays around as a process.
         """
-        spec = find_spec("ts")
-        if spec is None or spec.origin is None:
-            raise SetupError("torchserve is not installed in this Python: run ./scripts/serve")
-        home = Path(spec.origin).parent.parent
+        home = Path(ts.__file__).parent.parent
         self._folder = tempfile.mkdtemp(prefix="torchserve-")  # sockets, unpacked archives
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [

@@ -77,11 +77,11 @@ def download(url: str, cache: Path) -> Path:
     match = re.search(r"-([0-9a-f]{8,})\.", name)
     prefix = match.group(1) if match else ""
     if not path.exists():
-        cache.mkdir(parents=True, exist_ok=True)
         print(f"Downloading {url}", file=sys.stderr, flush=True)
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_SECONDS)  # torch.hub sets none
         try:
+            cache.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix, progress=True)
         except RuntimeError as exc:  # "invalid hash value"
             raise InvalidModel(f"{url} is damaged: its sha256 does not begin {prefix}") from exc
@@ -121,6 +121,8 @@ def read_state_dict(source: Source, recipe: WeightsEnum, architecture: str) -> d
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
             content = torch.load(source.path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as exc:
+        if not source.path.read_bytes()[:2].startswith((b"PK", b"\x80")):  # torch.save's two forms
+            raise InvalidModel(f"{source.path} is not a weights file") from exc
         raise InvalidModel(
             f"{source.path} holds Python objects besides tensors, which are never unpickled; "
             "save it with torch.save(model.state_dict(), PATH)"

@@ -21,7 +21,7 @@ def server(
 ) -> Iterator[Server]:
     """Two workers that know three colours."""
     weights, labels = map(str, colour_weights)
-    options = ("--weights", weights, "--labels", labels, "--workers", "2")
+    options = ("--weights", weights, "--labels", labels, "--workers", "2", "--device", "cpu")
     with serving(tmp_path_factory.mktemp("server"), *options) as server:
         yield server
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import requests
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,12 +83,13 @@ def free_ports() -> dict[str, int]:
 
 def environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """No network, no weights of the user's, no setting of the user's, archives in `folder`."""
+    dropped = ("CLASSIFIER_", "TS_", "PYTHONPATH")
     kept = {
         name: value
         for name, value in os.environ.items()
-        if not name.startswith(("CLASSIFIER_", "TS_", "PYTHONPATH"))
+        if not name.startswith(dropped) and not name.lower().endswith("_proxy")
     }
-    offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "TORCH_HOME": str(folder / "torch")}
+    offline = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(folder / "torch")}
     return kept | offline | {"TS_MODEL_STORE": str(folder / "store")} | dict(extra or {})
 
 
@@ -114,11 +116,16 @@ def serving(
             time.sleep(0.1)
         yield server
     finally:
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_SECONDS)
         finally:
-            process.kill()
+            for child in (process, *started):
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def run_serve(

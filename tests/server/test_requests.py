@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import struct
 import subprocess
 import zlib
@@ -251,6 +252,7 @@ def test_bad_request(server: Server, kind: str) -> None:
         "type": type_name,
         "message": response.json()["message"],
     }
+    assert not re.search(r"/work|/tmp|0x|Traceback|\.py", response.json()["message"])
     assert response.status_code == status
 
 

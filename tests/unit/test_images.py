@@ -19,7 +19,15 @@ from handler.errors import (
     UnreadableImage,
     UnsupportedFormat,
 )
-from handler.images import FORMATS, InputTransform, Picture, decode_image, read_picture, to_rgb
+from handler.images import (
+    FORMATS,
+    InputTransform,
+    Picture,
+    PixelBudget,
+    decode_image,
+    read_picture,
+    to_rgb,
+)
 from handler.settings import Settings
 from tests.drawing import (
     BLUE,
@@ -286,7 +294,7 @@ def test_more_pixels_than_allowed_are_refused_by_the_header(format: str) -> None
     side = 16_383 if format == "WEBP" else 20_000  # WebP has 14 bits for a side
     error = refusal(announced(format, side, side))
     assert (type(error), error.status) == (TooManyPixels, 413)
-    assert str(error) == f"the image has {side}x{side} pixels, the limit is 50000000"
+    assert str(error) == f"the image has {side}x{side} pixels, the limit for a request is 50000000"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -543,3 +551,14 @@ def test_recipes_differ_in_their_numbers() -> None:
 def test_recipe_of_another_kind_is_refused() -> None:
     with pytest.raises(InvalidModel, match="has no image classification transforms"):
         InputTransform.from_recipe(FCN_ResNet50_Weights.DEFAULT)
+
+
+def test_images_of_a_request_share_its_pixels() -> None:
+    """Spent from the header: an image that turns out damaged has cost as much as a sound one."""
+    budget = PixelBudget(20_000)
+    whole = encode(Image.effect_noise((100, 100), 90).convert("RGB"))
+    read_picture(whole, TRANSFORM, Settings(), budget)
+    with pytest.raises(UnreadableImage):
+        read_picture(whole[:-60], TRANSFORM, Settings(), budget)
+    with pytest.raises(TooManyPixels, match="the limit for a request is 20000, and 0 are left"):
+        read_picture(whole, TRANSFORM, Settings(), budget)

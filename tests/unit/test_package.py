@@ -23,7 +23,7 @@ from handler.networks import build_network, get_recipe
 from handler.settings import Settings
 from scripts import package as package_module
 from scripts.options import parse_package
-from scripts.package import HANDLER, main, model_config, package, read_digest
+from scripts.package import HANDLER, check_limits, main, model_config, package, read_digest
 from scripts.torchserve import MODEL_CONFIG_KEYS
 from scripts.weights import DownloadFailed, find_weights
 from tests.drawing import encode, noise
@@ -62,7 +62,7 @@ WITHOUT_MODEL = {"metrics.yaml"}
 )
 def test_our_configurations_are_valid(path: Path) -> None:
     config = config_of(path.stem)
-    assert set(config) <= MODEL_CONFIG_KEYS
+    assert set(config) <= MODEL_CONFIG_KEYS | {"minWorkers", "maxWorkers"}
     Settings.load(config["handler"], {})
     assert config["responseTimeout"] > 0  # TorchServe's default is two minutes
     assert config["maxBatchDelay"] > 0  # TorchServe takes 0 for 100
@@ -91,7 +91,7 @@ def test_the_models_own_file_goes_over_default(configs: Path) -> None:
 
 
 def test_options_go_over_both(configs: Path) -> None:
-    (configs / f"{MODEL}.yaml").write_text("batchSize: 2\nmaxBatchDelay: 5\nminWorkers: 9\n")
+    (configs / f"{MODEL}.yaml").write_text("batchSize: 2\nmaxBatchDelay: 5\n")
     argv = "--batch-size 16 --max-batch-delay-ms 7 --workers 3 --device cpu --precision bf16"
     assert config_of(MODEL, *argv.split()) == {
         "batchSize": 16,
@@ -103,7 +103,8 @@ def test_options_go_over_both(configs: Path) -> None:
     }
 
 
-def test_gpu_is_called_so_by_torchserve(configs: Path) -> None:
+def test_gpu_is_called_so_by_torchserve(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = config_of(MODEL, "--device", "cuda")
     assert (config["deviceType"], config["handler"]["device"]) == ("gpu", "cuda")
 
@@ -113,6 +114,7 @@ def test_workers_by_themselves(
     configs: Path, monkeypatch: pytest.MonkeyPatch, device: str, workers: int
 ) -> None:
     monkeypatch.setattr(package_module, "available_cores", lambda: 6)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
     config = model_config(MODEL, parse_package(["--device", device]))
     assert (config["minWorkers"], config["maxWorkers"]) == (workers, workers)
 
@@ -123,7 +125,9 @@ def test_empty_files_say_nothing(configs: Path) -> None:
     assert config_of() == {"handler": {}, "minWorkers": 1, "maxWorkers": 1}
 
 
-@pytest.mark.parametrize("key", ["batchsize", "batch_size", "rateLimiter", "top_k", "3"])
+@pytest.mark.parametrize(
+    "key", ["batchsize", "batch_size", "rateLimiter", "top_k", "3", "minWorkers", "useJobTicket"]
+)
 def test_unknown_key_is_refused(configs: Path, key: str) -> None:
     (configs / f"{MODEL}.yaml").write_text(f"{key}: 3\n")
     with pytest.raises(InvalidSettings) as refused:
@@ -138,7 +142,9 @@ def test_key_of_the_wrong_type_is_refused(configs: Path, value: str) -> None:
     with pytest.raises(InvalidSettings) as refused:
         config_of()
     seen = yaml.safe_load(value)
-    assert str(refused.value) == (f"default.yaml: batchSize must be a whole number, got {seen!r}")
+    assert str(refused.value) == (
+        f"default.yaml: batchSize must be a whole number, 1 or more, got {seen!r}"
+    )
 
 
 @pytest.mark.parametrize("text", ["a: [", "\tbatchSize: 8", "a: b: c", "- batchSize", "text", "3"])
@@ -526,3 +532,43 @@ def test_command_that_fails_says_why_in_one_line(
     assert printed.out == ""
     assert printed.err.startswith("error: 'birdnet' is not a torchvision classifier")
     assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("key", ["maxBatchDelay", "batchSize", "responseTimeout"])
+@pytest.mark.parametrize("value", [0, -3])
+def test_numbers_that_torchserve_would_ignore_are_refused(
+    configs: Path, key: str, value: int
+) -> None:
+    (configs / "default.yaml").write_text(f"{key}: {value}\n")
+    with pytest.raises(InvalidSettings, match=f"{key} must be a whole number, 1 or more"):
+        config_of()
+
+
+def test_handler_sections_are_merged(configs: Path) -> None:
+    (configs / "default.yaml").write_text("handler: {top_k: 3, max_images: 4}\n")
+    (configs / f"{MODEL}.yaml").write_text("handler: {max_images: 2}\n")
+    assert config_of()["handler"] == {"top_k": 3, "max_images": 2}
+
+
+def test_an_option_that_the_environment_contradicts_is_refused(
+    configs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLASSIFIER_PRECISION", "fp32")
+    with pytest.raises(InvalidSettings, match="--precision bf16 and CLASSIFIER_PRECISION=fp32"):
+        config_of(MODEL, "--precision", "bf16")
+
+
+@pytest.mark.parametrize(
+    ("batch", "server", "words"),
+    [
+        (1024, {}, "max_response_size"),
+        (8, {"max_response_size": "1000000"}, "max_response_size"),
+        (8, {"max_request_size": "10000"}, "max_request_size"),
+    ],
+)
+def test_limits_that_torchserve_would_not_hold_are_refused(
+    batch: int, server: dict[str, str], words: str
+) -> None:
+    limits = {"max_response_size": "67108864", "max_request_size": "16777216"} | server
+    with pytest.raises(InvalidSettings, match=words):
+        check_limits(Settings(), {"batchSize": batch}, ["tench"] * 1000, limits)

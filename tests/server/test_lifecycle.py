@@ -44,7 +44,7 @@ def port_options() -> list[str]:
 
 def refused(folder: Path, *options: str, env: dict[str, str] | None = None) -> str:
     """The one line that ./scripts/serve ends with; it must end with 2 before Java starts."""
-    done = run_serve(folder, *options, env=env)
+    done = run_serve(folder, *port_options(), *options, env=env)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
     lines = [line for line in lines if not line.startswith(("  ", "Downloading "))]

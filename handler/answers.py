@@ -13,10 +13,13 @@ Answer = dict[str, Any]
 
 def best_classes(probabilities: Tensor, top_k: int, labels: Sequence[str]) -> list[Answer]:
     """Finite float32 [C] -> the `top_k` likeliest classes, best first."""
-    confidences, classes = probabilities.topk(top_k)
+    # Stable, so that classes of equal probability keep their order whatever top_k is.
+    confidences, classes = probabilities.sort(descending=True, stable=True)
     return [
         {"class": labels[class_id], "class_id": class_id, "confidence": round(confidence, 6)}
-        for class_id, confidence in zip(classes.tolist(), confidences.tolist(), strict=True)
+        for class_id, confidence in zip(
+            classes[:top_k].tolist(), confidences[:top_k].tolist(), strict=True
+        )
     ]
 
 

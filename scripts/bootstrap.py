@@ -42,6 +42,10 @@ def main(argv: list[str]) -> int:
         set_up("requirements-dev.txt" if command == "dev" else "requirements.txt", torch_build)
     except subprocess.CalledProcessError as exc:
         return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
+    except OSError as exc:
+        return _fail(f"the set-up failed: {exc}")
+    except KeyboardInterrupt:
+        return 130
     if command == "serve":
         os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / "serve.py"), *rest])
     return 0

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models import WeightsEnum
 
@@ -33,7 +34,7 @@ from handler.networks import (
 )
 from handler.settings import Settings
 from scripts.options import parse_package
-from scripts.torchserve import MODEL_CONFIG_KEYS, read_config, read_path
+from scripts.torchserve import MODEL_CONFIG_KEYS, read_config, read_number, read_path
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -76,14 +77,14 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     choose_device(settings, gpu_id=None)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
-    source = choose_weights(model, recipe, options.weights)
+    archive = out_dir / f"{model}.mar"
+    source = choose_weights(model, recipe, options.weights, archive)
     if not source.trained and not settings.allow_untrained:
         raise InvalidSettings(
             f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
             f"{settings.env}); give --weights FILE or let pretrained weights be downloaded"
         )
     inputs = _digest(model, str(recipe), labels, source, config)
-    archive = out_dir / f"{model}.mar"
     if read_digest(archive) == inputs:
         return archive
 
@@ -113,18 +114,27 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
             _archive(Path(folder), model, card, state, config).replace(archive)
-    except OSError as exc:
-        raise SetupError(f"{archive} cannot be written: {exc.strerror or exc}") from exc
+    except (OSError, SafetensorError) as exc:
+        raise SetupError(f"{archive} cannot be written: {exc}") from exc
     return archive
 
 
-def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Source:
-    """The weights asked for; untrained ones where none were and the network gives none."""
+def choose_weights(model: str, recipe: WeightsEnum, choice: str | None, archive: Path) -> Source:
+    """The weights asked for; untrained ones where none were and the network gives none.
+
+    Raises SetupError rather than let untrained weights take the place of an archive's trained ones.
+    """
     if choice:
         return find_weights(choice, recipe, model)
     try:
         return find_weights("pretrained", recipe, model)
     except DownloadFailed as exc:
+        present = read_card(archive)
+        if present and present.weights.trained:
+            raise SetupError(
+                f"{exc}; {archive.name} holds {present.weights.name}, which untrained weights will "
+                "not replace: give --weights FILE, or --weights untrained to replace it"
+            ) from exc
         print(
             f"warning: {exc}\n"
             f"warning: {model} is served UNTRAINED: it answers, but its answers mean nothing",
@@ -209,12 +219,12 @@ def check_limits(
     """
     image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
     answer = config["batchSize"] * settings.max_images * image
-    if answer > (limit := int(server.get("max_response_size", 6_553_500))):
+    if answer > (limit := read_number(server, "max_response_size", 6_553_500)):
         raise InvalidSettings(
             f"batchSize {config['batchSize']} x max_images {settings.max_images} x {len(labels)} "
             f"classes may answer {answer} bytes, max_response_size is {limit}"
         )
-    if settings.max_image_bytes > (limit := int(server.get("max_request_size", 6_553_500))):
+    if settings.max_image_bytes > (limit := read_number(server, "max_request_size", 6_553_500)):
         raise InvalidSettings(
             f"max_image_bytes is {settings.max_image_bytes}, max_request_size only {limit}"
         )
@@ -232,13 +242,19 @@ def _digest(model: str, recipe: str, labels: Sequence[str], source: Source, conf
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
 
-def read_digest(archive: Path) -> str | None:
-    """What an existing archive was made from; None where there is none or it is damaged."""
+def read_card(archive: Path) -> ModelCard | None:
+    """The card of an existing archive; None where there is none or it is damaged."""
     try:
         with zipfile.ZipFile(archive) as content:
-            return ModelCard.from_json(content.read(CARD_FILE)).inputs_sha256
+            return None if content.testzip() else ModelCard.from_json(content.read(CARD_FILE))
     except Exception:  # zipfile has many words for damage, and the cure is the same: make it again
         return None
+
+
+def read_digest(archive: Path) -> str | None:
+    """What an existing archive was made from; None where there is none or it is damaged."""
+    card = read_card(archive)
+    return card.inputs_sha256 if card else None
 
 
 def _archive(

@@ -22,8 +22,8 @@ from scripts.torchserve import (
     find_java,
     read_address,
     read_config,
+    read_number,
     read_path,
-    read_port,
 )
 
 READY_SECONDS = 300
@@ -72,10 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(banner(args, inference, management, metrics, seconds), flush=True)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
-                raise StartFailed(f"TorchServe ended with status {server.exit_status()}")
+                raise StartFailed(ending(server))
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads our output any more
+        return 1
     except (StartFailed, requests.RequestException) as exc:
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
@@ -93,6 +95,12 @@ def check_server_settings(config: dict[str, str]) -> None:
         raise InvalidSettings(
             "disable_token_authorization must be true: the health check sends no token"
         )
+    if config.get("metrics_mode", "log") not in ("log", "prometheus", "legacy"):
+        raise InvalidSettings(
+            f"metrics_mode must be log, prometheus or legacy, got {config['metrics_mode']!r}"
+        )
+    if not read_path(config, "metrics_config").is_file():
+        raise InvalidSettings(f"metrics_config: {config['metrics_config']} is not a file")
     if config.get("enable_envvars_config") != "true":
         raise InvalidSettings("enable_envvars_config must be true: the options are passed that way")
 
@@ -107,7 +115,7 @@ def listen(
     grpc = {
         purpose: (
             config.get(f"grpc_{purpose}_address", "127.0.0.1"),
-            read_port(config, f"grpc_{purpose}_port", address.grpc_port),
+            read_number(config, f"grpc_{purpose}_port", address.grpc_port),
         )
         for purpose, address in (("inference", inference), ("management", management))
     }
@@ -130,6 +138,14 @@ def listen(
     }
 
 
+def ending(server: TorchServe) -> str:
+    """How Java ended, for people."""
+    status = server.exit_status() or 0
+    if status < 0:
+        return f"TorchServe was killed by signal {-status} (9 is often the system out of memory)"
+    return f"TorchServe ended with status {status}"
+
+
 def wait_until_ready(
     server: TorchServe, management: Address, models: Sequence[str], stop: Event
 ) -> None:
@@ -138,7 +154,7 @@ def wait_until_ready(
     pids: dict[str, set[int]] = {model: set() for model in models}
     while not stop.wait(POLL_SECONDS):
         if server.exit_status() is not None:
-            raise StartFailed(f"TorchServe ended with status {server.exit_status()}")
+            raise StartFailed(ending(server))
         try:
             states = {model: healthcheck.describe(management.url, model) for model in models}
         except requests.RequestException:
@@ -179,8 +195,13 @@ def banner(
             "",
         ]
     lines += [f"  metrics   curl {metrics.url}/metrics", "  stop      Ctrl-C"]
-    if inference.host not in ("127.0.0.1", "localhost"):
-        lines += ["", f"  Open to the network on {inference.host}: put a gateway in front of it."]
+    for address, purpose in (
+        (inference, "predictions"),
+        (management, "management"),
+        (metrics, "metrics"),
+    ):
+        if address.host not in ("127.0.0.1", "localhost"):
+            lines.append(f"  {purpose} are open to the network on {address.host}: see Security")
     return "\n".join(["", *lines, "", f"Ready after {seconds:.1f} s.", ""])
 
 

@@ -119,11 +119,11 @@ def read_address(config: dict[str, str], key: str, host: str | None, port: int |
     return Address(host or match[1], port or int(match[2]))
 
 
-def read_port(config: dict[str, str], key: str, default: int) -> int:
-    """A port of config.properties. Raises InvalidSettings where it is no number."""
+def read_number(config: dict[str, str], key: str, default: int) -> int:
+    """A number of config.properties. Raises InvalidSettings where it is none."""
     value = config.get(key, str(default))
     if not value.isascii() or not value.isdigit():
-        raise InvalidSettings(f"{key} must be a port number, got {value!r}")
+        raise InvalidSettings(f"{key} must be a whole number, got {value!r}")
     return int(value)
 
 
@@ -222,13 +222,16 @@ class TorchServe:
         # Either would go over what is passed here, and into the workers.
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)
-        self._process = subprocess.Popen(
-            [str(word) for word in command],
-            env=environ | self._environ,
-            cwd=self._folder,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C reaches us alone, and the group can be ended as one
-        )
+        try:
+            self._process = subprocess.Popen(
+                [str(word) for word in command],
+                env=environ | self._environ,
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # Ctrl-C reaches us alone; the group can be ended as one
+            )
+        except OSError as exc:
+            raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
 
     def exit_status(self) -> int | None:
         """None while it runs."""
@@ -244,6 +247,7 @@ class TorchServe:
                 print("TorchServe did not stop in time; killing it", file=sys.stderr)
             except KeyboardInterrupt:  # a second Ctrl-C
                 pass
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on it takes no time
             with suppress(ProcessLookupError):  # nothing is left
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()

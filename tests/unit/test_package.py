@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from ts.context import Context, RequestProcessor
 
-from handler.errors import InvalidModel, InvalidSettings
+from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
@@ -572,3 +572,28 @@ def test_limits_that_torchserve_would_not_hold_are_refused(
     limits = {"max_response_size": "67108864", "max_request_size": "16777216"} | server
     with pytest.raises(InvalidSettings, match=words):
         check_limits(Settings(), {"batchSize": batch}, ["tench"] * 1000, limits)
+
+
+def test_untrained_weights_do_not_replace_trained_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the network is away, an archive of somebody's own weights stays as it is."""
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "own.pth")
+    own = ["--model", MODEL, "--weights", str(tmp_path / "own.pth")]
+    archive = package(MODEL, parse_package(own), tmp_path / "store")
+    before = archive.read_bytes()
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    with pytest.raises(SetupError, match=r"holds own\.pth, which untrained weights will not repl"):
+        package(MODEL, parse_package(["--model", MODEL]), tmp_path / "store")
+    assert archive.read_bytes() == before
+
+
+def test_an_archive_damaged_in_the_middle_is_made_again(tmp_path: Path) -> None:
+    options = parse_package(["--model", MODEL, "--weights", "untrained"])
+    archive = package(MODEL, options, tmp_path)
+    whole = archive.read_bytes()
+    middle = len(whole) // 2
+    archive.write_bytes(whole[:middle] + bytes(4096) + whole[middle + 4096 :])
+    package(MODEL, options, tmp_path)
+    assert read_digest(archive) is not None

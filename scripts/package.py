@@ -78,7 +78,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
     archive = out_dir / f"{model}.mar"
-    source = choose_weights(model, recipe, options.weights, archive)
+    source = choose_weights(model, recipe, options.weights)
     if not source.trained and not settings.allow_untrained:
         raise InvalidSettings(
             f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
@@ -113,28 +113,31 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
-            _archive(Path(folder), model, card, state, config).replace(archive)
+            made = _archive(Path(folder), model, card, state, config)
+            if not options.weights and not source.trained:
+                _keep_trained(archive)
+            made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc
     return archive
 
 
-def choose_weights(model: str, recipe: WeightsEnum, choice: str | None, archive: Path) -> Source:
-    """The weights asked for; untrained ones where none were and the network gives none.
+def _keep_trained(archive: Path) -> None:
+    """Put an archive of trained weights aside, where untrained ones nobody asked for replace it."""
+    card = read_card(archive)
+    if card and card.weights.trained:
+        aside = archive.with_name(f"{archive.name}.trained")
+        archive.replace(aside)
+        print(f"warning: the archive with {card.weights.name} is kept as {aside}", file=sys.stderr)
 
-    Raises SetupError rather than let untrained weights take the place of an archive's trained ones.
-    """
+
+def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Source:
+    """The weights asked for; untrained ones where none were and the network gives none."""
     if choice:
         return find_weights(choice, recipe, model)
     try:
         return find_weights("pretrained", recipe, model)
     except DownloadFailed as exc:
-        present = read_card(archive)
-        if present and present.weights.trained:
-            raise SetupError(
-                f"{exc}; {archive.name} holds {present.weights.name}, which untrained weights will "
-                "not replace: give --weights FILE, or --weights untrained to replace it"
-            ) from exc
         print(
             f"warning: {exc}\n"
             f"warning: {model} is served UNTRAINED: it answers, but its answers mean nothing",

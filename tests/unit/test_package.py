@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 from ts.context import Context, RequestProcessor
 
-from handler.errors import InvalidModel, InvalidSettings, SetupError
+from handler.errors import InvalidModel, InvalidSettings
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
@@ -574,19 +574,21 @@ def test_limits_that_torchserve_would_not_hold_are_refused(
         check_limits(Settings(), {"batchSize": batch}, ["tench"] * 1000, limits)
 
 
-def test_untrained_weights_do_not_replace_trained_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_untrained_weights_that_nobody_asked_for_lose_no_trained_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Where the network is away, an archive of somebody's own weights stays as it is."""
     torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "own.pth")
     own = ["--model", MODEL, "--weights", str(tmp_path / "own.pth")]
     archive = package(MODEL, parse_package(own), tmp_path / "store")
     before = archive.read_bytes()
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    with pytest.raises(SetupError, match=r"holds own\.pth, which untrained weights will not repl"):
-        package(MODEL, parse_package(["--model", MODEL]), tmp_path / "store")
-    assert archive.read_bytes() == before
+    assert package(MODEL, parse_package(["--model", MODEL]), tmp_path / "store") == archive
+    aside = tmp_path / "store" / f"{MODEL}.mar.trained"
+    assert aside.read_bytes() == before
+    assert f"own.pth is kept as {aside}" in capsys.readouterr().err
+    with zipfile.ZipFile(archive) as content:
+        assert not ModelCard.from_json(content.read("model.json")).weights.trained
 
 
 def test_an_archive_damaged_in_the_middle_is_made_again(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ class ImageClassifier(BaseHandler):
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever befalls its neighbours."""
         self.context = context
-        if len(data) == 1 and not data[0] and context.get_request_header(0, "describe") == "True":
+        if self._is_info(data):
             return [encode(self.describe_handle())]
         started = perf_counter()
         rows = self.inference(self.preprocess(data))
@@ -134,6 +134,16 @@ class ImageClassifier(BaseHandler):
             row.seconds["total"] = total
             self._account(row, batch=len(rows))
         return answers
+
+    def _is_info(self, data: list[Mapping[str, Any]]) -> bool:
+        """Whether TorchServe asks for `describe_handle`, and not a client with such a header.
+
+        An empty row of a client comes from a form that TorchServe could not read, and has its type.
+        """
+        if len(data) != 1 or data[0]:
+            return False
+        headers = self._headers(0)
+        return headers.get("describe") == "True" and "content-type" not in headers
 
     def preprocess(self, data: list[Mapping[str, Any]]) -> list[Row]:
         """TorchServe's rows to Rows with decoded images; what is refused carries its error."""

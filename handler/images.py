@@ -1,6 +1,7 @@
 """Bytes of an image to the model's input."""
 
 import re
+import warnings
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -22,10 +23,16 @@ from handler.errors import (
 from handler.settings import Settings
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+MAX_SCANS = 100  # of a progressive JPEG; libjpeg writes 10, and each costs a pass over the image
+MAX_COMMENTS = 1000  # of a GIF, which Pillow joins one by one
+MAX_EXIF_BYTES = 65536  # what a JPEG can hold; a PNG may hold a structure that expands without end
 MAX_ASPECT_RATIO = 16  # of what is resized; of longer images the middle
 
 # Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
+
+# One line for each request: not another for each oddity in a client's file.
+warnings.filterwarnings("ignore", module="PIL")
 
 # Pillow loads its other plugins at the first image it does not know: 30 ms of somebody's request.
 Image.init()
@@ -145,7 +152,8 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
         )
     try:
         image = Image.open(BytesIO(data), formats=FORMATS)
-    except MemoryError:
+        _refuse_slow(image, data)
+    except (MemoryError, UnsupportedFormat):
         raise
     except Exception as exc:  # hostile headers reach many of Pillow's error paths
         name = foreign_format(data)
@@ -165,6 +173,16 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
         ) from exc
 
 
+def _refuse_slow(image: Image.Image, data: bytes) -> None:
+    """Raise UnsupportedFormat for small files that would keep a decoder busy for a minute."""
+    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+        raise UnsupportedFormat(f"the JPEG has more than {MAX_SCANS} scans, and is not served")
+    if image.format == "GIF" and data.count(b"\x21\xfe") > MAX_COMMENTS:
+        raise UnsupportedFormat(f"the GIF has more than {MAX_COMMENTS} comments, and is not served")
+    if image.format == "BMP" and any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", [])):
+        raise UnsupportedFormat("run-length encoded BMP is not served")
+
+
 def foreign_format(data: bytes) -> str | None:
     """The name of a format that is recognised but not served."""
     head = bytes(data[:1024])
@@ -174,6 +192,8 @@ def foreign_format(data: bytes) -> str | None:
 def _upright(image: Image.Image) -> Image.Image:
     """The image turned as its EXIF orientation says; a damaged EXIF block turns nothing."""
     image.load()
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return image
     try:
         return ImageOps.exif_transpose(image)
     except MemoryError:

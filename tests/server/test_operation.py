@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,23 @@ def test_models_cannot_be_registered_or_removed(server: Server) -> None:
     url = f"{server.management}/models"
     assert requests.post(f"{url}?url=x.mar", timeout=10).status_code == 405
     assert requests.delete(f"{url}/{server.model}", timeout=10).status_code == 405
+
+
+def test_no_workflow_can_be_registered(server: Server, tmp_path: Path) -> None:
+    """POST /workflows would run the handler of an archive, and has no switch of its own."""
+    archive = tmp_path / "evil.war"
+    proof = tmp_path / "proof"
+    with zipfile.ZipFile(archive, "w") as war:
+        manifest = {"createdOn": "", "archiverVersion": "0.2.15", "workflow": {}}
+        manifest["workflow"] = {"workflowName": "evil", "specFile": "s.yaml", "handler": "h.py"}
+        war.writestr("WAR-INF/MANIFEST.json", json.dumps(manifest))
+        war.writestr("s.yaml", "models: {}\ndag: {f: []}\n")
+        war.writestr("h.py", f"open({str(proof)!r}, 'w')\ndef f(data, context): return data\n")
+    for url in (f"file://{archive}", str(archive), "evil.war", "file://127.0.0.1/evil.war"):
+        response = requests.post(f"{server.management}/workflows?url={url}", timeout=30)
+        assert response.status_code >= 400, (url, response.text)
+    assert not proof.exists()
+    assert requests.get(f"{server.management}/workflows", timeout=10).json()["workflows"] == []
 
 
 def test_info(server: Server) -> None:

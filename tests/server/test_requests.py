@@ -265,6 +265,12 @@ def test_a_client_cannot_pass_for_a_describe_request(server: Server) -> None:
     assert best(response.json()) == "red"
 
 
+def test_a_client_gets_no_info_with_a_broken_form(server: Server) -> None:
+    headers = {"describe": "True", "Content-Type": "multipart/form-data; boundary=x"}
+    response = post(server, data=b"--x", headers=headers)
+    assert (response.status_code, response.json()["type"]) == (400, "MalformedRequest")
+
+
 def test_explanations_are_refused(server: Server) -> None:
     url = f"{server.url}/explanations/{server.model}"
     assert requests.post(url, data=encoded("red"), timeout=TIMEOUT).status_code == 400

@@ -562,3 +562,34 @@ def test_images_of_a_request_share_its_pixels() -> None:
         read_picture(whole[:-60], TRANSFORM, Settings(), budget)
     with pytest.raises(TooManyPixels, match="the limit for a request is 20000, and 0 are left"):
         read_picture(whole, TRANSFORM, Settings(), budget)
+
+
+def test_a_jpeg_of_many_scans_is_refused() -> None:
+    data = encode(noise(), "JPEG", progressive=True)
+    scan = data[data.index(b"\xff\xda") : -2]
+    assert isinstance(outcome(data), Picture)
+    assert isinstance(outcome(data[:-2] + scan * 101 + data[-2:]), UnsupportedFormat)
+
+
+def test_a_gif_of_many_comments_is_refused() -> None:
+    data = encode(noise(), "GIF")
+    head = 13 + 3 * 2 ** ((data[10] & 7) + 1)  # behind the colour table
+    comments = b"\x21\xfe\x01x\x00"
+    assert isinstance(outcome(data[:head] + comments * 9 + data[head:]), Picture)
+    assert isinstance(outcome(data[:head] + comments * 1001 + data[head:]), UnsupportedFormat)
+
+
+def test_a_run_length_encoded_bmp_is_refused() -> None:
+    header = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, 8, 1, 2, 2835, 2835, 256, 0)
+    body = header + bytes(1024) + b"\x00\x01"
+    data = b"BM" + struct.pack("<IHHI", 14 + len(body), 0, 0, 14 + 40 + 1024) + body
+    assert isinstance(outcome(data), UnsupportedFormat)
+
+
+def test_exif_that_no_jpeg_could_hold_is_not_read() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    small = encode(plain(size=(64, 48)), "PNG", exif=exif)
+    exif[0x010E] = "x" * 70_000
+    large = encode(plain(size=(64, 48)), "PNG", exif=exif)
+    assert (decode(small).size, decode(large).size) == ((48, 64), (64, 48))

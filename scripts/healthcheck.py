@@ -12,8 +12,12 @@ import requests
 
 TIMEOUT_SECONDS = 5
 
-SESSION = requests.Session()
-SESSION.trust_env = False  # no proxy of the environment stands between here and this machine
+
+def get(url: str, timeout: float) -> requests.Response:
+    """GET on a connection of its own, past any proxy of the environment."""
+    with requests.Session() as session:
+        session.trust_env = False
+        return session.get(url, timeout=timeout)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +46,7 @@ def registered_models(management: str) -> list[str]:
     names: list[str] = []
     page = ""
     while True:
-        response = SESSION.get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
+        response = get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
         response.raise_for_status()
         content = response.json()
         names += [model["modelName"] for model in content["models"]]
@@ -58,7 +62,7 @@ def describe(
 
     Raises requests.RequestException.
     """
-    response = SESSION.get(f"{management}/models/{model}{query}", timeout=timeout)
+    response = get(f"{management}/models/{model}{query}", timeout=timeout)
     if response.status_code == 404:
         return None
     response.raise_for_status()

@@ -23,7 +23,7 @@ from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
 
 HANDLER = ROOT / "handler"
 MODEL_VERSION = "1.0"
-LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
+LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
 SEED = 0  # of untrained weights
 
 

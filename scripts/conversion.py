@@ -1,5 +1,7 @@
 """A torchvision network to the OpenVINO model that goes into the archive."""
 
+import warnings
+
 import openvino
 import torch
 from torch import nn
@@ -20,14 +22,15 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
     size = transform.crop_size
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
-    with torch.no_grad():  # not inference_mode, whose tensors cannot be traced
+    with torch.no_grad(), warnings.catch_warnings():  # inference_mode's tensors cannot be traced
+        warnings.simplefilter("ignore")  # tracing is deprecated, and what OpenVINO does
         try:
             converted = openvino.convert_model(
                 model, example_input=images, input=[openvino.PartialShape([-1, 3, size, size])]
             )
         except Exception as exc:  # the converter has many words for what it does not know
             raise InvalidModel(
-                "OpenVINO cannot convert the model; package it with CLASSIFIER_ENGINE=torch"
+                "OpenVINO cannot convert it; engine: torch in handler/configs does without"
             ) from exc
         wanted = model(images)
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
@@ -36,6 +39,6 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
     if not difference <= MAX_DIFFERENCE:
         raise InvalidModel(
             f"OpenVINO's probabilities differ from torch's by {difference:.4f}; "
-            "package the model with CLASSIFIER_ENGINE=torch"
+            "engine: torch in handler/configs does without it"
         )
     return converted

@@ -12,22 +12,23 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import openvino
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models import WeightsEnum
 
-from handler.engines import check_precision, choose_device
+from handler.engines import choose_device, has_bf16
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.images import InputTransform
-from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard
+from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.networks import (
     class_count,
     clean_state_dict,
     empty_network,
     fit_state_dict,
     get_recipe,
+    input_transform,
 )
 from handler.settings import Settings
 from scripts.archives import (
@@ -41,6 +42,7 @@ from scripts.archives import (
     read_card,
     read_digest,
 )
+from scripts.conversion import to_openvino
 from scripts.options import parse_package
 from scripts.torchserve import read_config, read_path
 from scripts.weights import (
@@ -58,6 +60,7 @@ CONFIG_FILE = "model-config.yaml"
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_package(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is cleaned up
+    os.environ["CI"] = "true"  # or OpenVINO's converter reports its use to its makers
     try:
         store = read_path(read_config(), "model_store")
         for model in args.models:
@@ -80,11 +83,11 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     if current is not None:
         return current
     recipe = get_recipe(model, options.recipe)
-    InputTransform.from_recipe(recipe)
+    transform = input_transform(recipe)
     config = model_config(model, options)
     settings = Settings.load(config["handler"])
-    check_precision(settings)
     choose_device(settings, gpu_id=None)
+    check_precision(settings)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
     archive = out_dir / f"{model}.mar"
@@ -105,23 +108,30 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         state = fit_state_dict(state, recipe, model, classes)
     except InvalidModel as exc:
         raise InvalidModel(f"{source.path or source.facts.name}: {exc}") from exc
-    parameters = [*empty_network(recipe, model, classes).parameters()]
+    network = empty_network(recipe, model, classes)
+    network.load_state_dict(state, assign=True)
+    parameters = [*network.parameters()]
+    converted = None
+    if config["handler"].get("engine") != "torch" and config.get("deviceType") != "gpu":
+        converted = to_openvino(network, transform)
     card = ModelCard(
         architecture=model,
         recipe=str(recipe),
+        transform=transform,
         labels=tuple(labels),
         parameters={
             "total": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         },
         weights=source.facts,
+        int8=None,
         inputs_sha256=inputs,
         packaged_with={name: version(name) for name in LIBRARIES},
     )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
-            made = _archive(Path(folder), model, card, state, config)
+            made = _archive(Path(folder), model, card, state, converted, config)
             if not options.weights and not source.facts.trained:
                 _keep_trained(archive)
             made.replace(archive)
@@ -155,8 +165,19 @@ def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Sourc
         return find_weights("untrained", recipe, model)
 
 
+def check_precision(settings: Settings) -> None:
+    """Raise InvalidSettings for a precision that cannot be served here."""
+    if settings.precision == "bf16" and settings.engine != "torch" and not has_bf16():
+        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
+
+
 def _archive(
-    folder: Path, model: str, card: ModelCard, state: dict[str, torch.Tensor], config: Any
+    folder: Path,
+    model: str,
+    card: ModelCard,
+    state: dict[str, torch.Tensor],
+    converted: openvino.Model | None,
+    config: Any,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -170,6 +191,8 @@ def _archive(
         shutil.copy(path, package_dir)
     (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
     save_file(state, folder / WEIGHTS_FILE)
+    if converted:
+        openvino.save_model(converted, stage / OPENVINO_FILE, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),

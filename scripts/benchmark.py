@@ -127,13 +127,8 @@ def read_predictions(document: Any) -> list[tuple[str, float]]:
     """Labels and confidences, best first, in the shapes that classifiers answer in.
 
     Ours: {"predictions": [{"class": …, "confidence": …}]}; TorchServe's image_classifier:
-    {label: confidence}; Open Inference Protocol: such a text as the only element of an output.
+    {label: confidence}.
     """
-    if isinstance(document, Mapping) and "outputs" in document:
-        try:
-            document = json.loads(document["outputs"][0]["data"][0])
-        except (LookupError, TypeError, ValueError):
-            return []
     if isinstance(document, Mapping) and "predictions" in document:
         document = document["predictions"]
     try:
@@ -142,6 +137,15 @@ def read_predictions(document: Any) -> list[tuple[str, float]]:
         return [(str(entry["class"]), float(entry["confidence"])) for entry in document]
     except (LookupError, TypeError, ValueError):
         return []
+
+
+def without_tensor_header(content: bytes, headers: Mapping[str, str]) -> bytes:
+    """The text in an answer of Triton's binary protocol: one output, of one element.
+
+    A JSON header, the length of the element in four bytes, and the element.
+    """
+    length = headers.get("Inference-Header-Content-Length")
+    return content if length is None else content[int(length) + 4 :]
 
 
 def percentile(values: Sequence[float], percent: float) -> float | None:
@@ -200,6 +204,7 @@ class Generator:
             ) as response:
                 content = await response.read()
             sample.received = len(content)
+            content = without_tensor_header(content, response.headers)
             sample.outcome = self._judge(picture.name, response.status, content, sample)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as exc:
             sample.outcome = type(exc).__name__
@@ -289,7 +294,7 @@ def summarise(
     )
 
 
-def load_pictures(folder: Path | None, form: str = "raw") -> list[Picture]:
+def load_pictures(folder: Path | None, form: str = "raw", part: str = "file") -> list[Picture]:
     """The JPEGs of a folder, or ones drawn here, as bodies of the form "raw" or "multipart".
 
     Raises FileNotFoundError where the folder has none.
@@ -301,16 +306,21 @@ def load_pictures(folder: Path | None, form: str = "raw") -> list[Picture]:
         if not paths:
             raise FileNotFoundError(f"{folder} has no {' or '.join(SUFFIXES)} files")
         files = {path.name: path.read_bytes() for path in paths}
-    if form == "multipart":
-        content_type = f"multipart/form-data; boundary={BOUNDARY}"
-        return [Picture(name, _multipart(data), content_type) for name, data in files.items()]
-    return [Picture(name, data) for name, data in files.items()]
+    return [as_form(Picture(name, data), form, part) for name, data in files.items()]
 
 
-def _multipart(data: bytes) -> bytes:
+def as_form(picture: Picture, form: str, part: str = "file") -> Picture:
+    """A picture with its body in the form "raw" or "multipart"."""
+    if form == "raw":
+        return picture
+    content_type = f"multipart/form-data; boundary={BOUNDARY}"
+    return Picture(picture.name, _multipart(picture.body, part), content_type)
+
+
+def _multipart(data: bytes, part: str) -> bytes:
     head = (
         f"--{BOUNDARY}\r\n"
-        'Content-Disposition: form-data; name="file"; filename="image.jpg"\r\n'
+        f'Content-Disposition: form-data; name="{part}"; filename="image.jpg"\r\n'
         "Content-Type: image/jpeg\r\n\r\n"
     )
     return head.encode() + data + f"\r\n--{BOUNDARY}--\r\n".encode()

@@ -194,10 +194,9 @@ def losses(data: Data) -> Table:
                     theirs = middle(other, count, key)
                     if own is None or theirs is None or (theirs > own) != more or theirs == own:
                         continue
-                    rows.append(
-                        [peer, str(count), title, f"{theirs:.1f}", f"{own:.1f}"]
-                        + [f"{100 * (theirs / own - 1):+.0f}%"]
-                    )
+                    difference = f"{100 * (theirs / own - 1):+.0f}%"
+                    figures = (f"{theirs:.1f}", f"{own:.1f}", difference)
+                    rows.append([peer, str(count), title, *figures])
         lines += [f"**{name}** loses {len(rows)} of the comparisons:", ""]
         headings = ["to", "clients", "in", "theirs", "ours", "difference"]
         lines += [*table(headings, rows), ""] if rows else []
@@ -219,8 +218,9 @@ def limits(data: Data) -> Table:
     headings = ["server", "in process", "empty handler", "limit", "best", "of the limit"]
     legend = [
         "",
-        "In process: our handler without TorchServe and HTTP, a process a core, the better of batch "
-        "1 and the model's batch size. Empty handler: TorchServe as we start it with nothing to do. "
+        "In process: our handler without TorchServe and HTTP, a process a core, the better of "
+        "batch 1 and the model's batch size. Empty handler: TorchServe as we start it, with "
+        "nothing to do. "
         "Limit: 1 / (1 / in process + 1 / empty handler).",
     ]
     return table(headings, rows) + legend if rows else []
@@ -289,10 +289,8 @@ def accuracy(data: Data) -> Table:
     reference = data["reference"]
     if not reference:
         return []
-    rows = [
-        ["eager torch, fp32 (the reference)", str(reference["images"]), str(reference["right"])]
-        + ["100.0%", "0"]
-    ]
+    counts = (str(reference["images"]), str(reference["right"]))
+    rows = [["eager torch, fp32 (the reference)", *counts, "100.0%", "0"]]
     for name, subject in measured(data, "ours", "peer").items():
         found = subject["accuracy"]
         if found:

@@ -50,6 +50,7 @@ from scripts.benchmark import (
 FOLDER = Path(__file__).parent
 START_SECONDS = 180
 SETTLE_CLIENTS = 8
+INPROCESS = "inprocess"  # no server, and measured beside them
 OVERLOAD = 3  # times the best rate
 LIBRARIES = ("torch", "torchvision", "torchserve", "openvino", "pillow", "aiohttp")
 
@@ -63,6 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.from_json:
         data = json.loads((args.out / report.JSON_FILE).read_text("utf-8"))
         report.write(data, args.out)
+        return 0
+    if args.list:
+        print("\n".join(args.names))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
@@ -107,6 +111,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--from-json", action="store_true", help="only draw the report again")
     args = parser.parse_args(argv)
     args.precisions = args.precisions.split(",")
+    args.names = [s.name for s in all_subjects(args.model, dict.fromkeys(args.precisions, ()))]
+    args.names.append(INPROCESS)
+    if args.only is not None:
+        args.only = args.only.split(",")
+        unknown = set(args.only) - set(args.names)
+        if unknown:
+            parser.error(f"no subject {', '.join(sorted(unknown))}; --list names them")
     for name in ("images", "calibration"):
         if getattr(args, name):
             setattr(args, name, getattr(args, name).resolve())
@@ -125,14 +136,9 @@ class Run:
         self.pictures = load_rgb(args.images)
         self.labels = read_labels(args.images)
         self.options = {name: self._model_options(name) for name in args.precisions}
-        self.subjects = all_subjects(args.model, self.options)
-        if args.only:
-            wanted = set(args.only.split(","))
-            unknown = wanted - {s.name for s in self.subjects} - {"inprocess"}
-            if unknown:
-                raise SystemExit(f"error: no subject {', '.join(sorted(unknown))}; see --list")
-            self.subjects = [s for s in self.subjects if s.name in wanted]
-        self.inprocess = not args.only or "inprocess" in args.only.split(",")
+        every = all_subjects(args.model, self.options)
+        self.subjects = [s for s in every if args.only is None or s.name in args.only]
+        self.inprocess = args.only is None or INPROCESS in args.only
         self.model_dirs: dict[str, Path] = {}
         self.reference: dict[str, str] = {}
         self.broken: dict[str, str] = {}  # precisions that could not be packaged
@@ -189,9 +195,6 @@ class Run:
         }
 
     def everything(self) -> None:
-        if self.args.list:
-            print("\n".join([*(s.name for s in self.subjects), "inprocess"]))
-            raise SystemExit(0)
         for precision in self.args.precisions:
             self.unpack(precision)
         pythons = {s.name: self.set_up(s) for s in self.subjects}

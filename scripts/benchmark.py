@@ -387,7 +387,8 @@ def plot(runs: Sequence[Measurement], path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o", label=name.removesuffix("_ms"))
     axes.set(xlabel="good answers a second", ylabel="latency, ms", ylim=(0, None), xlim=(0, None))
-    axes.legend()
+    if axes.lines:
+        axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
 

@@ -76,7 +76,7 @@ class Classifier:
     def __init__(self, engine: str | None = None) -> None:
         engine = engine or os.environ["BENCHMARK_ENGINE"]
         model_dir = Path(os.environ["BENCHMARK_MODEL_DIR"])
-        self._engine = {"eager": Eager, "ours": Ours}[engine](model_dir)
+        self._engine = Eager(model_dir) if engine == "eager" else Ours(model_dir)
 
     def classify(self, jpeg: bytes) -> list[dict[str, Any]]:
         return self.classify_batch([jpeg])[0]

@@ -7,6 +7,7 @@ index_to_name.json; then the launcher `torchserve`. What is not said here is Tor
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -38,7 +39,7 @@ default_workers_per_model={workers}
 """
 
 
-def call(function: object, *words: object) -> None:
+def call(function: Callable[[], object], *words: object) -> None:
     """Call a command's function with its command line."""
     with patch.object(sys, "argv", [str(word) for word in words]):
         function()

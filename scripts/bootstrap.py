@@ -61,7 +61,7 @@ def set_up(requirements: str, torch_build: str) -> None:
         installed = _read_stamp() if PYTHON.exists() else {}
         wanted = {
             name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-            for name in {"requirements.txt", requirements}
+            for name in {"requirements.txt", requirements, *_included(requirements)}
         }
         same_torch = torch_build in ("auto", installed.get("torch"))
         if same_torch and wanted.items() <= installed.items():
@@ -80,6 +80,11 @@ def set_up(requirements: str, torch_build: str) -> None:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", "-r", ROOT / requirements)
         STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
+
+
+def _included(requirements: str) -> list[str]:
+    """The files that a requirements file takes in with -r."""
+    return re.findall(r"^-r (\S+)", (ROOT / requirements).read_text(), re.MULTILINE)
 
 
 def _install_torch(build: str) -> str:

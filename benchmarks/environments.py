@@ -1,0 +1,53 @@
+"""An environment for each peer, because their pins clash.
+
+Each sees the packages of the environment that runs the benchmark, so all share one torch.
+"""
+
+import hashlib
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / ".envs"
+PEERS = Path(__file__).parent / "peers"
+
+
+class SetupFailed(Exception):
+    """A peer's environment could not be made; the message is pip's last line."""
+
+
+def prepare(name: str) -> Path:
+    """The Python of a peer's environment, made where the pins are new. Raises SetupFailed."""
+    requirements = PEERS / f"requirements-{name}.txt"
+    shared = shared_packages()
+    wanted = hashlib.sha256(f"{sys.version}{shared}{requirements.read_text()}".encode()).hexdigest()
+    env = FOLDER / name
+    stamp = env / "made-of"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        shutil.rmtree(env, ignore_errors=True)
+        _run(sys.executable, "-m", "venv", env)
+        site = next(env.glob("lib/python*/site-packages"))
+        (site / "shared.pth").write_text(f"{shared}\n")
+        _run(env / "bin" / "python", "-m", "pip", "install", "--quiet", "-r", requirements)
+        stamp.write_text(wanted)
+    return env / "bin" / "python"
+
+
+def shared_packages() -> Path:
+    """Where torch is installed, and everything else that serving needs."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SetupFailed("torch is not installed: run ./scripts/test once")
+    return Path(spec.origin).parents[1]
+
+
+def _run(*command: object) -> None:
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no output"]
+        errors = [line for line in lines if line.startswith("ERROR")]
+        raise SetupFailed((errors or lines)[-1])

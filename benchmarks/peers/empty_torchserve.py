@@ -1,0 +1,56 @@
+"""TorchServe as we start it, around a handler that does nothing: the frontend's share of the cost.
+
+Our config.properties, log4j2.xml and Java, and the model's own batch size, delay and workers.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from threading import Event
+from unittest.mock import patch
+
+import yaml
+from model_archiver.model_packaging import generate_model_archive
+
+from benchmarks.peers.classifier import PORT
+from scripts.serve import listen
+from scripts.torchserve import Address, TorchServe, find_java, read_config
+
+
+def make_archive(folder: Path, model_config: Path) -> Path:
+    """The archive, with the model configuration of ours and without its handler's settings."""
+    config = yaml.safe_load(model_config.read_text("utf-8"))
+    config.pop("handler", None)
+    (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
+    command = [
+        *("torch-model-archiver", "--model-name", "classifier", "--version", "1.0"),
+        *("--handler", Path(__file__).with_name("empty_handler.py")),
+        *("--config-file", folder / "model-config.yaml", "--export-path", folder),
+    ]
+    with patch.object(sys, "argv", [str(word) for word in command]):
+        generate_model_archive()
+    return folder / "classifier.mar"
+
+
+def main() -> int:
+    stop = Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    folder = Path.cwd()
+    archive = make_archive(folder, Path(os.environ["BENCHMARK_MODEL_DIR"]) / "model-config.yaml")
+    config = read_config()
+    addresses = [Address("127.0.0.1", PORT + offset) for offset in range(3)]
+    environ = listen(config, *addresses) | {"TS_MODEL_STORE": str(folder), "TS_NUMBER_OF_GPU": "0"}
+    server = TorchServe(find_java(), config, [archive], environ)
+    try:
+        server.start()
+        while not stop.wait(0.2) and server.exit_status() is None:
+            pass
+    finally:
+        server.stop()
+    return server.exit_status() or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

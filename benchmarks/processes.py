@@ -1,0 +1,135 @@
+"""Servers as processes: started, found again with all they started, weighed, and always ended."""
+
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
+STOP_SECONDS = 20
+
+
+@dataclass(frozen=True)
+class Server:
+    """A started command."""
+
+    process: subprocess.Popen[bytes]
+    marker: str
+    log: Path
+
+    def has_ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def family(self) -> list[psutil.Process]:
+        """Every process of the server: its descendants, and those that carry its mark."""
+        found: dict[int, psutil.Process] = {}
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get(MARKER) == self.marker:
+                    found[process.pid] = process
+        with suppress(psutil.Error):
+            root = psutil.Process(self.process.pid)
+            found[root.pid] = root
+        for process in list(found.values()):
+            with suppress(psutil.Error):
+                found.update({child.pid: child for child in process.children(recursive=True)})
+        return list(found.values())
+
+    def last_lines(self) -> str:
+        """What a failed server said last, on one line."""
+        lines = self.log.read_text("utf-8", "replace").split("\n")
+        errors = [line for line in lines if re.match(r"\s*(\w+\.)*(error|\w*Error\b|error:)", line)]
+        said = [line.strip() for line in errors or lines if line.strip()]
+        return said[-1][:300] if said else "it said nothing"
+
+
+@contextmanager
+def running(
+    command: Sequence[object], environ: Mapping[str, str], folder: Path
+) -> Iterator[Server]:
+    """Start a command in `folder`, and end all its processes afterwards."""
+    marker = uuid.uuid4().hex
+    log = folder / "output.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(word) for word in command],
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**environ, MARKER: marker},
+            cwd=folder,
+            start_new_session=True,
+        )
+    server = Server(process, marker, log)
+    try:
+        yield server
+    finally:
+        end(server)
+
+
+def end(server: Server) -> None:
+    """SIGTERM to the command, then SIGKILL to whatever is left of its family."""
+    family = server.family()
+    server.process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.process.wait(STOP_SECONDS)
+    family += server.family()
+    for process in family:
+        # psutil compares start times, so a process that took over a PID is left alone
+        with suppress(psutil.Error):
+            process.kill()
+    with suppress(ProcessLookupError):
+        os.killpg(server.process.pid, signal.SIGKILL)
+    server.process.wait()
+    psutil.wait_procs(family, timeout=5)
+
+
+def pss_bytes(smaps_rollup: str) -> int:
+    """Proportional set size in the text of /proc/PID/smaps_rollup: shared pages are divided."""
+    found = re.search(r"^Pss:\s+(\d+) kB$", smaps_rollup, re.MULTILINE)
+    if found is None:
+        raise ValueError("no Pss in smaps_rollup")
+    return int(found[1]) * 1024
+
+
+def memory(server: Server) -> list[dict[str, object]]:
+    """Name and PSS of every process of a server, largest first."""
+    rows: list[tuple[int, str]] = []
+    for process in server.family():
+        with suppress(psutil.Error, OSError, ValueError):
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            rows.append((pss_bytes(text), describe(process)))
+    return [{"process": name, "pss_mib": size / 2**20} for size, name in sorted(rows)[::-1]]
+
+
+def describe(process: psutil.Process) -> str:
+    """A process in a few words: its program, and the script or module it runs."""
+    words = process.cmdline() or [process.name()]
+    program = Path(words[0].split()[0] if words[0] else process.name()).name
+    if program == "java":
+        return "java (TorchServe's frontend)"
+    script = next((word for word in words[1:] if word.endswith(".py")), None)
+    if script is None and "-m" in words:
+        script = words[words.index("-m") + 1 :][0] if words[-1] != "-m" else None
+    return f"{program} {Path(script).name}" if script else program
+
+
+def free_base_port() -> int:
+    """A port that is free with the two above it, and with TorchServe's gRPC ports 1010 below."""
+    for _ in range(200):
+        base = random.randint(20_000, 30_000)  # noqa: S311 no secret
+        with ExitStack() as held, suppress(OSError):
+            for offset in (0, 1, 2, -1010, -1009):
+                probe = held.enter_context(socket.socket())
+                probe.bind(("127.0.0.1", base + offset))
+            return base
+    raise OSError("no free ports")

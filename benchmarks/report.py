@@ -22,6 +22,14 @@ Every server does the same job on the same machine: a JPEG comes in over HTTP, t
 classes go out as JSON. One server runs at a time, started afresh in each round; the order of each
 round is shuffled. The load generator (`scripts/benchmark.py`) runs on the same cores, so every
 throughput here is lower than the server alone could give, for fast servers more than for slow ones.
+
+Each server has a worker a core, and each worker one thread (`OMP_NUM_THREADS=1`), which is what
+anybody finds out who measures several processes on one CPU; only `stock-as-is` is left with its
+defaults. Frameworks that form batches of plain requests do so, up to the model's batch size and
+for at most 1 ms. `-eager` is PIL, torchvision's transforms and eager torch, as in a tutorial;
+`-ours` is the decoding and the engine of this service inside the peer, so that the difference
+between the two is the engine, and the difference to this service is the serving.
+
 Every answer is checked; a wrong one counts as failed. Cells are medians over the rounds, with
 minimum–maximum in brackets. Where a peer is better than this service, that is a loss, and is listed
 under [Losses](#losses).

@@ -6,6 +6,7 @@ and its memory would stay for as long as the server runs.
 
 import hashlib
 import json
+import tempfile
 import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
@@ -15,13 +16,14 @@ from typing import Any
 
 import yaml
 
-from handler.errors import InvalidSettings
+from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.settings import Settings
 from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
 
 HANDLER = ROOT / "handler"
+CONFIG_FILE = "model-config.yaml"
 MODEL_VERSION = "1.0"
 LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
 SEED = 0  # of untrained weights
@@ -30,8 +32,10 @@ SEED = 0  # of untrained weights
 def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     """The archive of a model, where the same inputs as now have made it.
 
-    None where there is any doubt: scripts/package.py then makes it, or says what is wrong.
-    Raises InvalidSettings where settings do not go together with an archive that is up to date.
+    Where its configuration alone differs, the new one is put in. None where there is any doubt:
+    scripts/package.py then makes the archive, or says what is wrong. Raises InvalidSettings where
+    settings do not go together with an archive that is up to date, and SetupError where it cannot
+    be written.
     """
     archive = store / f"{model}.mar"
     card = read_card(archive)
@@ -54,6 +58,7 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     if not current:
         return None
     check_limits(settings, config, card.labels, read_config())
+    configure(archive, config)
     return archive
 
 
@@ -96,6 +101,7 @@ def file_sha256(path: Path) -> str:
 def digest(model: str, options: Namespace, config: dict[str, Any], weights: WeightsFacts) -> str:
     """sha256 of everything that an archive is made from; `config` is what model_config gives.
 
+    Of the configuration, only what decides the rest of the content: configure() does the others.
     The recipe's own labels and transforms follow from its name and torchvision's version.
     Raises OSError where the labels cannot be read.
     """
@@ -104,7 +110,7 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
         "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
         "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
-        "config": config,
+        "config": [has_openvino(config), config.get("handler", {}).get("precision")],
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
@@ -123,6 +129,33 @@ def read_digest(archive: Path) -> str | None:
     """What an existing archive was made from; None where there is none or it is damaged."""
     card = read_card(archive)
     return card.inputs_sha256 if card else None
+
+
+def dump_config(config: dict[str, Any]) -> str:
+    """A configuration as the YAML that an archive holds."""
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def has_openvino(config: dict[str, Any]) -> bool:
+    """Whether an archive with this configuration holds the model for OpenVINO."""
+    return config.get("handler", {}).get("engine") != "torch" and config.get("deviceType") != "gpu"
+
+
+def configure(archive: Path, config: dict[str, Any]) -> None:
+    """Put a configuration into an archive, where it has another. Raises SetupError."""
+    with zipfile.ZipFile(archive) as old:
+        if yaml.safe_load(old.read(CONFIG_FILE)) == config:
+            return
+        try:
+            with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-") as folder:
+                made = Path(folder, archive.name)
+                with zipfile.ZipFile(made, "w") as new:
+                    for item in old.infolist():
+                        own = item.filename == CONFIG_FILE
+                        new.writestr(item, dump_config(config) if own else old.read(item))
+                made.replace(archive)
+        except OSError as exc:
+            raise SetupError(f"{archive} cannot be written: {exc}") from exc
 
 
 def model_config(model: str, options: Namespace) -> dict[str, Any]:

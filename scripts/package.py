@@ -14,7 +14,6 @@ from typing import Any
 
 import openvino
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models import WeightsEnum
@@ -32,12 +31,16 @@ from handler.networks import (
 )
 from handler.settings import Settings
 from scripts.archives import (
+    CONFIG_FILE,
     HANDLER,
     LIBRARIES,
     MODEL_VERSION,
     check_limits,
+    configure,
     digest,
+    dump_config,
     find_current,
+    has_openvino,
     model_config,
     read_card,
     read_digest,
@@ -53,8 +56,6 @@ from scripts.weights import (
     read_labels,
     read_state_dict,
 )
-
-CONFIG_FILE = "model-config.yaml"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,6 +100,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         )
     inputs = digest(model, options, config, source.facts)
     if read_digest(archive) == inputs:
+        configure(archive, config)
         return archive
 
     state = clean_state_dict(read_state_dict(source, recipe, model), model)
@@ -112,7 +114,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     network.load_state_dict(state, assign=True)
     parameters = [*network.parameters()]
     converted = None
-    if config["handler"].get("engine") != "torch" and config.get("deviceType") != "gpu":
+    if has_openvino(config):
         converted = to_openvino(network, transform)
     card = ModelCard(
         architecture=model,
@@ -193,7 +195,7 @@ def _archive(
     save_file(state, folder / WEIGHTS_FILE)
     if converted:
         openvino.save_model(converted, stage / OPENVINO_FILE, compress_to_fp16=False)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),
         *("--model-name", model),

@@ -17,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from ts.context import Context, RequestProcessor
 
-from handler.errors import InvalidModel, InvalidSettings
+from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
@@ -192,8 +192,13 @@ def digest(
 def test_digest_is_stable() -> None:
     assert digest() == digest()
     assert len(digest()) == 64
-    mixed = {"handler": {"b": 1, "a": 2}, "batchSize": 8}
-    assert digest(config=mixed) == digest(config=dict(reversed(mixed.items())))
+
+
+@pytest.mark.parametrize(
+    "config", [{"batchSize": 9}, {"handler": {"threads": 3}}, {"handler": {"engine": "openvino"}}]
+)
+def test_digest_is_the_same_for_what_decides_no_content(config: dict[str, Any]) -> None:
+    assert digest(config=config) == digest()
 
 
 @pytest.mark.parametrize(
@@ -201,8 +206,9 @@ def test_digest_is_stable() -> None:
     [
         {"model": "alexnet"},
         {"recipe": "R2"},
-        {"config": {"batchSize": 9}},
-        {"config": {"batchSize": 8, "handler": {"top_k": 3}}},
+        {"config": {"handler": {"engine": "torch"}}},
+        {"config": {"handler": {"precision": "bf16"}}},
+        {"config": {"deviceType": "gpu"}},
         {"architecture": "alexnet"},  # other weights
     ],
     ids=str,
@@ -350,12 +356,27 @@ def test_the_same_inputs_make_nothing_new(archive: Path) -> None:
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-def test_a_changed_option_makes_a_new_one(archive: Path) -> None:
-    before = archive.stat().st_ino
-    package(MODEL, options("--batch-size", "3"), archive.parent)
-    assert archive.stat().st_ino != before
-    config = yaml.safe_load(zipfile.ZipFile(archive).read("model-config.yaml"))
-    assert config["batchSize"] == 3
+@pytest.mark.parametrize("by", [package, find_current])
+def test_a_changed_option_is_put_into_the_archive(archive: Path, built: Path, by: Any) -> None:
+    given = options("--batch-size", "3")
+    assert by(MODEL, given, archive.parent) == archive
+    with zipfile.ZipFile(archive) as new, zipfile.ZipFile(built) as old:
+        assert new.namelist() == old.namelist()
+        differ = [name for name in new.namelist() if new.read(name) != old.read(name)]
+        assert yaml.safe_load(new.read("model-config.yaml")) == model_config(MODEL, given)
+    assert differ == ["model-config.yaml"]
+    assert [path.name for path in archive.parent.iterdir()] == [archive.name]
+
+
+def test_an_archive_that_cannot_be_written_is_an_error(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(archives.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(SetupError, match=r"mar cannot be written: no space left"):
+        current(archive, "--batch-size", "3")
 
 
 def test_a_damaged_archive_is_made_again(archive: Path, built: Path) -> None:
@@ -411,8 +432,6 @@ def test_an_archive_is_known_again(archive: Path) -> None:
 @pytest.mark.parametrize(
     "argv",
     [
-        ["--batch-size", "3"],
-        ["--workers", "2"],
         ["--recipe", str(RECIPE)],
         ["--precision", "int8"],
         ["--device", "cuda"],

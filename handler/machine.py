@@ -3,11 +3,14 @@
 import ctypes
 import math
 import os
+import platform
 import re
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:
@@ -33,6 +36,15 @@ def _quota(cgroup: Path) -> float:
         except OSError:
             return math.inf
     return int(quota) / int(period) if quota.isdigit() else math.inf
+
+
+def cpu_model() -> str:
+    """The name of the CPU, such as "Intel(R) Xeon(R) Gold 6430"."""
+    with suppress(OSError):  # not Linux
+        found = re.search(r"^model name\s*: (.+)", CPUINFO.read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
 
 
 def has_gpu() -> bool:

@@ -10,6 +10,7 @@ import tempfile
 import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.settings import Settings
 from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
+from scripts.tuned import find_tuned
 
 HANDLER = ROOT / "handler"
 CONFIG_FILE = "model-config.yaml"
@@ -159,7 +161,7 @@ def configure(archive: Path, config: dict[str, Any]) -> None:
 
 
 def model_config(model: str, options: Namespace) -> dict[str, Any]:
-    """TorchServe's model configuration: default.yaml, the model's own file, then the options.
+    """TorchServe's model configuration: default.yaml, the model's own, `--tuned`, the options.
 
     Raises InvalidSettings for what TorchServe would ignore: unknown keys, values it has no use for.
     """
@@ -171,6 +173,10 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
             content = _read_yaml(path)
             handler |= content.pop("handler", None) or {}
             config |= content
+    asked = options
+    if tuned := find_tuned(model, options):
+        handler |= asdict(tuned.handler)
+        options = tuned.fill_in(options)
     if options.batch_size:
         config["batchSize"] = options.batch_size
     if options.max_batch_delay_ms:
@@ -182,7 +188,7 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
         handler["precision"] = options.precision
     config["handler"] = handler
     settings = Settings.load(handler)
-    for name, option in (("device", options.device), ("precision", options.precision)):
+    for name, option in (("device", asked.device), ("precision", asked.precision)):
         if option not in ("auto", getattr(settings, name)):
             raise InvalidSettings(
                 f"--{name} {option} and CLASSIFIER_{name.upper()}={getattr(settings, name)} differ"

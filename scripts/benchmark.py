@@ -33,7 +33,7 @@ from typing import Any
 import aiohttp
 from PIL import Image
 
-from handler.machine import available_cores
+from handler.machine import available_cores, cpu_model
 from scripts.options import number
 
 SUFFIXES = (".jpg", ".jpeg")
@@ -342,7 +342,7 @@ def draw_jpeg(seed: int) -> bytes:
 def machine() -> dict[str, Any]:
     """What the figures depend on besides the server."""
     facts: dict[str, Any] = {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_model(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "system": platform.platform(),
@@ -352,12 +352,9 @@ def machine() -> dict[str, Any]:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:  # not Linux
         return facts
-    for key, pattern in (("cpu", r"^model name\s*: (.+)"), ("flags", r"^flags\s*: (.+)")):
-        found = re.search(pattern, text, re.MULTILINE)
-        if found:
-            facts[key] = found[1]
     known = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
-    facts["flags"] = [flag for flag in known if flag in facts.get("flags", "").split()]
+    found = re.search(r"^flags\s*: (.+)", text, re.MULTILINE)
+    facts["flags"] = [flag for flag in known if found and flag in found[1].split()]
     return facts
 
 

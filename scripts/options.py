@@ -4,12 +4,14 @@ import argparse
 from collections.abc import Callable, Sequence
 
 DEFAULT_MODEL = "mobilenet_v2"
+RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (1, 10_000)}
 
 
 def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of ./scripts/serve; exits with 2 and one line where they are wrong."""
     parser = _parser("./scripts/serve", "Package models and serve them with TorchServe.")
     add_model_options(parser)
+    _add_tuned(parser)
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host",
@@ -48,6 +50,7 @@ def parse_package(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Options of scripts/package.py."""
     parser = _parser("scripts/package.py", "Make model_store/{model}.mar.")
     add_model_options(parser)
+    _add_tuned(parser)
     args = parser.parse_args(argv)
     check_model_options(parser, args)
     return args
@@ -115,32 +118,48 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--batch-size",
         metavar="N",
-        type=number(1, 1024),
+        type=number(*RANGES["batch_size"]),
         help="most requests in a batch (default: as in handler/configs)",
         default=argparse.SUPPRESS,
     )
     model.add_argument(
         "--max-batch-delay-ms",
         metavar="MS",
-        type=number(1, 10_000),
+        type=number(*RANGES["max_batch_delay_ms"]),
         help="how long a batch waits for more requests (default: as in handler/configs)",
+        default=argparse.SUPPRESS,
+    )
+
+
+def _add_tuned(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--tuned",
+        nargs="?",
+        const="auto",
+        metavar="FILE",
+        help="what scripts/tune.py found to be fastest; other options go over it "
+        "(default: not used; without FILE model_store/tuned-{model}.yaml)",
         default=argparse.SUPPRESS,
     )
 
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what cannot go together."""
-    for name in ("models", "weights", "recipe", "labels", "batch_size", "max_batch_delay_ms"):
+    names = "models weights recipe labels batch_size max_batch_delay_ms tuned".split()
+    for name in names:
         setattr(args, name, getattr(args, name, None))
     args.models = list(dict.fromkeys(args.models or [DEFAULT_MODEL]))
     own = args.weights not in (None, "pretrained", "untrained")
     if len(args.models) > 1 and (own or args.recipe or args.labels):
         parser.error("a weights file, --recipe and --labels go with one --model")
+    if len(args.models) > 1 and args.tuned not in (None, "auto"):
+        parser.error("a file after --tuned goes with one --model")
 
 
 def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
     """The arguments with which scripts/package.py makes some of the models of `args`."""
     names = "weights recipe labels device precision workers batch_size max_batch_delay_ms".split()
+    names.append("tuned")
     given = {name: getattr(args, name) for name in names}
     return [f"--model={model}" for model in models] + [
         f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
@@ -159,7 +178,7 @@ def number(low: int, high: int) -> Callable[[str], int]:
 
 
 def _workers(text: str) -> str | int:
-    return text if text == "auto" else number(1, 1024)(text)
+    return text if text == "auto" else number(*RANGES["workers"])(text)
 
 
 def _host(text: str) -> str:

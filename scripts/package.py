@@ -48,6 +48,7 @@ from scripts.archives import (
 from scripts.conversion import to_openvino
 from scripts.options import parse_package
 from scripts.torchserve import read_config, read_path
+from scripts.tuned import describe_differences
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         store = read_path(read_config(), "model_store")
         for model in args.models:
+            for line in describe_differences(model, args):
+                print(line, file=sys.stderr)
             archive = package(model, args, store)
             print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
     except SetupError as exc:

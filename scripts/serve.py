@@ -27,6 +27,7 @@ from scripts.torchserve import (
     read_number,
     read_path,
 )
+from scripts.tuned import describe_differences
 
 READY_SECONDS = 300
 POLL_SECONDS = 0.2
@@ -55,6 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stale = [model for model in args.models if not find_current(model, args, store)]
         if stale and (status := package_apart(package_argv(args, stale))):
             return status  # it has said why
+        for model in args.models:
+            for line in describe_differences(model, args):
+                if model not in stale:  # for those, packaging has said it
+                    print(line, file=sys.stderr)
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

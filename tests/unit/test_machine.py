@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from handler import machine
-from handler.machine import available_cores, has_gpu
+from handler.machine import available_cores, cpu_model, has_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -176,3 +176,10 @@ def test_cuda_version_of_any_build(
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.syspath_prepend(tmp_path)
     assert machine._torch_cuda() == version
+
+
+def test_cpu_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
+    assert cpu_model()  # not Linux
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 rev 2\n" * 2)
+    assert cpu_model() == "Z80 rev 2"

@@ -24,6 +24,7 @@ MODEL_DEFAULTS = {
     "workers": "auto",
     "batch_size": None,
     "max_batch_delay_ms": None,
+    "tuned": None,
 }
 SERVER_DEFAULTS = {
     "host": None,
@@ -54,6 +55,7 @@ def test_defaults_of_package() -> None:
 def test_every_model_option(parse: Parse) -> None:
     argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cpu".split()
     argv += "--precision bf16 --workers 3 --batch-size 16 --max-batch-delay-ms 7".split()
+    argv += ["--tuned", "t.yaml"]
     given = vars(parse(argv))
     assert {name: given[name] for name in MODEL_DEFAULTS} == {
         "models": ["resnet18"],
@@ -65,6 +67,7 @@ def test_every_model_option(parse: Parse) -> None:
         "workers": 3,
         "batch_size": 16,
         "max_batch_delay_ms": 7,
+        "tuned": "t.yaml",
     }
 
 
@@ -100,6 +103,13 @@ def test_what_goes_with_one_model(
 ) -> None:
     message = mistake(parse, ["--model", "a", "--model", "b", option, "x"], capsys)
     assert "a weights file, --recipe and --labels go with one --model" in message
+
+
+@BOTH
+def test_a_tuned_file_goes_with_one_model(parse: Parse, capsys: pytest.CaptureFixture[str]) -> None:
+    both = ["--model", "a", "--model", "b", "--tuned"]
+    assert parse(both).tuned == "auto"  # each model's own file
+    assert "a file after --tuned goes with one --model" in mistake(parse, [*both, "x"], capsys)
 
 
 @BOTH
@@ -207,6 +217,8 @@ def test_help_needs_no_set_up() -> None:
     [
         "",
         "--model resnet18 --model alexnet --workers 3 --device cpu --precision bf16",
+        "--model resnet18 --tuned",
+        "--model resnet18 --tuned=t.yaml",
         "--weights=-odd.pth --labels l.txt --recipe R --batch-size 3 --max-batch-delay-ms 7",
     ],
 )

@@ -236,7 +236,7 @@ class Run:
     def classify_reference(self) -> None:
         """The top classes that eager torch in fp32 gives the labelled images."""
         precision = self.args.precisions[0]
-        if not self.labels or precision not in self.model_dirs:
+        if not self.labels or self.args.weights == "untrained" or precision in self.broken:
             return
         say("classifying the labelled images with the reference")
         done = subprocess.run(
@@ -337,7 +337,7 @@ class Run:
                 wait_until_right(subject, server, url, pictures)
                 result["start_seconds"].append(time.monotonic() - started)
                 self.measure(subject, url, pictures, SETTLE_CLIENTS, expectations, settle=True)
-                if result["accuracy"] is None and self.reference and subject.kind != "limit":
+                if subject.accuracy and self.reference and result["accuracy"] is None:
                     result["accuracy"] = self.accuracy(subject, url, pictures)
                 for clients in self.args.concurrency:
                     run = self.measure(subject, url, pictures, clients, expectations)

@@ -3,21 +3,31 @@
 An engine takes images as bytes of pixels and gives probabilities; normalisation is its business.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
+import openvino
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from handler.errors import InvalidSettings
-from handler.images import InputTransform
+from handler.errors import InvalidModel, InvalidSettings
 from handler.machine import available_cores
-from handler.model_card import WEIGHTS_FILE, ModelCard
-from handler.networks import empty_network, get_recipe
+from handler.model_card import (
+    INT8_FILE,
+    OPENVINO_FILE,
+    WEIGHTS_FILE,
+    InputTransform,
+    ModelCard,
+)
 from handler.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+# Images in one forward pass where the settings do not say. On a CPU a few images run some percent
+# faster together than one by one (benchmarks/REPORT.md), and more leave its caches again.
+MAX_FORWARD = {"cpu": 4, "cuda": 32}
 
 
 class Engine(Protocol):
@@ -26,41 +36,107 @@ class Engine(Protocol):
     name: str  # library and precision, e.g. "torch-fp32"
     precision: str
     device: str  # "cpu" or "cuda:0"
+    max_forward: int  # images that one forward pass takes
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """uint8 RGB [B, 3, H, W] on the CPU -> float32 [B, C] on the CPU, each row summing to 1."""
+        """uint8 RGB [B, 3, H, W] on the CPU -> float32 [B, C] on the CPU, each row summing to 1.
+
+        B is 1 to `max_forward`.
+        """
+
+
+class PixelsToProbabilities(nn.Module):
+    """A network between normalisation and softmax: uint8 [B, 3, H, W] to float32 [B, C]."""
+
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(self, network: nn.Module, transform: InputTransform, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network.to(dtype)
+        self._dtype = dtype
+        # (x / 255 - mean) / std as one subtraction and one division by constants in pixel units
+        self.register_buffer("_mean", 255 * torch.tensor(transform.mean).view(3, 1, 1))
+        self.register_buffer("_std", 255 * torch.tensor(transform.std).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        normalised = (images.float() - self._mean) / self._std
+        return self.network(normalised.to(self._dtype)).float().softmax(dim=1)
 
 
 class TorchEager:
     """torch without compilation: the reference that every other engine is held against."""
 
     def __init__(
-        self, network: torch.nn.Module, transform: InputTransform, precision: str, device: str
+        self,
+        network: nn.Module,
+        transform: InputTransform,
+        precision: str,
+        device: str,
+        max_forward: int = 32,
     ) -> None:
         self.name = f"torch-{precision}"
         self.precision = precision
         self.device = device
-        self._dtype = DTYPES[precision]
-        self._network = network.to(device, self._dtype).eval()
-        # (x / 255 - mean) / std as one subtraction and one division by constants in pixel units
-        self._mean = 255 * torch.tensor(transform.mean, device=device).view(3, 1, 1)
-        self._std = 255 * torch.tensor(transform.std, device=device).view(3, 1, 1)
+        self.max_forward = max_forward
+        self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] on the CPU -> float32 [B, C] on the CPU."""
-        pixels = images.to(self.device, torch.float32)
-        normalised = pixels.sub_(self._mean).div_(self._std)
-        logits = self._network(normalised.to(self._dtype))
-        return logits.float().softmax(dim=1).cpu()
+        return self._model(images.to(self.device)).cpu()
 
 
-def check_precision(settings: Settings) -> None:
-    """Raise InvalidSettings for a precision that no engine here offers."""
-    if settings.precision == "int8":
-        raise InvalidSettings(
-            "precision must be auto, fp32 or bf16 (this version has no int8 engine), got 'int8'"
-        )
+class OpenVino:
+    """OpenVINO on the CPU, compiled for one image and for `max_forward` images.
+
+    Fixed sizes, because a model with a free batch size takes a tenth longer.
+    """
+
+    def __init__(
+        self, model_file: Path, precision: str, threads: int = 1, max_forward: int = 1
+    ) -> None:
+        """Raises InvalidModel where the file is none that OpenVINO can read."""
+        self.name = f"openvino-{precision}"
+        self.precision = precision
+        self.device = "cpu"
+        self.max_forward = max_forward
+        core = openvino.Core()
+        options = {
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+            # Two workers of one thread each would pin themselves to the same core.
+            "ENABLE_CPU_PINNING": False,
+            # What int8 leaves in floating point takes bf16 where the CPU has it.
+            "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not has_bf16() else "bf16",
+        }
+        self._requests = []  # largest first
+        try:
+            for images in sorted({1, max_forward}, reverse=True):
+                model = core.read_model(model_file)
+                _, *shape = model.input(0).partial_shape
+                model.reshape([images, *shape])
+                compiled = core.compile_model(model, "CPU", options)
+                self._requests.append((images, compiled.create_infer_request()))
+        except RuntimeError as exc:
+            raise InvalidModel(f"{model_file.name} in the archive cannot be loaded") from exc
+
+    def probabilities(self, images: Tensor) -> Tensor:
+        """uint8 RGB [B, 3, H, W] -> float32 [B, C]."""
+        parts = []
+        start = 0
+        for size, request in self._requests:
+            while len(images) - start >= size:
+                outputs = request.infer([images[start : start + size].numpy()], share_inputs=True)
+                parts.append(torch.from_numpy(outputs[0]))  # a copy of the request's own memory
+                start += size
+        return torch.cat(parts)
+
+
+@cache
+def has_bf16() -> bool:
+    """Whether the CPU computes in bf16 itself (AVX-512 BF16, AMX), so that OpenVINO would."""
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def choose_device(settings: Settings, gpu_id: int | None) -> str:
@@ -84,16 +160,48 @@ def load_engine(
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 
-    `workers` is the number of processes that share the cores. Raises InvalidSettings, and
-    RuntimeError where the archive's tensors do not fit its architecture (packaging checked that).
+    `workers` is the number of processes that share the cores. Raises InvalidSettings or
+    InvalidModel, and RuntimeError where the archive's tensors do not fit its architecture
+    (packaging checked that).
     """
-    check_precision(settings)
     device = choose_device(settings, gpu_id)
-    torch.set_num_threads(settings.threads or max(1, available_cores() // max(1, workers)))
-    recipe = get_recipe(card.architecture, card.recipe)
-    state = load_file(model_dir / WEIGHTS_FILE)
+    threads = settings.threads or max(1, available_cores() // max(1, workers))
+    torch.set_num_threads(threads)  # for decoding as well
+    max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
+    converted = (model_dir / OPENVINO_FILE).exists()
+    engine = settings.engine
+    if engine == "auto":
+        engine = "openvino" if device == "cpu" and converted else "torch"
+    if engine == "torch":
+        return _load_torch(card, model_dir, settings.precision, device, max_forward)
+    if device != "cpu":
+        raise InvalidSettings(f"engine is openvino, which runs on a CPU, and device is {device}")
+    if not converted:
+        raise InvalidModel("the archive was packaged for torch alone: package it for openvino")
+    precision = settings.precision
+    if precision == "auto":
+        precision = "int8" if card.int8 else "bf16" if has_bf16() else "fp32"
+    if precision == "int8" and not card.int8:
+        raise InvalidSettings(
+            "precision is int8, and the archive has no int8 model: package it with --calibration"
+        )
+    if precision == "bf16" and not has_bf16():
+        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
+    model_file = model_dir / (INT8_FILE if precision == "int8" else OPENVINO_FILE)
+    return OpenVino(model_file, precision, threads, max_forward)
+
+
+def _load_torch(
+    card: ModelCard, model_dir: Path, precision: str, device: str, max_forward: int
+) -> TorchEager:
+    # torchvision takes 1.5 s and 170 MB to import, and no other engine needs it.
+    from handler.networks import empty_network, get_recipe
+
+    if precision == "int8":
+        raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
     # Built without memory and given the file's tensors, so no random weights are drawn first.
+    recipe = get_recipe(card.architecture, card.recipe)
     network = empty_network(recipe, card.architecture, len(card.labels))
-    network.load_state_dict(state, assign=True)
-    precision = "fp32" if settings.precision == "auto" else settings.precision
-    return TorchEager(network, InputTransform.from_recipe(recipe), precision, device)
+    network.load_state_dict(load_file(model_dir / WEIGHTS_FILE), assign=True)
+    precision = "fp32" if precision == "auto" else precision
+    return TorchEager(network, card.transform, precision, device, max_forward)

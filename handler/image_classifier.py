@@ -8,33 +8,43 @@ import logging
 import platform
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from PIL import Image
-from ts.torch_handler.base_handler import BaseHandler
 
 from handler.answers import Answer, best_classes, encode, failure, several, success
+from handler.base import BaseHandler
+from handler.cache import Result, ResultCache
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, RequestError, SetupError
-from handler.images import InputTransform, PixelBudget, read_picture
+from handler.images import Picture, PixelBudget, read_picture
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
-from handler.networks import get_recipe
 from handler.payloads import ImageRequest, read_request
 from handler.rows import Item, Row
 from handler.settings import Settings
 
-MAX_FORWARD = 32  # images in one forward pass: bounds the memory of requests with many images
 STAGES = ("preprocess", "inference", "postprocess", "total")
-LIBRARIES = ("torchserve", "torch", "torchvision", "pillow", "safetensors", "orjson")
+LIBRARIES = (
+    "torchserve",
+    "torch",
+    "torchvision",
+    "openvino",
+    "simplejpeg",
+    "pillow",
+    "numpy",
+    "safetensors",
+    "orjson",
+)
 
 
 def log_line(level: int, event: str, **facts: Any) -> None:
@@ -72,9 +82,6 @@ class ImageClassifier(BaseHandler):
             self.card = ModelCard.read(model_dir)
             if not self.card.weights.trained and not self.settings.allow_untrained:
                 raise SetupError("the weights are untrained, and allow_untrained is false")
-            self.transform = InputTransform.from_recipe(
-                get_recipe(self.card.architecture, self.card.recipe)
-            )
             self.engine = load_engine(
                 self.card,
                 model_dir,
@@ -83,6 +90,8 @@ class ImageClassifier(BaseHandler):
                 workers=config.get("minWorkers", 1),
             )
             self.version = str(context.manifest["model"]["modelVersion"])
+            size = self.settings.cache_bytes
+            self.cache = ResultCache(size) if size else None
             self.metrics = Metrics(torchserve_emit(), context.model_name, self.version)
             self._warm_up(config.get("batchSize", 1))
         except Exception as exc:
@@ -115,8 +124,8 @@ class ImageClassifier(BaseHandler):
         file = BytesIO()
         Image.new("RGB", (500, 375)).save(file, "JPEG")
         for _ in range(self.settings.warmup_batches):
-            pixels = read_picture(file.getvalue(), self.transform, Settings()).pixels
-            for images in sorted({1, min(batch_size, MAX_FORWARD)}):
+            pixels = read_picture(file.getvalue(), self.card.transform, Settings()).pixels
+            for images in sorted({1, min(batch_size, self.engine.max_forward)}):
                 probabilities = self.engine.probabilities(torch.stack([pixels] * images))
                 if not torch.isfinite(probabilities).all():
                     raise SetupError("the model gives no finite probabilities for a blank image")
@@ -148,9 +157,11 @@ class ImageClassifier(BaseHandler):
     def preprocess(self, data: list[Mapping[str, Any]]) -> list[Row]:
         """TorchServe's rows to Rows with decoded images; what is refused carries its error."""
         rows = []
+        pictures: dict[bytes, Picture] = {}  # of this batch: the same bytes are decoded once
         for index, fields in enumerate(data):
             started = perf_counter()
-            row = self._read(self.context.get_request_id(index), fields, self._headers(index))
+            request_id = self.context.get_request_id(index)
+            row = self._read(request_id, fields, self._headers(index), pictures)
             row.seconds["preprocess"] = perf_counter() - started
             rows.append(row)
         return rows
@@ -160,7 +171,13 @@ class ImageClassifier(BaseHandler):
         headers = self.context.get_all_request_header(index)
         return {name.lower(): value for name, value in headers.items()}
 
-    def _read(self, request_id: str, fields: Mapping[str, Any], headers: Mapping[str, Any]) -> Row:
+    def _read(
+        self,
+        request_id: str,
+        fields: Mapping[str, Any],
+        headers: Mapping[str, Any],
+        pictures: dict[bytes, Picture],
+    ) -> Row:
         try:
             if headers.get("explain") == "True":
                 raise MalformedRequest("explanations are not offered; use /predictions")
@@ -170,18 +187,35 @@ class ImageClassifier(BaseHandler):
         except Exception:  # a bug of ours is one client's 500, not the whole batch's 503
             return Row(request_id, self._failure("the request could not be read", request_id))
         budget = PixelBudget(self.settings.max_image_pixels)
-        items = [self._decode(image, budget, request_id) for image in request.images]
+        items = []
+        for image in request.images:
+            try:
+                items.append(self._open(image, budget, pictures))
+            except RequestError as error:
+                items.append(Item(error=error))
+            except Exception:  # as above
+                failed = self._failure("the image could not be processed", request_id)
+                items.append(Item(error=failed))
         return Row(request_id, request, items)
 
-    def _decode(self, image: bytes | RequestError, budget: PixelBudget, request_id: str) -> Item:
+    def _open(
+        self, image: bytes | RequestError, budget: PixelBudget, pictures: dict[bytes, Picture]
+    ) -> Item:
+        """An image from the cache, from this batch, or decoded. Raises RequestError."""
         if isinstance(image, RequestError):
-            return Item(error=image)
-        try:
-            return Item(picture=read_picture(image, self.transform, self.settings, budget))
-        except RequestError as error:
-            return Item(error=error)
-        except Exception:  # as in _read
-            return Item(error=self._failure("the image could not be processed", request_id))
+            raise image
+        key = None
+        if self.cache:
+            key = self.cache.key(image)
+            if result := self.cache.get(key):
+                budget.spend(*result.size)
+                return Item(size=result.size, probabilities=result.probabilities, cached=True)
+        if picture := pictures.get(image):
+            budget.spend(*picture.size)
+        else:
+            picture = read_picture(image, self.card.transform, self.settings, budget)
+            pictures[image] = picture
+        return Item(size=picture.size, picture=picture, key=key)
 
     def _failure(self, message: str, *request_ids: str) -> ModelFailed:
         """Log the exception being handled under the requests' ids; the client gets the message."""
@@ -192,31 +226,42 @@ class ImageClassifier(BaseHandler):
     def inference(self, rows: list[Row]) -> list[Row]:
         """Give every picture of every row its probabilities, in passes that the rows share."""
         started = perf_counter()
-        ready = [(item, row.request_id) for row in rows for item in row.items if item.picture]
-        for start in range(0, len(ready), MAX_FORWARD):
-            part, request_ids = zip(*ready[start : start + MAX_FORWARD], strict=True)
-            images = torch.stack([item.picture.pixels for item in part])
-            try:
-                # As a list, so that a wrong number of rows is an error before any is taken.
-                classified = list(
-                    zip(part, request_ids, self.engine.probabilities(images), strict=True)
-                )
-            except Exception:  # the images all have one shape: what fails here is not one of them
-                error = self._failure("the model failed", *dict.fromkeys(request_ids))
-                for item in part:
-                    item.error = error
-            else:
-                for item, request_id, probabilities in classified:
-                    if torch.isfinite(probabilities).all():
-                        item.probabilities = probabilities
-                    else:
-                        item.error = self._failure(
-                            "the model gave no finite probabilities", request_id
-                        )
+        holders: dict[Picture, list[tuple[Item, str]]] = {}  # one picture may be several items'
+        for row in rows:
+            for item in row.items:
+                if item.picture:
+                    holders.setdefault(item.picture, []).append((item, row.request_id))
+        waiting = list(holders.items())
+        for start in range(0, len(waiting), self.engine.max_forward):
+            self._classify(*zip(*waiting[start : start + self.engine.max_forward], strict=True))
         for row in rows:
             if any(item.picture for item in row.items):
                 row.seconds["inference"] = perf_counter() - started
         return rows
+
+    def _classify(
+        self, pictures: Sequence[Picture], holders: Sequence[list[tuple[Item, str]]]
+    ) -> None:
+        """One forward pass; `holders` has each picture's items with their requests' ids."""
+        images = torch.stack([picture.pixels for picture in pictures])
+        try:
+            # As a list, so that a wrong number of rows is an error before any is taken.
+            classified = list(zip(holders, self.engine.probabilities(images), strict=True))
+        except Exception:  # the images all have one shape: what fails here is not one of them
+            request_ids = dict.fromkeys(request_id for held in holders for _, request_id in held)
+            error = self._failure("the model failed", *request_ids)
+            for item, _ in chain(*holders):
+                item.error = error
+            return
+        for held, probabilities in classified:
+            finite = bool(torch.isfinite(probabilities).all())
+            for item, request_id in held:
+                if not finite:
+                    item.error = self._failure("the model gave no finite probabilities", request_id)
+                    continue
+                item.probabilities = probabilities
+                if self.cache and item.key:
+                    self.cache.put(item.key, Result(item.size, probabilities))
 
     def postprocess(self, rows: list[Row]) -> list[bytes]:
         """JSON bytes for each row; sets its status and content type in the context."""
@@ -242,17 +287,17 @@ class ImageClassifier(BaseHandler):
 
     def _result(self, item: Item, row: Row, request: ImageRequest) -> Answer:
         """The answer for one image of a row."""
-        if item.error or item.picture is None or item.probabilities is None:
+        if item.error or item.probabilities is None:
             return failure(item.error or ModelFailed("the image was not classified"))
         item.predictions = best_classes(item.probabilities, request.top_k, self.card.labels)
         metadata = {
             "filename": request.filename,
-            "inference_time": round(row.seconds["inference"], 6),
+            "inference_time": round(row.seconds.get("inference", 0), 6),
             **self._identity(),
             "device": self.engine.device,
             "engine": self.engine.name,
-            "image_size": item.picture.size,
-            "cached": False,
+            "image_size": item.size,
+            "cached": item.cached,
             "request_id": row.request_id,
         }
         return success(item.predictions, metadata)
@@ -279,6 +324,7 @@ class ImageClassifier(BaseHandler):
                 **self._identity(),
                 status=row.status,
                 images=len(row.items),
+                cached=sum(item.cached for item in row.items),
                 batch=batch,
                 **{f"{stage}_ms": milliseconds(row.seconds.get(stage, 0)) for stage in STAGES},
                 top_class=best.get("class"),
@@ -296,25 +342,20 @@ class ImageClassifier(BaseHandler):
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""
-        card, transform = self.card, self.transform
+        card, size = self.card, self.card.transform.crop_size
         return {
             "model": self.context.model_name,
             "version": self.version,
             "architecture": card.architecture,
             "parameters": card.parameters,
             "classes": len(card.labels),
-            "input_size": [3, *transform.crop_size * 2],
+            "input_size": [3, size, size],
             "recipe": card.recipe,
-            "transforms": {
-                "resize_size": transform.resize_size,
-                "crop_size": transform.crop_size,
-                "interpolation": transform.interpolation.value,
-                "mean": transform.mean,
-                "std": transform.std,
-            },
+            "transforms": asdict(card.transform),
             "weights": asdict(card.weights),
             "engine": self.engine.name,
             "precision": self.engine.precision,
+            "int8": card.int8,
             "device": self.engine.device,
             "threads": torch.get_num_threads(),
             "libraries": {name: version(name) for name in LIBRARIES}

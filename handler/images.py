@@ -2,25 +2,30 @@
 
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
 
-from PIL import Image, ImageOps
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
-from torchvision.models import WeightsEnum
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
-from torchvision.transforms._presets import ImageClassification
+from torch.nn import functional
 
 from handler.errors import (
     ImageTooLarge,
-    InvalidModel,
     NoImage,
     TooManyPixels,
     UnreadableImage,
     UnsupportedFormat,
 )
+from handler.model_card import InputTransform
 from handler.settings import Settings
+
+Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_SCANS = 100  # of a progressive JPEG; libjpeg writes 10, and each costs a pass over the image
@@ -58,53 +63,24 @@ _FOREIGN = (
 _FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
 
 
-@dataclass(frozen=True)
+# EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright.
+_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+
+
+@dataclass(frozen=True, eq=False)
 class Picture:
-    """A decoded image, ready for the model."""
+    """A decoded image, ready for the model; equal to itself alone, and hashed so."""
 
     pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model wants it
     size: tuple[int, int]  # width and height of the image as people see it
-
-
-@dataclass(frozen=True)
-class InputTransform:
-    """The recipe's own resize and crop, in uint8; `mean` and `std` are left to the engine.
-
-    Stops before torchvision's normalisation, because a batch of bytes is a quarter of the floats.
-    The source of every number is the recipe: V1 weights resize to 256, V2 to 232.
-    """
-
-    resize_size: list[int]
-    crop_size: list[int]
-    interpolation: InterpolationMode
-    antialias: bool
-    mean: list[float]
-    std: list[float]
-
-    @classmethod
-    def from_recipe(cls, recipe: WeightsEnum) -> "InputTransform":
-        """Raises InvalidModel for a recipe that is not of torchvision's classification kind."""
-        preset = recipe.transforms()
-        if not isinstance(preset, ImageClassification):
-            raise InvalidModel(f"{recipe} has no image classification transforms")
-        return cls(
-            preset.resize_size,
-            preset.crop_size,
-            preset.interpolation,
-            preset.antialias,
-            preset.mean,
-            preset.std,
-        )
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        """A PIL RGB image to uint8 [3, crop, crop]."""
-        # The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000
-        # pixels it would make 232 x 11 million first. Only the middle of a strip is kept.
-        longest = MAX_ASPECT_RATIO * min(image.size)
-        if max(image.size) > longest:
-            image = F.center_crop(image, [min(side, longest) for side in reversed(image.size)])
-        image = F.resize(image, self.resize_size, self.interpolation, antialias=self.antialias)
-        return F.pil_to_tensor(F.center_crop(image, self.crop_size))
 
 
 class PixelBudget:
@@ -135,12 +111,42 @@ def read_picture(
 
     `budget` is the request's; None: the image is the only one of its request.
     """
-    image = decode_image(data, settings, budget)
-    return Picture(transform(image), image.size)
+    pixels = decode_image(data, settings, budget)
+    height, width, _ = pixels.shape
+    return Picture(to_input(pixels, transform), (width, height))
 
 
-def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Image.Image:
-    """JPEG, PNG, WebP, GIF or BMP bytes to a PIL RGB image, upright; of several frames the first.
+def to_input(pixels: Pixels, transform: InputTransform) -> Tensor:
+    """uint8 RGB [H, W, 3] to uint8 [3, crop, crop]: the recipe's resize and crop.
+
+    Stops before torchvision's normalisation, because a batch of bytes is a quarter of the floats.
+    """
+    # Channels last in memory, as decoders give them: torch's vectorised resize is made for that.
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000
+    # pixels it would make 232 x 11 million first. Only the middle of a strip is kept.
+    image = _middle(image, MAX_ASPECT_RATIO * min(image.shape[2:]))
+    short = min(image.shape[2:])
+    if short != transform.resize_size:
+        height, width = (
+            transform.resize_size if side == short else int(transform.resize_size * side / short)
+            for side in image.shape[2:]
+        )
+        image = functional.interpolate(
+            image, (height, width), mode=transform.interpolation, antialias=transform.antialias
+        )
+    return _middle(image, transform.crop_size)[0].contiguous()
+
+
+def _middle(images: Tensor, longest: int) -> Tensor:
+    """[B, C, H, W] without what goes beyond `longest` at either end; rounds as torchvision does."""
+    height, width = images.shape[2:]
+    top, left = (max(0, round((side - longest) / 2)) for side in (height, width))
+    return images[:, :, top : top + longest, left : left + longest]
+
+
+def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Pixels:
+    """JPEG, PNG, WebP, GIF or BMP bytes to uint8 RGB [H, W, 3], upright; the first of many frames.
 
     Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
     """
@@ -164,13 +170,33 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
         raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
     (budget or PixelBudget(settings.max_image_pixels)).spend(*image.size)
     try:
-        return to_rgb(_upright(image))
+        pixels = _decode_jpeg(image, data)
+        if pixels is None:
+            image.load()
+            pixels = np.array(to_rgb(image))
+        turn = _UPRIGHT.get(_orientation(image))
+        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
     except MemoryError:
         raise
     except Exception as exc:  # as above
         raise UnreadableImage(
             f"{len(data)} bytes of {image.format} are damaged or truncated"
         ) from exc
+
+
+def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
+    """The pixels of a sound grey or colour JPEG; None for anything else, which is Pillow's.
+
+    The same libjpeg-turbo as Pillow's, value for value, without Pillow's copies on the way.
+    """
+    if not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
+        return None
+    try:
+        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:  # it takes no oddity; Pillow takes some, and knows damage from oddity
+        return None
+    # Header and pixels were read by two programs: the budget was spent on what the first one saw.
+    return pixels if pixels.shape[1::-1] == image.size else None
 
 
 def _refuse_slow(image: Image.Image, data: bytes) -> None:
@@ -189,17 +215,17 @@ def foreign_format(data: bytes) -> str | None:
     return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says; a damaged EXIF block turns nothing."""
-    image.load()
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1, which turns nothing, where a damaged EXIF block says none."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
-        return image
+        return 1
     try:
-        return ImageOps.exif_transpose(image)
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:  # EXIF is decoration: struct, tag and type errors all occur
-        return image
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -3,11 +3,15 @@
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from handler.errors import InvalidModel
 
 CARD_FILE = "model.json"
-WEIGHTS_FILE = "weights.safetensors"
+WEIGHTS_FILE = "weights.safetensors"  # for torch
+# For OpenVINO, with the tensors in a .bin beside each; there are none where torch was asked for.
+OPENVINO_FILE = "openvino.xml"
+INT8_FILE = "openvino-int8.xml"  # where calibration images were given
 UNTRAINED = "untrained"
 
 
@@ -24,14 +28,28 @@ class WeightsFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class InputTransform:
+    """A recipe's resize, crop and normalisation: V1 weights resize to 256, V2 to 232."""
+
+    resize_size: int  # pixels of the shorter side
+    crop_size: int  # pixels of each side of the square that is cut out of the middle
+    interpolation: str  # "bilinear" or "bicubic"
+    antialias: bool
+    mean: tuple[float, ...]  # by channel, of values from 0 to 1
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """What an archive holds besides its code and tensors."""
 
     architecture: str  # torchvision's builder, e.g. "mobilenet_v2"
-    recipe: str  # the torchvision weights entry whose transforms apply
+    recipe: str  # the torchvision weights entry that the transform is of
+    transform: InputTransform
     labels: tuple[str, ...]  # position = class index
     parameters: dict[str, int]  # "total" and "trainable"
     weights: WeightsFacts
+    int8: dict[str, Any] | None  # what was measured when the int8 model was made
     inputs_sha256: str  # of everything the archive was made from: decides whether to rebuild
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
 
@@ -45,6 +63,9 @@ class ModelCard:
             facts = json.loads(text)
             facts["weights"] = WeightsFacts(**facts["weights"])
             facts["labels"] = tuple(facts["labels"])
+            transform = facts["transform"]
+            transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
+            facts["transform"] = InputTransform(**transform)
             return cls(**facts)
         except (ValueError, TypeError, KeyError) as exc:
             raise InvalidModel(f"{CARD_FILE} in the archive is not a model card: {exc}") from exc

@@ -9,8 +9,10 @@ import torchvision
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum
+from torchvision.transforms._presets import ImageClassification
 
 from handler.errors import InvalidModel
+from handler.model_card import InputTransform
 
 
 def architectures() -> list[str]:
@@ -34,6 +36,25 @@ def get_recipe(architecture: str, name: str | None = None) -> WeightsEnum:
             return recipe
     raise InvalidModel(
         f"{name!r} is not a recipe of {architecture}; known: {', '.join(map(str, known))}"
+    )
+
+
+def input_transform(recipe: WeightsEnum) -> InputTransform:
+    """The recipe's own resize, crop and normalisation.
+
+    Raises InvalidModel for a recipe that is not of torchvision's classification kind.
+    """
+    preset = recipe.transforms()
+    if not isinstance(preset, ImageClassification):
+        raise InvalidModel(f"{recipe} has no image classification transforms")
+    (resize_size,), (crop_size,) = preset.resize_size, preset.crop_size
+    return InputTransform(
+        resize_size=resize_size,
+        crop_size=crop_size,
+        interpolation=preset.interpolation.value,
+        antialias=preset.antialias,
+        mean=tuple(preset.mean),
+        std=tuple(preset.std),
     )
 
 

@@ -15,7 +15,10 @@ class Item:
     """One image: an error, or a picture, then its probabilities, then its predictions."""
 
     error: RequestError | None = None
-    picture: Picture | None = None
+    size: tuple[int, int] = (0, 0)  # width and height of the image as people see it
+    picture: Picture | None = None  # one object for all items of a batch that hold the same bytes
+    key: bytes | None = None  # of the result cache, where there is one
+    cached: bool = False  # the probabilities are those of an earlier batch
     probabilities: Tensor | None = None  # float32 [C]
     predictions: list[dict[str, Any]] = field(default_factory=list)  # best first
 

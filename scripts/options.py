@@ -138,6 +138,15 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
         parser.error("a weights file, --recipe and --labels go with one --model")
 
 
+def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
+    """The arguments with which scripts/package.py makes some of the models of `args`."""
+    names = "weights recipe labels device precision workers batch_size max_batch_delay_ms".split()
+    given = {name: getattr(args, name) for name in names}
+    return [f"--model={model}" for model in models] + [
+        f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
+    ]
+
+
 def number(low: int, high: int) -> Callable[[str], int]:
     """An argparse type: a whole number in a range."""
 

@@ -1,40 +1,50 @@
 """Make model_store/{model}.mar: weights and labels in, a self-contained archive out."""
 
-import hashlib
-import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
-import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import openvino
 import torch
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models import WeightsEnum
 
-from handler.engines import check_precision, choose_device
+from handler.engines import choose_device, has_bf16
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.images import InputTransform
-from handler.machine import available_cores
-from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
+from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.networks import (
     class_count,
     clean_state_dict,
     empty_network,
     fit_state_dict,
     get_recipe,
+    input_transform,
 )
 from handler.settings import Settings
+from scripts.archives import (
+    HANDLER,
+    LIBRARIES,
+    MODEL_VERSION,
+    check_limits,
+    digest,
+    find_current,
+    model_config,
+    read_card,
+    read_digest,
+)
+from scripts.conversion import to_openvino
 from scripts.options import parse_package
-from scripts.torchserve import MODEL_CONFIG_KEYS, read_config, read_number, read_path
+from scripts.torchserve import read_config, read_path
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -44,15 +54,13 @@ from scripts.weights import (
     read_state_dict,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-HANDLER = ROOT / "handler"
-MODEL_VERSION = "1.0"
 CONFIG_FILE = "model-config.yaml"
-LIBRARIES = ("torch", "torchvision", "torch-model-archiver")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_package(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is cleaned up
+    os.environ["CI"] = "true"  # or OpenVINO's converter reports its use to its makers
     try:
         store = read_path(read_config(), "model_store")
         for model in args.models:
@@ -61,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -69,22 +79,25 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
 
     Raises SetupError where settings, weights, labels and model do not go together.
     """
+    current = find_current(model, options, out_dir)
+    if current is not None:
+        return current
     recipe = get_recipe(model, options.recipe)
-    InputTransform.from_recipe(recipe)
+    transform = input_transform(recipe)
     config = model_config(model, options)
     settings = Settings.load(config["handler"])
-    check_precision(settings)
     choose_device(settings, gpu_id=None)
+    check_precision(settings)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
     archive = out_dir / f"{model}.mar"
     source = choose_weights(model, recipe, options.weights)
-    if not source.trained and not settings.allow_untrained:
+    if not source.facts.trained and not settings.allow_untrained:
         raise InvalidSettings(
             f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
             f"{settings.env}); give --weights FILE or let pretrained weights be downloaded"
         )
-    inputs = _digest(model, str(recipe), labels, source, config)
+    inputs = digest(model, options, config, source.facts)
     if read_digest(archive) == inputs:
         return archive
 
@@ -94,27 +107,32 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         check_labels(labels, classes, own=bool(options.labels))
         state = fit_state_dict(state, recipe, model, classes)
     except InvalidModel as exc:
-        raise InvalidModel(f"{source.path or source.name}: {exc}") from exc
-    parameters = [*empty_network(recipe, model, classes).parameters()]
+        raise InvalidModel(f"{source.path or source.facts.name}: {exc}") from exc
+    network = empty_network(recipe, model, classes)
+    network.load_state_dict(state, assign=True)
+    parameters = [*network.parameters()]
+    converted = None
+    if config["handler"].get("engine") != "torch" and config.get("deviceType") != "gpu":
+        converted = to_openvino(network, transform)
     card = ModelCard(
         architecture=model,
         recipe=str(recipe),
+        transform=transform,
         labels=tuple(labels),
         parameters={
             "total": sum(p.numel() for p in parameters),
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         },
-        weights=WeightsFacts(
-            name=source.name, trained=source.trained, source=source.kind, sha256=source.sha256
-        ),
+        weights=source.facts,
+        int8=None,
         inputs_sha256=inputs,
         packaged_with={name: version(name) for name in LIBRARIES},
     )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
-            made = _archive(Path(folder), model, card, state, config)
-            if not options.weights and not source.trained:
+            made = _archive(Path(folder), model, card, state, converted, config)
+            if not options.weights and not source.facts.trained:
                 _keep_trained(archive)
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
@@ -147,121 +165,19 @@ def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Sourc
         return find_weights("untrained", recipe, model)
 
 
-def model_config(model: str, options: Namespace) -> dict[str, Any]:
-    """TorchServe's model configuration: default.yaml, the model's own file, then the options.
-
-    Raises InvalidSettings for what TorchServe would ignore: unknown keys, values it has no use for.
-    """
-    config: dict[str, Any] = {}
-    handler: dict[str, Any] = {}
-    for name in ("default", model):
-        path = HANDLER / "configs" / f"{name}.yaml"
-        if path.exists():
-            content = _read_yaml(path)
-            handler |= content.pop("handler", None) or {}
-            config |= content
-    if options.batch_size:
-        config["batchSize"] = options.batch_size
-    if options.max_batch_delay_ms:
-        config["maxBatchDelay"] = options.max_batch_delay_ms
-    if options.device != "auto":
-        config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
-        handler["device"] = options.device
-    if options.precision != "auto":
-        handler["precision"] = options.precision
-    config["handler"] = handler
-    settings = Settings.load(handler)
-    for name, option in (("device", options.device), ("precision", options.precision)):
-        if option not in ("auto", getattr(settings, name)):
-            raise InvalidSettings(
-                f"--{name} {option} and CLASSIFIER_{name.upper()}={getattr(settings, name)} differ"
-            )
-    workers = options.workers
-    if workers == "auto":
-        on_gpu = choose_device(settings, gpu_id=None) != "cpu"
-        workers = 1 if on_gpu else available_cores()
-    # TorchServe ignores either of the two without the other, and takes one worker a core instead.
-    return config | {"minWorkers": workers, "maxWorkers": workers}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    """A checked file of handler/configs."""
-    try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
-        reason = " ".join(str(exc).split())
-        raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
-    if not isinstance(content, dict):
-        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
-    for key, value in content.items():
-        if key not in MODEL_CONFIG_KEYS:
-            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
-            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
-        if key == "handler":
-            if not isinstance(value, dict | None):
-                raise InvalidSettings(
-                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
-                )
-        elif key == "deviceIds":
-            if not isinstance(value, list) or not all(type(number) is int for number in value):
-                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
-        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
-            raise InvalidSettings(
-                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
-            )
-    return content
-
-
-def check_limits(
-    settings: Settings, config: dict[str, Any], labels: Sequence[str], server: dict[str, str]
-) -> None:
-    """Raise InvalidSettings where the handler's limits do not fit into TorchServe's.
-
-    The largest answer is that of a full batch of the most images with every class: TorchServe kills
-    the worker that exceeds max_response_size.
-    """
-    image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
-    answer = config["batchSize"] * settings.max_images * image
-    if answer > (limit := read_number(server, "max_response_size", 6_553_500)):
-        raise InvalidSettings(
-            f"batchSize {config['batchSize']} x max_images {settings.max_images} x {len(labels)} "
-            f"classes may answer {answer} bytes, max_response_size is {limit}"
-        )
-    if settings.max_image_bytes > (limit := read_number(server, "max_request_size", 6_553_500)):
-        raise InvalidSettings(
-            f"max_image_bytes is {settings.max_image_bytes}, max_request_size only {limit}"
-        )
-
-
-def _digest(model: str, recipe: str, labels: Sequence[str], source: Source, config: Any) -> str:
-    """sha256 of everything that an archive is made from."""
-    inputs = {
-        "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
-        "model": [model, MODEL_VERSION, recipe, source.name, source.sha256],
-        "labels": list(labels),
-        "config": config,
-        "libraries": {name: version(name) for name in LIBRARIES},
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def read_card(archive: Path) -> ModelCard | None:
-    """The card of an existing archive; None where there is none or it is damaged."""
-    try:
-        with zipfile.ZipFile(archive) as content:
-            return None if content.testzip() else ModelCard.from_json(content.read(CARD_FILE))
-    except Exception:  # zipfile has many words for damage, and the cure is the same: make it again
-        return None
-
-
-def read_digest(archive: Path) -> str | None:
-    """What an existing archive was made from; None where there is none or it is damaged."""
-    card = read_card(archive)
-    return card.inputs_sha256 if card else None
+def check_precision(settings: Settings) -> None:
+    """Raise InvalidSettings for a precision that cannot be served here."""
+    if settings.precision == "bf16" and settings.engine != "torch" and not has_bf16():
+        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
 
 
 def _archive(
-    folder: Path, model: str, card: ModelCard, state: dict[str, torch.Tensor], config: Any
+    folder: Path,
+    model: str,
+    card: ModelCard,
+    state: dict[str, torch.Tensor],
+    converted: openvino.Model | None,
+    config: Any,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -275,6 +191,8 @@ def _archive(
         shutil.copy(path, package_dir)
     (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
     save_file(state, folder / WEIGHTS_FILE)
+    if converted:
+        openvino.save_model(converted, stage / OPENVINO_FILE, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),

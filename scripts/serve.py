@@ -3,6 +3,7 @@
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -13,9 +14,10 @@ import requests
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import healthcheck
-from scripts.options import parse_serve
-from scripts.package import ROOT, package
+from scripts.archives import find_current
+from scripts.options import package_argv, parse_serve
 from scripts.torchserve import (
+    ROOT,
     Address,
     TorchServe,
     check_ports,
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         environ = listen(config, inference, management, metrics)
         java = find_java()
         store = read_path(config, "model_store")
-        archives = [package(model, args, store) for model in args.models]
+        stale = [model for model in args.models if not find_current(model, args, store)]
+        if stale and (status := package_apart(package_argv(args, stale))):
+            return status  # it has said why
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
@@ -63,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
+    archives = [store / f"{model}.mar" for model in args.models]
     server = TorchServe(java, config, archives, environ)
     try:
         server.start()
@@ -136,6 +141,29 @@ def listen(
         "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
         "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
     }
+
+
+def package_apart(argv: Sequence[str]) -> int:
+    """Run scripts/package.py in a process of its own, with which its memory for torch ends.
+
+    Returns its exit status; raises SetupError where it was killed.
+    """
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
+        stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
+        start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
+    )
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if status < 0:
+        raise SetupError(
+            f"packaging was killed by signal {-status} (9 is often the system out of memory)"
+        )
+    return status
 
 
 def ending(server: TorchServe) -> str:

@@ -1,6 +1,5 @@
 """Where weights and labels come from: a download, a file, or a seed."""
 
-import hashlib
 import json
 import pickle
 import re
@@ -19,10 +18,10 @@ from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from handler.errors import InvalidModel
-from handler.model_card import UNTRAINED
+from handler.model_card import WeightsFacts
 from handler.networks import build_network
+from scripts.archives import SEED, file_facts, file_sha256, untrained_facts
 
-SEED = 0
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training scripts put around it
 
@@ -35,14 +34,8 @@ class DownloadFailed(InvalidModel):
 class Source:
     """Weights that are at hand."""
 
-    name: str  # what answers call them
-    kind: str  # "torchvision", "file" or "seed 0"
+    facts: WeightsFacts
     path: Path | None  # None: drawn from the seed
-    sha256: str  # of the file; of the words that decide them where there is none
-
-    @property
-    def trained(self) -> bool:
-        return self.path is not None
 
 
 def find_weights(choice: str, recipe: WeightsEnum, architecture: str) -> Source:
@@ -51,19 +44,19 @@ def find_weights(choice: str, recipe: WeightsEnum, architecture: str) -> Source:
     Raises InvalidModel; DownloadFailed where the network is at fault.
     """
     if choice == "untrained":
-        identity = f"{architecture} seed {SEED} torch {torch.__version__}"
-        return Source(
-            UNTRAINED, f"seed {SEED}", None, hashlib.sha256(identity.encode()).hexdigest()
-        )
+        return Source(untrained_facts(architecture), None)
     if choice == "pretrained":
         path = download(recipe.url, Path(torch.hub.get_dir()) / "checkpoints")
-        return Source(str(recipe), "torchvision", path, sha256(path))
+        facts = WeightsFacts(
+            name=str(recipe), trained=True, source="torchvision", sha256=file_sha256(path)
+        )
+        return Source(facts, path)
     path = Path(choice)
     if not path.is_file():
         raise InvalidModel(
             f"--weights {choice}: there is no such file (nor is it 'pretrained' or 'untrained')"
         )
-    return Source(path.name, "file", path, sha256(path))
+    return Source(file_facts(path), path)
 
 
 def download(url: str, cache: Path) -> Path:
@@ -90,19 +83,11 @@ def download(url: str, cache: Path) -> Path:
             raise DownloadFailed(f"{url} cannot be downloaded: {reason}") from exc
         finally:
             socket.setdefaulttimeout(timeout)
-    if not sha256(path).startswith(prefix):
+    if not file_sha256(path).startswith(prefix):
         raise InvalidModel(
             f"{path} is damaged: its sha256 does not begin {prefix}; delete it to fetch it again"
         )
     return path
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def read_state_dict(source: Source, recipe: WeightsEnum, architecture: str) -> dict[str, Tensor]:

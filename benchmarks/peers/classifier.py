@@ -51,16 +51,14 @@ class Ours:
         import yaml
 
         from handler.engines import load_engine
-        from handler.images import InputTransform
         from handler.model_card import ModelCard
-        from handler.networks import get_recipe
         from handler.settings import Settings
 
         card = ModelCard.read(model_dir)
         config = yaml.safe_load((model_dir / "model-config.yaml").read_text("utf-8"))
         self.labels = card.labels
         self._settings = Settings.load(config["handler"])
-        self._transform = InputTransform.from_recipe(get_recipe(card.architecture, card.recipe))
+        self._transform = card.transform
         self._engine = load_engine(card, model_dir, self._settings, gpu_id=None, workers=WORKERS)
 
     def probabilities(self, jpegs: Sequence[bytes]) -> torch.Tensor:

@@ -42,6 +42,12 @@ def port_options() -> list[str]:
     return [word for name, port in free_ports().items() for word in (f"--{name}", str(port))]
 
 
+def package(folder: Path, *options: str) -> None:
+    """Make the archive that ./scripts/serve is then asked for."""
+    command = [sys.executable, ROOT / "scripts" / "package.py", *options]
+    subprocess.run(command, env=environment(folder), check=True, capture_output=True, timeout=120)
+
+
 def refused(folder: Path, *options: str, env: dict[str, str] | None = None) -> str:
     """The one line that ./scripts/serve ends with; it must end with 2 before Java starts."""
     done = run_serve(folder, *port_options(), *options, env=env)
@@ -166,9 +172,10 @@ def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> No
 
 
 def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
-    command = [*SERVE, *two_classes(tmp_path), "--workers", "1", *port_options()]
+    options = [*two_classes(tmp_path), "--workers", "1"]
+    package(tmp_path, *options)
     process = subprocess.Popen(
-        command,
+        [*SERVE, *options, *port_options()],
         env=environment(tmp_path),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -186,12 +193,44 @@ def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
         process.kill()
 
 
+def is_running(child: psutil.Process, command: str) -> bool:
+    try:
+        return command in " ".join(child.cmdline())
+    except psutil.Error:  # gone in the meantime
+        return False
+
+
+@pytest.mark.parametrize("command", ["package.py", "torch-model-archiver"])
+def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str) -> None:
+    process = subprocess.Popen(
+        [*SERVE, *two_classes(tmp_path), *port_options()],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        parent = psutil.Process(process.pid)
+        children: list[psutil.Process] = []
+        while not any(is_running(child, command) for child in children):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+            children = parent.children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 130
+        assert process.stdout is not None
+        assert not process.stdout.read()
+        assert not [child for child in children if child.is_running()]
+        assert not list(tmp_path.glob("store/.packaging-*"))
+    finally:
+        process.kill()
+
+
 def test_a_model_that_cannot_load_ends_the_server(tmp_path: Path) -> None:
     """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
     options = [*two_classes(tmp_path), "--workers", "1"]
-    environ = environment(tmp_path)
-    package = [sys.executable, ROOT / "scripts" / "package.py", *options]
-    subprocess.run(package, env=environ, check=True, capture_output=True, timeout=120)
+    package(tmp_path, *options)
     archive = tmp_path / "store" / "squeezenet1_1.mar"
     with zipfile.ZipFile(archive) as whole:
         content = {name: whole.read(name) for name in whole.namelist()}

@@ -123,7 +123,7 @@ def test_info(server: Server) -> None:
     assert info["parameters"] == {"total": 2227715, "trainable": 2227715}
     assert info["classes"] == 3
     assert info["input_size"] == [3, 224, 224]
-    assert info["transforms"]["resize_size"] == [232]
+    assert info["transforms"]["resize_size"] == 232
     assert info["weights"]["name"] == "colours.pth"
     assert info["weights"]["trained"] is True
     assert re.fullmatch(r"[0-9a-f]{64}", info["weights"]["sha256"])

@@ -1,24 +1,31 @@
 """Engines against plain torchvision: the same probabilities, whatever the batch."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as F  # noqa: N812
 
-from handler.engines import TorchEager, check_precision, choose_device, load_engine
-from handler.errors import InvalidSettings
-from handler.images import InputTransform
-from handler.model_card import WEIGHTS_FILE
+from handler.engines import Engine, OpenVino, TorchEager, choose_device, has_bf16, load_engine
+from handler.errors import InvalidModel, InvalidSettings
+from handler.images import to_input
+from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
+from handler.networks import input_transform
 from handler.settings import Settings
 from tests.drawing import BLUE, GREEN, RED, noise, plain, quarters
 from tests.unit.tiny import RECIPE, make_model_dir, tiny_card, tiny_network
 
+ROOT = Path(__file__).resolve().parents[2]
+
 # The recipe's own but for the size: a third of the work.
-TRANSFORM = replace(InputTransform.from_recipe(RECIPE), resize_size=[144], crop_size=[128])
+TRANSFORM = replace(input_transform(RECIPE), resize_size=144, crop_size=128)
 PICTURES = [noise((300, 200)), quarters(), plain(RED), plain(GREEN), plain(BLUE)]
 CPU = Settings(device="cpu", threads=1)
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -26,7 +33,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 def pixels(transform: InputTransform = TRANSFORM) -> Tensor:
     """uint8 [5, 3, H, W]."""
-    return torch.stack([transform(picture) for picture in PICTURES])
+    return torch.stack([to_input(np.array(picture), transform) for picture in PICTURES])
 
 
 def reference(network: nn.Module | None = None) -> Tensor:
@@ -49,7 +56,7 @@ def test_eager_gives_torchvisions_probabilities() -> None:
 
 
 def test_eager_gives_what_the_recipe_gives() -> None:
-    transform = InputTransform.from_recipe(RECIPE)
+    transform = input_transform(RECIPE)
     network = tiny_network()
     with torch.inference_mode():
         inputs = torch.stack([RECIPE.transforms()(picture) for picture in PICTURES])
@@ -123,13 +130,128 @@ def test_load_engine_of_other_kinds(tmp_path: Path, architecture: str) -> None:
     torch.testing.assert_close(engine.probabilities(pixels()), wanted, rtol=0, atol=1e-6)
 
 
+# --- OpenVINO
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked archive of a model that was packaged for OpenVINO."""
+    return make_model_dir(tmp_path_factory.mktemp("converted"), openvino=True)
+
+
+@pytest.mark.parametrize("max_forward", [1, 2, 4, 8])
+def test_openvino_gives_torchvisions_probabilities(converted: Path, max_forward: int) -> None:
+    """Whatever the number of images is that it was compiled for: here there are five."""
+    engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=max_forward)
+    images = pixels(tiny_card().transform)
+    wanted = TorchEager(tiny_network(), tiny_card().transform, "fp32", "cpu").probabilities(images)
+    given = torch.cat([engine.probabilities(part) for part in images.split(max_forward)])
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)
+
+
+def test_openvinos_answers_are_not_overwritten_by_the_next(converted: Path) -> None:
+    engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=2)
+    images = pixels(tiny_card().transform)
+    first = engine.probabilities(images[:2])
+    kept = first.clone()
+    engine.probabilities(images[2:4])
+    assert torch.equal(first, kept)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / OPENVINO_FILE).write_text("<net/>")
+    with pytest.raises(InvalidModel, match=r"openvino\.xml in the archive cannot be loaded"):
+        OpenVino(tmp_path / OPENVINO_FILE, "fp32")
+
+
+# --- Which engine
+
+
+def load(folder: Path, card: ModelCard | None = None, **settings: Any) -> Engine:
+    chosen = Settings(**{"device": "cpu", "threads": 1} | settings)
+    return load_engine(card or tiny_card(), folder, chosen, gpu_id=None, workers=1)
+
+
 @pytest.mark.parametrize(
-    ("precision", "name"), [("auto", "torch-fp32"), ("fp32", "torch-fp32"), ("bf16", "torch-bf16")]
+    ("settings", "name"),
+    [
+        ({"engine": "openvino", "precision": "fp32"}, "openvino-fp32"),
+        ({"precision": "fp32"}, "openvino-fp32"),
+        ({}, "openvino-bf16" if has_bf16() else "openvino-fp32"),
+        ({"engine": "torch"}, "torch-fp32"),
+        ({"engine": "torch", "precision": "bf16"}, "torch-bf16"),
+    ],
 )
-def test_precision_of_the_settings(tmp_path: Path, precision: str, name: str) -> None:
-    settings = Settings(device="cpu", threads=1, precision=precision)
-    engine = load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=1)
+def test_engine_and_precision_of_the_settings(
+    converted: Path, settings: dict[str, str], name: str
+) -> None:
+    engine = load(converted, **settings)
     assert engine.name == name
+    assert engine.precision == name.partition("-")[2]
+    assert (engine.device, engine.max_forward) == ("cpu", 4)
+
+
+def test_max_forward_of_the_settings(converted: Path) -> None:
+    assert load(converted, max_forward=2).max_forward == 2
+
+
+def test_an_archive_for_torch_alone_runs_on_torch(tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path)
+    assert load(folder).name == "torch-fp32"
+    with pytest.raises(InvalidModel, match="was packaged for torch alone"):
+        load(folder, engine="openvino")
+
+
+def test_int8_is_taken_where_the_archive_has_it(converted: Path, tmp_path: Path) -> None:
+    for path in converted.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    int8 = tmp_path / INT8_FILE
+    int8.symlink_to(converted / OPENVINO_FILE)  # what is inside is quantisation's business
+    int8.with_suffix(".bin").symlink_to((converted / OPENVINO_FILE).with_suffix(".bin"))
+    card = replace(tiny_card(), int8={"agreement": 0.99})
+    assert load(tmp_path, card).name == "openvino-int8"
+    assert load(tmp_path, card, precision="int8").name == "openvino-int8"
+    assert load(tmp_path, card, precision="fp32").name == "openvino-fp32"
+
+
+def test_int8_without_calibration_is_refused(converted: Path) -> None:
+    with pytest.raises(InvalidSettings, match="package it with --calibration"):
+        load(converted, precision="int8")
+    with pytest.raises(InvalidSettings, match="which only the engine openvino has"):
+        load(converted, precision="int8", engine="torch")
+
+
+def test_bf16_without_a_cpu_for_it_is_refused(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.engines.has_bf16", lambda: False)
+    with pytest.raises(InvalidSettings, match="this CPU does not compute in bf16"):
+        load(converted, precision="bf16")
+    assert load(converted).name == "openvino-fp32"
+
+
+def test_openvino_on_a_gpu_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InvalidSettings, match="and device is cuda:0"):
+        load(converted, engine="openvino", device="auto")
+
+
+def test_openvino_needs_no_torchvision(converted: Path) -> None:
+    """1.5 s and 170 MB for every worker."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from handler.engines import load_engine\n"
+        "from handler.image_classifier import ImageClassifier\n"
+        "from handler.model_card import ModelCard\n"
+        "from handler.settings import Settings\n"
+        f"folder = Path({str(converted)!r})\n"
+        "card, settings = ModelCard.read(folder), Settings(device='cpu')\n"
+        "assert load_engine(card, folder, settings, None, 1).name.startswith('openvino')\n"
+        "heavy = {'torchvision', 'torch._dynamo', 'onnxruntime', 'nncf'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
 
 
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -166,14 +288,6 @@ def test_workers_share_the_cores(
 
 
 # --- Devices and precisions
-
-
-def test_int8_is_refused(tmp_path: Path) -> None:
-    settings = Settings(precision="int8")
-    with pytest.raises(InvalidSettings, match="got 'int8'"):
-        check_precision(settings)
-    with pytest.raises(InvalidSettings):
-        load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=1)
 
 
 @NO_GPU

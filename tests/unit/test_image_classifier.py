@@ -19,7 +19,7 @@ from ts.utils.util import list_classes_from_module
 
 import handler
 import handler.image_classifier
-from handler.image_classifier import MAX_FORWARD, ImageClassifier
+from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import CARD_FILE
 from tests.drawing import BLUE, GREEN, RED, encode, noise, plain
@@ -33,7 +33,7 @@ MULTIPART = {"Content-Type": "multipart/form-data; boundary=x"}
 QUICK = {"device": "cpu", "threads": 1, "warmup_batches": 0}
 REQUEST_KEYS = [
     *("time", "level", "event", "request_id", "model", "version", "weights", "status", "images"),
-    *("batch", "preprocess_ms", "inference_ms", "postprocess_ms", "total_ms"),
+    *("cached", "batch", "preprocess_ms", "inference_ms", "postprocess_ms", "total_ms"),
     *("top_class", "confidence", "error"),
 ]
 
@@ -55,7 +55,7 @@ class Reply:
 class Fake:
     """An engine that answers by colour: class 0, 1 or 2 for red, green or blue."""
 
-    name, precision, device = "fake-fp32", "fp32", "cpu"
+    name, precision, device, max_forward = "fake-fp32", "fp32", "cpu", 4
 
     def __init__(self, fail: Callable[[Tensor], Tensor] | None = None) -> None:
         self.batches: list[int] = []
@@ -243,7 +243,7 @@ def test_answer_is_the_models(classifier: ImageClassifier) -> None:
     [reply] = ask(classifier, {"body": PNG}, headers={"X-Top-K": "3"})
     image = noise((200, 300), seed=1)
     with torch.inference_mode():
-        network = classifier.engine._network
+        network = classifier.engine._model.network
         wanted = network(RECIPE.transforms()(image)[None]).softmax(dim=1)[0].tolist()
     for prediction in reply.body["predictions"]:
         assert prediction["confidence"] == pytest.approx(wanted[prediction["class_id"]], abs=1e-5)
@@ -323,12 +323,15 @@ def test_a_batch_of_bad_rows_needs_no_model(classifier: ImageClassifier) -> None
 def test_every_row_gets_its_own_answer(classifier: ImageClassifier) -> None:
     """More images than one pass takes, some of them several to a row."""
     classifier.engine = Fake()
-    pictures = [encode(plain(colour)) for colour in (RED, GREEN, BLUE)]
+
+    def picture(colour: int, index: int) -> bytes:
+        return encode(plain((RED, GREEN, BLUE)[colour % 3], (9 + index, 9)))
+
     wanted = [(index * 7) % 3 for index in range(30)]
     rows = [
-        {"body": {"images": [b64(pictures[(colour + turn) % 3]) for turn in range(3)]}}
+        {"body": {"images": [b64(picture(colour + turn, index)) for turn in range(3)]}}
         if index % 4 == 0
-        else {"body": pictures[colour]}
+        else {"body": picture(colour, index)}
         for index, colour in enumerate(wanted)
     ]
     replies = ask(classifier, *rows)
@@ -336,7 +339,80 @@ def test_every_row_gets_its_own_answer(classifier: ImageClassifier) -> None:
         answers = reply.body.get("results", [reply.body])
         best = [answer["predictions"][0]["class_id"] for answer in answers]
         assert best == ([(colour + turn) % 3 for turn in range(3)] if index % 4 == 0 else [colour])
-    assert classifier.engine.batches == [MAX_FORWARD, 30 + 2 * 8 - MAX_FORWARD]
+    assert classifier.engine.batches == [4] * 11 + [2]  # 30 + 2 * 8 images
+
+
+def test_identical_images_of_a_batch_are_computed_once(classifier: ImageClassifier) -> None:
+    classifier.engine = Fake()
+    red, green = encode(plain(RED)), encode(plain(GREEN))
+    replies = ask(
+        classifier,
+        {"body": red},
+        {"body": green},
+        {"body": {"images": [b64(red), b64(red)], "top_k": 1}},
+        {"body": red},
+    )
+    assert classifier.engine.batches == [2]
+    best = [reply.body["predictions"][0]["class_id"] for reply in replies if reply != replies[2]]
+    assert best == [0, 1, 0]
+    assert [one["predictions"][0]["class_id"] for one in replies[2].body["results"]] == [0, 0]
+    assert not replies[3].body["metadata"]["cached"]
+
+
+def test_the_second_of_two_identical_images_counts_in_the_budget(model_dir: Path) -> None:
+    classifier = start(model_dir, max_image_pixels=64 * 48 + 1)
+    body = {"images": [b64(encode(plain(RED)))] * 2}
+    [reply] = ask(classifier, {"body": body})
+    assert [one["status"] for one in reply.body["results"]] == ["success", "error"]
+    assert reply.body["results"][1]["type"] == "TooManyPixels"
+
+
+# --- Cache
+
+
+def cached(reply: Reply) -> bool:
+    return reply.body["metadata"]["cached"]
+
+
+def test_no_cache_unless_asked_for(classifier: ImageClassifier) -> None:
+    assert not any(cached(ask(classifier, {"body": JPEG})[0]) for _ in range(2))
+
+
+def test_an_image_seen_before_is_not_computed_again(model_dir: Path) -> None:
+    classifier = start(model_dir, cache_bytes=2**20)
+    classifier.engine = Fake()
+    [first] = ask(classifier, {"body": JPEG})
+    [again] = ask(classifier, {"body": {"image": b64(JPEG), "top_k": 1}}, headers=JSON)
+    [other] = ask(classifier, {"body": PNG})
+    assert [cached(reply) for reply in (first, again, other)] == [False, True, False]
+    assert classifier.engine.batches == [1, 1]
+    assert again.body["predictions"] == first.body["predictions"][:1]
+    assert again.body["metadata"]["image_size"] == [300, 200]
+    assert again.body["metadata"]["inference_time"] == 0
+
+
+def test_a_cached_image_shares_a_batch_with_a_new_one(model_dir: Path) -> None:
+    classifier = start(model_dir, cache_bytes=2**20)
+    [alone] = ask(classifier, {"body": JPEG})
+    old, new = ask(classifier, {"body": JPEG}, {"body": PNG})
+    assert (cached(old), cached(new)) == (True, False)
+    assert old.body["predictions"] == alone.body["predictions"]
+
+
+def test_what_failed_is_not_cached(model_dir: Path) -> None:
+    classifier = start(model_dir, cache_bytes=2**20)
+    engine, classifier.engine = classifier.engine, Fake(not_a_number)
+    assert ask(classifier, {"body": JPEG})[0].status == 500
+    classifier.engine = engine
+    [reply] = ask(classifier, {"body": JPEG})
+    assert (reply.status, cached(reply)) == (200, False)
+
+
+def test_a_cached_image_counts_in_the_budget(model_dir: Path) -> None:
+    classifier = start(model_dir, cache_bytes=2**20, max_image_pixels=300 * 200)
+    assert ask(classifier, {"body": JPEG})[0].status == 200
+    [reply] = ask(classifier, {"body": {"images": [b64(JPEG), b64(JPEG)]}}, headers=JSON)
+    assert [one["status"] for one in reply.body["results"]] == ["success", "error"]
 
 
 # --- Several images in a request
@@ -429,8 +505,8 @@ def test_only_the_pass_that_failed_is_lost(classifier: ImageClassifier) -> None:
         return torch.full((len(images), 3), 1 / 3)
 
     classifier.engine = Fake(second)
-    replies = ask(classifier, *[{"body": encode(plain(RED))}] * (MAX_FORWARD + 2))
-    assert [reply.status for reply in replies] == [200] * MAX_FORWARD + [500] * 2
+    replies = ask(classifier, *[{"body": encode(plain(RED, (9, side)))} for side in range(1, 7)])
+    assert [reply.status for reply in replies] == [200] * 4 + [500] * 2
 
 
 def test_the_next_batch_is_answered_again(classifier: ImageClassifier) -> None:
@@ -486,9 +562,10 @@ def test_describe(classifier: ImageClassifier) -> None:
     }
     assert facts["parameters"] == {"total": 724_035, "trainable": 724_035}
     assert facts["transforms"] == {
-        "resize_size": [256],
-        "crop_size": [224],
+        "resize_size": 256,
+        "crop_size": 224,
         "interpolation": "bilinear",
+        "antialias": True,
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
     }
@@ -544,6 +621,7 @@ def test_a_line_for_each_request(
         "weights": "birds.pth",
         "status": 200,
         "images": 2,
+        "cached": 0,
         "batch": 2,
         "top_class": best["class"],
         "confidence": best["confidence"],
@@ -700,7 +778,7 @@ def test_trained_weights_start_in_production(
     [
         ({"topk": 3}, "handler.topk is unknown"),
         ({"top_k": 0}, "top_k must be 1 to 1000, got 0"),
-        ({"precision": "int8"}, "no int8 engine"),
+        ({"precision": "int8"}, "which only the engine openvino has"),
     ],
 )
 def test_wrong_settings_stop_the_start(
@@ -734,10 +812,10 @@ def test_a_model_that_cannot_run_stops_the_start(
 @pytest.mark.parametrize(
     ("config", "warmup_batches", "batches"),
     [
-        ({"batchSize": 8}, 2, [1, 8, 1, 8]),
+        ({"batchSize": 3}, 2, [1, 3, 1, 3]),
         ({"batchSize": 1}, 1, [1]),
         ({}, 1, [1]),
-        ({"batchSize": 1000}, 1, [1, MAX_FORWARD]),
+        ({"batchSize": 1000}, 1, [1, 4]),
         ({"batchSize": 8}, 0, []),
     ],
 )

@@ -1,11 +1,17 @@
-"""Cores of this process under every kind of CPU quota."""
+"""Cores of this process under every kind of CPU quota, and GPUs without asking torch."""
 
+import ctypes
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from handler.machine import available_cores
+from handler import machine
+from handler.machine import available_cores, has_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +87,92 @@ def test_systems_without_affinity(
 
 def test_this_machine_has_a_core() -> None:
     assert 1 <= available_cores() <= 8
+
+
+# --- GPUs
+
+DRIVER = """
+int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
+int cuInit(unsigned flags) { return INIT; }
+int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
+"""
+
+
+def test_gpu_as_torch_sees_it() -> None:
+    assert has_gpu() == torch.cuda.is_available()
+
+
+@pytest.mark.parametrize(
+    ("version", "init", "count", "found"),
+    [
+        (13000, 0, 1, True),
+        (13020, 0, 8, True),
+        (14000, 0, 1, True),
+        (12080, 0, 1, False),  # a driver too old for this torch
+        (13000, 100, 1, False),  # no device, says cuInit
+        (13000, 0, 0, False),  # CUDA_VISIBLE_DEVICES hides them all
+    ],
+)
+def test_gpu_as_the_driver_tells(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    init: int,
+    count: int,
+    found: bool,
+) -> None:
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("no compiler to make a driver with")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    values = (f"-DVERSION={version}", f"-DINIT={init}", f"-DCOUNT={count}")
+    library = str(tmp_path / "driver.so")
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", *values, str(tmp_path / "driver.c"), "-o", library],
+        check=True,
+    )
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(library))
+    monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
+    assert has_gpu() is found
+
+
+def test_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_driver(name: str) -> ctypes.CDLL:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
+    monkeypatch.setattr(ctypes, "CDLL", no_driver)
+    assert not has_gpu()
+
+
+def test_no_gpu_with_a_cpu_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_torch_cuda", lambda: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("no need to ask"))
+    assert not has_gpu()
+
+
+def test_cuda_version_is_that_of_the_installed_torch() -> None:
+    built_for = torch.version.cuda
+    assert machine._torch_cuda() == (int(built_for.split(".")[0]) if built_for else None)
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("cuda: Optional[str] = '12.8'", 12),
+        ("cuda = '13.0'", 13),
+        ("cuda: Optional[str] = None", None),
+        ("cuda = None", None),
+        ("", None),
+    ],
+)
+def test_cuda_version_of_any_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, version: int | None
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('imported')\n")
+    (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.14.1+cpu'\n{line}\n")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert machine._torch_cuda() == version

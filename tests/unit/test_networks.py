@@ -7,9 +7,9 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
+from torchvision.models.segmentation import FCN_ResNet50_Weights
 
 from handler.errors import InvalidModel
-from handler.images import InputTransform
 from handler.networks import (
     architectures,
     build_network,
@@ -17,6 +17,7 @@ from handler.networks import (
     clean_state_dict,
     fit_state_dict,
     get_recipe,
+    input_transform,
 )
 
 TINY = ("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5")
@@ -118,8 +119,14 @@ def test_every_architecture_builds_as_its_default_recipe_says(architecture: str)
 @pytest.mark.parametrize("architecture", architectures())
 def test_every_recipe_has_classification_transforms(architecture: str) -> None:
     for recipe in torchvision.models.get_model_weights(architecture):
-        transform = InputTransform.from_recipe(recipe)
-        assert transform.crop_size[0] >= recipe.meta["min_size"][0]
+        transform = input_transform(recipe)
+        assert recipe.meta["min_size"][0] <= transform.crop_size <= transform.resize_size
+        assert transform.interpolation in ("bilinear", "bicubic")
+
+
+def test_recipe_of_another_kind_is_refused() -> None:
+    with pytest.raises(InvalidModel, match="has no image classification transforms"):
+        input_transform(FCN_ResNet50_Weights.DEFAULT)
 
 
 @pytest.mark.parametrize(

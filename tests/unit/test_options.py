@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from scripts import options
-from scripts.options import parse_package, parse_serve
+from scripts.options import package_argv, parse_package, parse_serve
 
 Parse = Callable[[list[str]], Any]
 BOTH = pytest.mark.parametrize("parse", [parse_serve, parse_package], ids=["serve", "package"])
@@ -200,3 +200,17 @@ def test_help_needs_no_set_up() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "--management-port" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "",
+        "--model resnet18 --model alexnet --workers 3 --device cpu --precision bf16",
+        "--weights=-odd.pth --labels l.txt --recipe R --batch-size 3 --max-batch-delay-ms 7",
+    ],
+)
+def test_packaging_is_told_all_that_it_understands(argv: str) -> None:
+    server = "--host 0.0.0.0 --port 1 --management-port 2 --metrics-port 3 --torch cpu"
+    args = parse_serve([*argv.split(), *server.split()])
+    assert parse_package(package_argv(args, args.models)) == parse_package(argv.split())

@@ -3,6 +3,8 @@
 import json
 import random
 import shutil
+import subprocess
+import sys
 import zipfile
 from argparse import Namespace
 from pathlib import Path
@@ -21,11 +23,21 @@ from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.networks import build_network, get_recipe
 from handler.settings import Settings
-from scripts import package as package_module
+from scripts import archives, weights
+from scripts.archives import (
+    HANDLER,
+    check_limits,
+    file_facts,
+    find_current,
+    model_config,
+    read_card,
+    read_digest,
+    untrained_facts,
+)
 from scripts.options import parse_package
-from scripts.package import HANDLER, check_limits, main, model_config, package, read_digest
+from scripts.package import main, package
 from scripts.torchserve import MODEL_CONFIG_KEYS
-from scripts.weights import DownloadFailed, find_weights
+from scripts.weights import DownloadFailed
 from tests.drawing import encode, noise
 
 MODEL = "squeezenet1_1"
@@ -46,7 +58,7 @@ def configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "handler" / "configs"
     folder.mkdir(parents=True)
     (folder / "default.yaml").write_text("batchSize: 8\nmaxBatchDelay: 1\nhandler: {top_k: 3}\n")
-    monkeypatch.setattr(package_module, "HANDLER", tmp_path / "handler")
+    monkeypatch.setattr(archives, "HANDLER", tmp_path / "handler")
     return folder
 
 
@@ -103,18 +115,20 @@ def test_options_go_over_both(configs: Path) -> None:
     }
 
 
-def test_gpu_is_called_so_by_torchserve(configs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+def test_gpu_is_called_so_by_torchserve(configs: Path) -> None:
     config = config_of(MODEL, "--device", "cuda")
     assert (config["deviceType"], config["handler"]["device"]) == ("gpu", "cuda")
 
 
-@pytest.mark.parametrize(("device", "workers"), [("auto", 6), ("cpu", 6), ("cuda", 1)])
+@pytest.mark.parametrize(
+    ("device", "gpu", "workers"),
+    [("auto", False, 6), ("auto", True, 1), ("cpu", True, 6), ("cuda", True, 1)],
+)
 def test_workers_by_themselves(
-    configs: Path, monkeypatch: pytest.MonkeyPatch, device: str, workers: int
+    configs: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpu: bool, workers: int
 ) -> None:
-    monkeypatch.setattr(package_module, "available_cores", lambda: 6)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(archives, "available_cores", lambda: 6)
+    monkeypatch.setattr(archives, "has_gpu", lambda: gpu)
     config = model_config(MODEL, parse_package(["--device", device]))
     assert (config["minWorkers"], config["maxWorkers"]) == (workers, workers)
 
@@ -166,13 +180,13 @@ def test_handler_section_must_be_a_mapping(configs: Path, tmp_path: Path, sectio
 
 def digest(
     model: str = MODEL,
-    recipe: str = "R",
-    labels: tuple[str, ...] = ("a", "b"),
+    recipe: str | None = None,
+    labels: Path | None = None,
     config: dict[str, Any] | None = None,
     architecture: str = MODEL,
 ) -> str:
-    source = find_weights("untrained", RECIPE, architecture)
-    return package_module._digest(model, recipe, labels, source, config or {"batchSize": 8})
+    given = Namespace(recipe=recipe, labels=labels)
+    return archives.digest(model, given, config or {"batchSize": 8}, untrained_facts(architecture))
 
 
 def test_digest_is_stable() -> None:
@@ -187,9 +201,6 @@ def test_digest_is_stable() -> None:
     [
         {"model": "alexnet"},
         {"recipe": "R2"},
-        {"labels": ("b", "a")},
-        {"labels": ("a", "b", "c")},
-        {"labels": ("a,b",)},
         {"config": {"batchSize": 9}},
         {"config": {"batchSize": 8, "handler": {"top_k": 3}}},
         {"architecture": "alexnet"},  # other weights
@@ -200,12 +211,20 @@ def test_digest_changes_with_each_input(change: dict[str, Any]) -> None:
     assert digest(**change) != digest()
 
 
+def test_digest_changes_with_the_labels_file(tmp_path: Path) -> None:
+    seen = {digest()}
+    for name, content in (("a.txt", "a\nb"), ("a.txt", "b\na"), ("a.json", "b\na")):
+        (tmp_path / name).write_text(content)
+        seen.add(digest(labels=tmp_path / name))
+    assert len(seen) == 4
+
+
 def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
     seen = set()
     for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-        source = find_weights(str(tmp_path / name), RECIPE, MODEL)
-        seen.add(package_module._digest(MODEL, "R", ["a"], source, {}))
+        given = Namespace(recipe=None, labels=None)
+        seen.add(archives.digest(MODEL, given, {}, file_facts(tmp_path / name)))
     assert len(seen) == 3
 
 
@@ -215,7 +234,7 @@ def test_digest_changes_with_the_code(
 ) -> None:
     before = digest()
     copy = Path(shutil.copytree(HANDLER, tmp_path / "handler"))
-    monkeypatch.setattr(package_module, "HANDLER", copy)
+    monkeypatch.setattr(archives, "HANDLER", copy)
     assert digest() == before
     if change == "edit":
         (copy / "answers.py").write_text((copy / "answers.py").read_text() + "# changed\n")
@@ -228,7 +247,7 @@ def test_digest_changes_with_the_code(
 
 def test_digest_changes_with_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest()
-    monkeypatch.setattr(package_module, "version", lambda name: "0.0.0")
+    monkeypatch.setattr(archives, "version", lambda name: "0.0.0")
     assert digest() != before
 
 
@@ -376,6 +395,125 @@ def test_damage_by_chance_is_no_crash(tmp_path: Path) -> None:
             data[rng.randrange(len(data))] = rng.randrange(256)
         small.write_bytes(data)
         assert read_digest(small) is None, seed
+
+
+# --- Known to be up to date, without torch
+
+
+def current(archive: Path, *argv: str) -> Path | None:
+    return find_current(MODEL, options(*argv), archive.parent)
+
+
+def test_an_archive_is_known_again(archive: Path) -> None:
+    assert current(archive) == archive
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--batch-size", "3"],
+        ["--workers", "2"],
+        ["--recipe", str(RECIPE)],
+        ["--precision", "int8"],
+        ["--device", "cuda"],
+        ["--labels", "missing.txt"],
+        ["--weights", "missing.pth"],
+        ["--weights", "pretrained"],
+    ],
+    ids=" ".join,
+)
+def test_whatever_differs_is_left_to_packaging(archive: Path, argv: list[str]) -> None:
+    assert current(archive, *argv) is None
+
+
+def test_a_missing_or_damaged_archive_is_left_to_packaging(archive: Path) -> None:
+    assert find_current("birdnet", options(), archive.parent) is None
+    archive.write_bytes(archive.read_bytes()[:-100])
+    assert current(archive) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CLASSIFIER_ENV", "production"),  # refuses untrained weights
+        ("CLASSIFIER_PRECISION", "int8"),  # has no engine
+        ("CLASSIFIER_DEVICE", "cuda"),  # there is none
+    ],
+)
+def test_what_the_environment_alone_says_is_left_to_packaging(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.setattr(archives, "has_gpu", lambda: False)
+    monkeypatch.setenv(name, value)
+    assert current(archive) is None
+
+
+def test_limits_are_held_against_an_archive_that_is_up_to_date(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TS_MAX_RESPONSE_SIZE", "1000000")
+    with pytest.raises(InvalidSettings, match="max_response_size is 1000000"):
+        current(archive)
+
+
+def test_untrained_weights_that_nobody_asked_for_are_left_to_packaging(archive: Path) -> None:
+    given = parse_package(["--model", MODEL, "--workers", "1"])
+    assert find_current(MODEL, given, archive.parent) is None
+
+
+def test_own_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
+    given = options(*own(tmp_path, 2, ["a", "b"]))
+    archive = package(MODEL, given, tmp_path / "store")
+    assert find_current(MODEL, given, tmp_path / "store") == archive
+    (tmp_path / "birds.txt").write_text("b\na\n")
+    assert find_current(MODEL, given, tmp_path / "store") is None
+    (tmp_path / "birds.txt").write_text("a\nb\n")
+    (tmp_path / "birds.pth").write_bytes(b"other")
+    assert find_current(MODEL, given, tmp_path / "store") is None
+
+
+def test_pretrained_weights_once_packaged_are_not_looked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save(torchvision.models.squeezenet1_1().state_dict(), tmp_path / "cached.pth")
+    monkeypatch.setattr(weights, "download", lambda *_: tmp_path / "cached.pth")
+    given = parse_package(["--model", MODEL, "--workers", "1"])
+    archive = package(MODEL, given, tmp_path)
+    card = read_card(archive)
+    assert card is not None
+    assert (card.weights.name, card.weights.source) == (str(RECIPE), "torchvision")
+    (tmp_path / "cached.pth").unlink()
+    monkeypatch.delattr(weights, "download")
+    for argv in ([], ["--weights", "pretrained"]):
+        given = parse_package(["--model", MODEL, "--workers", "1", *argv])
+        assert find_current(MODEL, given, tmp_path) == archive
+        assert package(MODEL, given, tmp_path) == archive
+
+
+def test_own_weights_are_not_taken_for_pretrained_ones(tmp_path: Path) -> None:
+    package(MODEL, options(*own(tmp_path, 2, ["a", "b"])), tmp_path)
+    for argv in ([], ["--weights", "pretrained"]):
+        given = parse_package(["--model", MODEL, "--workers", "1", *argv])
+        assert find_current(MODEL, given, tmp_path) is None
+
+
+def test_an_archive_is_known_again_without_torch(archive: Path) -> None:
+    """What ./scripts/serve imports and calls before Java starts."""
+    code = (
+        "import sys; from pathlib import Path; import scripts.serve as serve; "
+        "from scripts.options import parse_package; *argv, store = sys.argv[1:]; "
+        f"assert serve.find_current({MODEL!r}, parse_package(argv), Path(store)); "
+        "print({'torch', 'torchvision', 'safetensors', 'numpy', 'PIL'} & {*sys.modules})"
+    )
+    argv = ["--model", MODEL, "--weights", "untrained", "--workers", "1", str(archive.parent)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *argv],
+        cwd=HANDLER.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "set()\n", done.stderr
 
 
 # --- Own weights and labels

@@ -14,12 +14,15 @@ RANGES = [
     ("max_image_bytes", 1, 2**30),
     ("max_image_pixels", 1, 2**30),
     ("max_images", 1, 1024),
+    ("max_forward", 0, 1024),
     ("threads", 0, 1024),
+    ("cache_bytes", 0, 2**40),
     ("warmup_batches", 0, 100),
 ]
 CHOICES = [
     ("env", ["development", "staging", "production"]),
     ("device", ["auto", "cpu", "cuda"]),
+    ("engine", ["auto", "openvino", "torch"]),
     ("precision", ["auto", "fp32", "bf16", "int8"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]

@@ -21,8 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from handler.errors import InvalidModel
+from handler.model_card import WeightsFacts
 from handler.networks import architectures
 from scripts import weights
+from scripts.archives import file_sha256
 from scripts.weights import (
     DownloadFailed,
     Source,
@@ -31,7 +33,6 @@ from scripts.weights import (
     find_weights,
     read_labels,
     read_state_dict,
-    sha256,
 )
 from tests.unit.conftest import Web
 from tests.unit.tiny import ARCHITECTURE, RECIPE
@@ -215,10 +216,13 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
 def test_source_of_a_file(tmp_path: Path) -> None:
     content = saved(STATE)
     source = as_file(tmp_path / "birds.pth", content)
-    assert source == Source(
-        "birds.pth", "file", tmp_path / "birds.pth", hashlib.sha256(content).hexdigest()
+    facts = WeightsFacts(
+        name="birds.pth",
+        trained=True,
+        source="file",
+        sha256=hashlib.sha256(content).hexdigest(),
     )
-    assert source.trained
+    assert source == Source(facts, tmp_path / "birds.pth")
 
 
 # --- A seed
@@ -226,11 +230,12 @@ def test_source_of_a_file(tmp_path: Path) -> None:
 
 def test_source_of_untrained_weights() -> None:
     source = find_weights("untrained", RECIPE, ARCHITECTURE)
-    assert (source.name, source.kind, source.path) == ("untrained", "seed 0", None)
-    assert not source.trained
-    assert re.fullmatch("[0-9a-f]{64}", source.sha256)
+    facts = source.facts
+    assert (facts.name, facts.source, source.path) == ("untrained", "seed 0", None)
+    assert not facts.trained
+    assert re.fullmatch("[0-9a-f]{64}", facts.sha256)
     assert find_weights("untrained", RECIPE, ARCHITECTURE) == source
-    assert find_weights("untrained", RECIPE, "alexnet").sha256 != source.sha256
+    assert find_weights("untrained", RECIPE, "alexnet").facts.sha256 != facts.sha256
 
 
 def test_untrained_weights_are_always_the_same() -> None:
@@ -385,7 +390,7 @@ def test_every_pretrained_file_has_its_hash_in_its_name(architecture: str) -> No
 def test_sha256_of_a_file_larger_than_a_read(tmp_path: Path) -> None:
     data = random.Random(0).randbytes(3 * 2**20 + 1)
     (tmp_path / "x").write_bytes(data)
-    assert sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
+    assert file_sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
 # --- Labels

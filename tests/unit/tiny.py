@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import torch
+from openvino import save_model
 from safetensors.torch import save_file
 from torch import nn
 
-from handler.model_card import CARD_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
-from handler.networks import build_network, get_recipe
+from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
+from handler.networks import build_network, get_recipe, input_transform
+from scripts.conversion import to_openvino
 
 ARCHITECTURE = "squeezenet1_1"
 RECIPE = get_recipe(ARCHITECTURE)
@@ -30,6 +32,7 @@ def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCa
     return ModelCard(
         architecture=architecture,
         recipe=str(get_recipe(architecture)),
+        transform=input_transform(get_recipe(architecture)),
         labels=LABELS,
         parameters={"total": 724_035, "trainable": 724_035},
         weights=WeightsFacts(
@@ -38,12 +41,15 @@ def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCa
             source="file" if trained else "seed 0",
             sha256="0" * 64,
         ),
+        int8=None,
         inputs_sha256="1" * 64,
         packaged_with={"torch": torch.__version__},
     )
 
 
-def make_model_dir(folder: Path, architecture: str = ARCHITECTURE, trained: bool = True) -> Path:
+def make_model_dir(
+    folder: Path, architecture: str = ARCHITECTURE, trained: bool = True, openvino: bool = False
+) -> Path:
     """What TorchServe unpacks for a worker, as far as our code reads it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CARD_FILE).write_text(tiny_card(architecture, trained).to_json(), "utf-8")
@@ -51,4 +57,7 @@ def make_model_dir(folder: Path, architecture: str = ARCHITECTURE, trained: bool
         name: tensor.clone() for name, tensor in tiny_network(architecture).state_dict().items()
     }
     save_file(state, folder / WEIGHTS_FILE)
+    if openvino:
+        converted = to_openvino(tiny_network(architecture), tiny_card(architecture).transform)
+        save_model(converted, folder / OPENVINO_FILE, compress_to_fp16=False)
     return folder

@@ -1,0 +1,46 @@
+"""Results of images that were classified before.
+
+One cache for each worker, in its memory: it ends with the model it is of, so that no answer is ever
+that of other weights. Holds all probabilities, so that any top_k can be answered from it.
+"""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from cachetools import LRUCache
+from torch import Tensor
+
+OVERHEAD_BYTES = 600  # of an entry's Python objects, as tracemalloc counts them
+
+
+@dataclass(frozen=True)
+class Result:
+    """What is kept of an image."""
+
+    size: tuple[int, int]  # width and height
+    probabilities: Tensor  # float32 [C]
+
+
+class ResultCache:
+    """Least recently used results by the sha256 of the encoded image, bounded in bytes."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._results: LRUCache[bytes, Result] = LRUCache(max_bytes, getsizeof=_size)
+
+    @staticmethod
+    def key(image: bytes) -> bytes:
+        """Collisions cannot be made at will, or one client could choose another's answer."""
+        return hashlib.sha256(image).digest()
+
+    def get(self, key: bytes) -> Result | None:
+        return self._results.get(key)
+
+    def put(self, key: bytes, result: Result) -> None:
+        """Keep a result, unless it alone is larger than the cache."""
+        if _size(result) <= self._results.maxsize:
+            # A copy, because a row of a batch's tensor would keep the whole batch alive.
+            self._results[key] = replace(result, probabilities=result.probabilities.clone())
+
+
+def _size(result: Result) -> int:
+    return result.probabilities.nbytes + OVERHEAD_BYTES

@@ -1,0 +1,210 @@
+"""What goes into an archive, and whether one is still up to date: all that needs no torch.
+
+./scripts/serve imports this module and not scripts/package.py, because torch takes seconds to load
+and its memory would stay for as long as the server runs.
+"""
+
+import hashlib
+import json
+import zipfile
+from argparse import Namespace
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from handler.errors import InvalidSettings
+from handler.machine import available_cores, has_gpu
+from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
+from handler.settings import Settings
+from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
+
+HANDLER = ROOT / "handler"
+MODEL_VERSION = "1.0"
+LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
+SEED = 0  # of untrained weights
+
+
+def find_current(model: str, options: Namespace, store: Path) -> Path | None:
+    """The archive of a model, where the same inputs as now have made it.
+
+    None where there is any doubt: scripts/package.py then makes it, or says what is wrong.
+    Raises InvalidSettings where settings do not go together with an archive that is up to date.
+    """
+    archive = store / f"{model}.mar"
+    card = read_card(archive)
+    if card is None:
+        return None
+    config = model_config(model, options)
+    settings = Settings.load(config["handler"])
+    weights = _expected_weights(model, options.weights, card)
+    if weights is None or not (weights.trained or settings.allow_untrained):
+        return None
+    # What only the environment says is not in the digest, so packaging has not checked it.
+    if settings.precision != Settings.load(config["handler"], {}).precision:
+        return None
+    if settings.device == "cuda" and not has_gpu():
+        return None
+    try:
+        current = card.inputs_sha256 == digest(model, options, config, weights)
+    except OSError:  # of the labels
+        return None
+    if not current:
+        return None
+    check_limits(settings, config, card.labels, read_config())
+    return archive
+
+
+def _expected_weights(model: str, choice: str | None, card: ModelCard) -> WeightsFacts | None:
+    """The weights that an archive would be made with now; None where only packaging can tell.
+
+    Pretrained weights that are packaged already are neither fetched nor looked for again.
+    """
+    if choice == "untrained":
+        return untrained_facts(model)
+    if choice in (None, "pretrained"):
+        return card.weights if card.weights.source == "torchvision" else None
+    try:
+        return file_facts(Path(choice))
+    except OSError:
+        return None
+
+
+def untrained_facts(architecture: str) -> WeightsFacts:
+    """Weights drawn from the seed, known by the words that decide them."""
+    words = f"{architecture} seed {SEED} torch {version('torch')}"
+    sha256 = hashlib.sha256(words.encode()).hexdigest()
+    return WeightsFacts(name=UNTRAINED, trained=False, source=f"seed {SEED}", sha256=sha256)
+
+
+def file_facts(path: Path) -> WeightsFacts:
+    """Weights of the user's. Raises OSError."""
+    return WeightsFacts(name=path.name, trained=True, source="file", sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest(model: str, options: Namespace, config: dict[str, Any], weights: WeightsFacts) -> str:
+    """sha256 of everything that an archive is made from; `config` is what model_config gives.
+
+    The recipe's own labels and transforms follow from its name and torchvision's version.
+    Raises OSError where the labels cannot be read.
+    """
+    labels = Path(options.labels) if options.labels else None
+    inputs = {
+        "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
+        "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
+        "labels": [labels.suffix, file_sha256(labels)] if labels else None,
+        "config": config,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def read_card(archive: Path) -> ModelCard | None:
+    """The card of an existing archive; None where there is none or it is damaged."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return None if content.testzip() else ModelCard.from_json(content.read(CARD_FILE))
+    except Exception:  # zipfile has many words for damage, and the cure is the same: make it again
+        return None
+
+
+def read_digest(archive: Path) -> str | None:
+    """What an existing archive was made from; None where there is none or it is damaged."""
+    card = read_card(archive)
+    return card.inputs_sha256 if card else None
+
+
+def model_config(model: str, options: Namespace) -> dict[str, Any]:
+    """TorchServe's model configuration: default.yaml, the model's own file, then the options.
+
+    Raises InvalidSettings for what TorchServe would ignore: unknown keys, values it has no use for.
+    """
+    config: dict[str, Any] = {}
+    handler: dict[str, Any] = {}
+    for name in ("default", model):
+        path = HANDLER / "configs" / f"{name}.yaml"
+        if path.exists():
+            content = _read_yaml(path)
+            handler |= content.pop("handler", None) or {}
+            config |= content
+    if options.batch_size:
+        config["batchSize"] = options.batch_size
+    if options.max_batch_delay_ms:
+        config["maxBatchDelay"] = options.max_batch_delay_ms
+    if options.device != "auto":
+        config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
+        handler["device"] = options.device
+    if options.precision != "auto":
+        handler["precision"] = options.precision
+    config["handler"] = handler
+    settings = Settings.load(handler)
+    for name, option in (("device", options.device), ("precision", options.precision)):
+        if option not in ("auto", getattr(settings, name)):
+            raise InvalidSettings(
+                f"--{name} {option} and CLASSIFIER_{name.upper()}={getattr(settings, name)} differ"
+            )
+    workers = options.workers
+    if workers == "auto":
+        workers = 1 if settings.device != "cpu" and has_gpu() else available_cores()
+    # TorchServe ignores either of the two without the other, and takes one worker a core instead.
+    return config | {"minWorkers": workers, "maxWorkers": workers}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    """A checked file of handler/configs."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        reason = " ".join(str(exc).split())
+        raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
+    if not isinstance(content, dict):
+        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
+    for key, value in content.items():
+        if key not in MODEL_CONFIG_KEYS:
+            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
+            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
+        if key == "handler":
+            if not isinstance(value, dict | None):
+                raise InvalidSettings(
+                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
+                )
+        elif key == "deviceIds":
+            if not isinstance(value, list) or not all(type(number) is int for number in value):
+                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
+        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
+            raise InvalidSettings(
+                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
+            )
+    return content
+
+
+def check_limits(
+    settings: Settings, config: dict[str, Any], labels: Sequence[str], server: dict[str, str]
+) -> None:
+    """Raise InvalidSettings where the handler's limits do not fit into TorchServe's.
+
+    The largest answer is that of a full batch of the most images with every class: TorchServe kills
+    the worker that exceeds max_response_size.
+    """
+    image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
+    answer = config["batchSize"] * settings.max_images * image
+    if answer > (limit := read_number(server, "max_response_size", 6_553_500)):
+        raise InvalidSettings(
+            f"batchSize {config['batchSize']} x max_images {settings.max_images} x {len(labels)} "
+            f"classes may answer {answer} bytes, max_response_size is {limit}"
+        )
+    if settings.max_image_bytes > (limit := read_number(server, "max_request_size", 6_553_500)):
+        raise InvalidSettings(
+            f"max_image_bytes is {settings.max_image_bytes}, max_request_size only {limit}"
+        )

@@ -1,0 +1,44 @@
+"""A torchvision network to the OpenVINO model that goes into the archive."""
+
+import warnings
+
+import openvino
+import torch
+from torch import nn
+
+from handler.engines import PixelsToProbabilities
+from handler.errors import InvalidModel
+from handler.model_card import InputTransform
+
+MAX_DIFFERENCE = 1e-3  # of any probability; float32 in another order gives some 1e-6
+
+
+def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model:
+    """The network between pixels and probabilities: uint8 [B, 3, H, W] to float32 [B, C].
+
+    Raises InvalidModel where OpenVINO cannot express the network, or computes something else.
+    """
+    model = PixelsToProbabilities(network, transform, torch.float32).eval()
+    size = transform.crop_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+    with torch.no_grad(), warnings.catch_warnings():  # inference_mode's tensors cannot be traced
+        warnings.simplefilter("ignore")  # tracing is deprecated, and what OpenVINO does
+        try:
+            converted = openvino.convert_model(
+                model, example_input=images, input=[openvino.PartialShape([-1, 3, size, size])]
+            )
+        except Exception as exc:  # the converter has many words for what it does not know
+            raise InvalidModel(
+                "OpenVINO cannot convert it; engine: torch in handler/configs does without"
+            ) from exc
+        wanted = model(images)
+    precise = {"INFERENCE_PRECISION_HINT": "f32"}
+    given = torch.from_numpy(openvino.compile_model(converted, "CPU", precise)(images.numpy())[0])
+    difference = (given - wanted).abs().max().item()
+    if not difference <= MAX_DIFFERENCE:
+        raise InvalidModel(
+            f"OpenVINO's probabilities differ from torch's by {difference:.4f}; "
+            "engine: torch in handler/configs does without it"
+        )
+    return converted

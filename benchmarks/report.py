@@ -71,8 +71,8 @@ def section(title: str, lines: Sequence[str], *more: str) -> str:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A Markdown table; the first column is text, the others figures."""
-    lines = [" | ".join(headings), "|".join(["---"] + ["---:"] * (len(headings) - 1))]
-    return [f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)]]
+    ruler = ["---"] + ["---:"] * (len(headings) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows]]
 
 
 # --- figures ---

@@ -22,6 +22,14 @@ Every server does the same job on the same machine: a JPEG comes in over HTTP, t
 classes go out as JSON. One server runs at a time, started afresh in each round; the order of each
 round is shuffled. The load generator (`scripts/benchmark.py`) runs on the same cores, so every
 throughput here is lower than the server alone could give, for fast servers more than for slow ones.
+
+Each server has a worker a core, and each worker one thread (`OMP_NUM_THREADS=1`), which is what
+anybody finds out who measures several processes on one CPU; only `stock-as-is` is left with its
+defaults. Frameworks that form batches of plain requests do so, up to the model's batch size and
+for at most 1 ms. `-eager` is PIL, torchvision's transforms and eager torch, as in a tutorial;
+`-ours` is the decoding and the engine of this service inside the peer, so that the difference
+between the two is the engine, and the difference to this service is the serving.
+
 Every answer is checked; a wrong one counts as failed. Cells are medians over the rounds, with
 minimum–maximum in brackets. Where a peer is better than this service, that is a loss, and is listed
 under [Losses](#losses).
@@ -63,8 +71,8 @@ def section(title: str, lines: Sequence[str], *more: str) -> str:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A Markdown table; the first column is text, the others figures."""
-    lines = [" | ".join(headings), "|".join(["---"] + ["---:"] * (len(headings) - 1))]
-    return [f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)]]
+    ruler = ["---"] + ["---:"] * (len(headings) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows]]
 
 
 # --- figures ---
@@ -257,7 +265,7 @@ def one_client(data: Data) -> Table:
 def overload(data: Data) -> Table:
     rows = []
     for name, run in data["overload"].items():
-        if run["failed"] and "requests" not in run:
+        if "requests" not in run:
             continue
         kinds = ", ".join(f"{count} x {kind}" for kind, count in run["failures"].items())
         rows.append(
@@ -331,11 +339,17 @@ def failures(data: Data) -> Table:
         for name, run in data["overload"].items()
         if "requests" not in run
     ]
+    reasons += [
+        (f"a start of {name}, tried again", reason)
+        for name, subject in data["subjects"].items()
+        for reason in subject["failed_starts"]
+    ]
     rows = [[name, str(reason).replace("|", "/")] for name, reason in reasons if reason]
     wrong: dict[str, dict[str, int]] = {}
     for name, subject in data["subjects"].items():
         for run in subject["runs"]:
-            for kind, count in run["failures"].items():
+            cached = {"answered from a cache": run["cached"]} if run["cached"] else {}
+            for kind, count in {**run["failures"], **cached}.items():
                 kinds = wrong.setdefault(name, {})
                 kinds[kind] = kinds.get(kind, 0) + count
     rows += [

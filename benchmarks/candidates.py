@@ -237,7 +237,7 @@ def engines(
         )
         torch._inductor.config.freezing = True
         found["torch.compile, inductor, fp32, frozen"] = torch.compile(model)
-        frozen = torch.jit.freeze(torch.jit.trace(model, pixels[0][None]))
+        frozen = torch.jit.freeze(torch.jit.trace(model, pixels[0][None]))  # type: ignore[no-untyped-call]
         found["TorchScript, fp32, frozen"] = torch.jit.optimize_for_inference(frozen)
 
         fp32, int8 = folder / "fp32.onnx", folder / "int8.onnx"
@@ -250,7 +250,7 @@ def engines(
             dynamic_axes={"images": {0: "batch"}},
         )
 
-        class Reader(CalibrationDataReader):  # type: ignore[misc]
+        class Reader(CalibrationDataReader):
             def __init__(self) -> None:
                 self._left = iter(half)
 
@@ -269,10 +269,9 @@ def engines(
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         for label, path in (("fp32", fp32), ("int8", int8)):
-            session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
-            found[f"onnxruntime, {label}"] = lambda images, session=session: session.run(
-                None, {"images": images.numpy()}
-            )[0]
+            found[f"onnxruntime, {label}"] = run_onnx(
+                onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+            )
 
         converted = to_openvino(network, transform)
         openvino.save_model(converted, folder / "fp32.xml", compress_to_fp16=False)
@@ -285,6 +284,10 @@ def engines(
             engine = OpenVino(path, precision, max_forward=4)
             found[f"**OpenVINO, {precision}**"] = engine.probabilities
         yield found
+
+
+def run_onnx(session: Any) -> Compute:
+    return lambda images: session.run(None, {"images": images.numpy()})[0]
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from scripts.torchserve import (
 )
 
 READY_SECONDS = 300
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 

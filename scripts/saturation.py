@@ -73,6 +73,15 @@ def weighted_layers(model: ov.Model) -> list[Any]:
     ]
 
 
+def depthwise_layers(model: ov.Model) -> list[str]:
+    """Names of the convolutions that take each channel by itself."""
+    return [
+        node.get_friendly_name()
+        for node in weighted_layers(model)
+        if node.get_type_name() == "GroupConvolution" and node.get_input_shape(1)[2] == 1
+    ]
+
+
 def int8_layers(model: ov.Model) -> list[Int8Layer]:
     """The layers of a quantised model whose weights are int8, one scale per output channel."""
     layers = []

@@ -71,8 +71,8 @@ def section(title: str, lines: Sequence[str], *more: str) -> str:
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """A Markdown table; the first column is text, the others figures."""
-    lines = [" | ".join(headings), "|".join(["---"] + ["---:"] * (len(headings) - 1))]
-    return [f"| {line} |" for line in [*lines, *(" | ".join(row) for row in rows)]]
+    ruler = ["---"] + ["---:"] * (len(headings) - 1)
+    return ["| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows]]
 
 
 # --- figures ---
@@ -265,7 +265,7 @@ def one_client(data: Data) -> Table:
 def overload(data: Data) -> Table:
     rows = []
     for name, run in data["overload"].items():
-        if run["failed"] and "requests" not in run:
+        if "requests" not in run:
             continue
         kinds = ", ".join(f"{count} x {kind}" for kind, count in run["failures"].items())
         rows.append(
@@ -339,11 +339,17 @@ def failures(data: Data) -> Table:
         for name, run in data["overload"].items()
         if "requests" not in run
     ]
+    reasons += [
+        (f"a start of {name}, tried again", reason)
+        for name, subject in data["subjects"].items()
+        for reason in subject["failed_starts"]
+    ]
     rows = [[name, str(reason).replace("|", "/")] for name, reason in reasons if reason]
     wrong: dict[str, dict[str, int]] = {}
     for name, subject in data["subjects"].items():
         for run in subject["runs"]:
-            for kind, count in run["failures"].items():
+            cached = {"answered from a cache": run["cached"]} if run["cached"] else {}
+            for kind, count in {**run["failures"], **cached}.items():
                 kinds = wrong.setdefault(name, {})
                 kinds[kind] = kinds.get(kind, 0) + count
     rows += [

@@ -18,7 +18,8 @@ import sysconfig
 import tempfile
 import time
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -49,6 +50,7 @@ from scripts.benchmark import (
 
 FOLDER = Path(__file__).parent
 START_SECONDS = 180
+START_ATTEMPTS = 3
 SETTLE_CLIENTS = 8
 INPROCESS = "inprocess"  # no server, and measured beside them
 OVERLOAD = 3  # times the best rate
@@ -146,7 +148,13 @@ class Run:
             "conditions": self._conditions(),
             "subjects": {
                 s.name: {"what": s.what, "kind": s.kind, "precision": s.precision, "failed": None}
-                | {"start_seconds": [], "runs": [], "memory": [], "accuracy": None}
+                | {
+                    "failed_starts": [],
+                    "start_seconds": [],
+                    "runs": [],
+                    "memory": [],
+                    "accuracy": None,
+                }
                 for s in self.subjects
             },
             "reference": None,
@@ -236,7 +244,7 @@ class Run:
     def classify_reference(self) -> None:
         """The top classes that eager torch in fp32 gives the labelled images."""
         precision = self.args.precisions[0]
-        if not self.labels or precision not in self.model_dirs:
+        if not self.labels or self.args.weights == "untrained" or precision in self.broken:
             return
         say("classifying the labelled images with the reference")
         done = subprocess.run(
@@ -290,8 +298,38 @@ class Run:
             say(f"  failed: {exc}")
             return None
 
-    def start(self, subject: Subject, python: Path, port: int, folder: Path) -> Any:
-        """A context manager: the running server."""
+    @contextmanager
+    def started(
+        self, subject: Subject, python: Path, pictures: Sequence[Picture]
+    ) -> Iterator[tuple[Server, str, float]]:
+        """The running server once it answers rightly, its URL, and the seconds that took.
+
+        Tried again where it does not come up: some have time limits of a second in them. Raises
+        StartFailed when it never does.
+        """
+        for attempt in range(1, START_ATTEMPTS + 1):
+            port = free_base_port()
+            url = f"http://127.0.0.1:{port}{subject.path}"
+            began = time.monotonic()
+            with ExitStack() as stack:
+                folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=""))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                server = stack.enter_context(self.start(subject, python, port, folder))
+                try:
+                    wait_until_right(subject, server, url, pictures)
+                except StartFailed as exc:
+                    if attempt == START_ATTEMPTS:
+                        raise
+                    self.data["subjects"][subject.name]["failed_starts"].append(str(exc))
+                    say(f"  start {attempt} failed: {exc}")
+                    continue
+                yield server, url, time.monotonic() - began
+                return
+
+    def start(
+        self, subject: Subject, python: Path, port: int, folder: Path
+    ) -> AbstractContextManager[Server]:
+        """The started server, in a folder of its own."""
         places = {
             "{python}": python,
             "{bin}": python.parent,
@@ -327,17 +365,12 @@ class Run:
             return
         say(f"round {number}: {subject.name}")
         pictures = [as_form(p, subject.form, subject.part) for p in self.pictures]
-        port = free_base_port()
-        url = f"http://127.0.0.1:{port}{subject.path}"
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
         expectations = Expectations()
-        started = time.monotonic()
         try:
-            with self.start(subject, python, port, folder) as server:
-                wait_until_right(subject, server, url, pictures)
-                result["start_seconds"].append(time.monotonic() - started)
+            with self.started(subject, python, pictures) as (server, url, seconds):
+                result["start_seconds"].append(seconds)
                 self.measure(subject, url, pictures, SETTLE_CLIENTS, expectations, settle=True)
-                if result["accuracy"] is None and self.reference and subject.kind != "limit":
+                if subject.accuracy and self.reference and result["accuracy"] is None:
                     result["accuracy"] = self.accuracy(subject, url, pictures)
                 for clients in self.args.concurrency:
                     run = self.measure(subject, url, pictures, clients, expectations)
@@ -347,8 +380,6 @@ class Run:
         except StartFailed as exc:
             result["failed"] = f"round {number}: {exc}"
             say(f"  failed: {exc}")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def measure(
         self,
@@ -385,21 +416,15 @@ class Run:
         assert python is not None  # noqa: S101 for mypy
         best = report.best_throughput(self.data["subjects"][subject.name])
         say(f"overload: {subject.name} at {OVERLOAD} x {best:.0f} req/s")
-        port = free_base_port()
-        url = f"http://127.0.0.1:{port}{subject.path}"
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
         load = Load(rate=OVERLOAD * best, seconds=self.args.seconds, warmup_seconds=2.0)
         try:
-            with self.start(subject, python, port, folder) as server:
-                wait_until_right(subject, server, url, self.pictures)
+            with self.started(subject, python, self.pictures) as (_, url, _):
                 self.measure(subject, url, self.pictures, SETTLE_CLIENTS, Expectations(), True)
                 run = asyncio.run(measure(url, self.pictures, load))
         except StartFailed as exc:
             self.data["overload"][subject.name] = {"failed": str(exc)}
         else:
-            self.data["overload"][subject.name] = {"failed": None, "best_rps": best, **asdict(run)}
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            self.data["overload"][subject.name] = {"best_rps": best, **asdict(run)}
 
     def measure_inprocess(self, number: int) -> None:
         for precision in self.model_dirs:

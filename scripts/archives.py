@@ -11,7 +11,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
         return None
     try:
         current = card.inputs_sha256 == digest(model, options, config, weights)
-    except OSError:  # of the labels
+    except (OSError, PackageNotFoundError):  # of labels and calibration, which packaging explains
         return None
     if not current:
         return None
@@ -105,17 +105,28 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
 
     Of the configuration, only what decides the rest of the content: configure() does the others.
     The recipe's own labels and transforms follow from its name and torchvision's version.
-    Raises OSError where the labels cannot be read.
+    Raises OSError where labels or calibration images cannot be read, PackageNotFoundError where
+    NNCF is needed and not installed.
     """
     labels = Path(options.labels) if options.labels else None
     inputs = {
         "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
         "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
+        "int8": _calibration_facts(options),
         "config": [has_openvino(config), config.get("handler", {}).get("precision")],
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _calibration_facts(options: Namespace) -> list[Any] | None:
+    """What decides an int8 model, besides the model itself. Raises OSError."""
+    if not options.calibration:
+        return None
+    files = sorted(path for path in Path(options.calibration).iterdir() if path.is_file())
+    contents = [[path.name, file_sha256(path)] for path in files]
+    return [options.minimum_agreement, version("nncf"), *contents]
 
 
 def read_card(archive: Path) -> ModelCard | None:

@@ -8,6 +8,7 @@ Runs with the system's Python and the standard library only.
 
 from __future__ import annotations  # so that an old Python gets as far as the message for it
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -79,6 +80,10 @@ def set_up(requirements: str, torch_build: str) -> None:
         if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", "-r", ROOT / requirements)
+        with contextlib.suppress(
+            subprocess.CalledProcessError
+        ):  # it has said so; Java does without
+            _run([PYTHON, ROOT / "scripts" / "class_archive.py"])
         STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
 
 

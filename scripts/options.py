@@ -106,7 +106,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16", "int8"],
-        help="auto: fp32; int8 has no engine in this version",
+        help="auto: the fastest there is: int8 with --calibration, bf16 where the CPU has it, fp32",
+    )
+    model.add_argument(
+        "--calibration",
+        metavar="DIR",
+        help="images to make an int8 model with, and labels.csv to measure it with: file, class_id "
+        "(default: no int8)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--minimum-agreement",
+        metavar="SHARE",
+        type=_share,
+        default=0.97,
+        help="of held-out images whose best class int8 must leave as it is",
     )
     model.add_argument(
         "--workers",
@@ -145,8 +159,8 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what cannot go together."""
-    names = "models weights recipe labels batch_size max_batch_delay_ms tuned".split()
-    for name in names:
+    optional = "models weights recipe labels calibration batch_size max_batch_delay_ms tuned"
+    for name in optional.split():
         setattr(args, name, getattr(args, name, None))
     args.models = list(dict.fromkeys(args.models or [DEFAULT_MODEL]))
     own = args.weights not in (None, "pretrained", "untrained")
@@ -158,9 +172,11 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
     """The arguments with which scripts/package.py makes some of the models of `args`."""
-    names = "weights recipe labels device precision workers batch_size max_batch_delay_ms".split()
-    names.append("tuned")
-    given = {name: getattr(args, name) for name in names}
+    names = """
+        weights recipe labels device precision calibration minimum_agreement workers batch_size
+        max_batch_delay_ms tuned
+    """
+    given = {name: getattr(args, name) for name in names.split()}
     return [f"--model={model}" for model in models] + [
         f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None
     ]
@@ -179,6 +195,16 @@ def number(low: int, high: int) -> Callable[[str], int]:
 
 def _workers(text: str) -> str | int:
     return text if text == "auto" else number(*RANGES["workers"])(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
+    return share
 
 
 def _host(text: str) -> str:

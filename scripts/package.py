@@ -7,7 +7,8 @@ import subprocess
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torchvision.models import WeightsEnum
 
 from handler.engines import choose_device, has_bf16
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
+from handler.model_card import CARD_FILE, INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.networks import (
     class_count,
     clean_state_dict,
@@ -45,8 +46,10 @@ from scripts.archives import (
     read_card,
     read_digest,
 )
+from scripts.calibration import read_calibration
 from scripts.conversion import to_openvino
 from scripts.options import parse_package
+from scripts.quantization import check_images, import_nncf, quantize
 from scripts.torchserve import read_config, read_path
 from scripts.tuned import describe_differences
 from scripts.weights import (
@@ -91,9 +94,15 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     config = model_config(model, options)
     settings = Settings.load(config["handler"])
     choose_device(settings, gpu_id=None)
-    check_precision(settings)
+    for_openvino = has_openvino(config) and settings.engine != "torch"  # by the environment
+    check_precision(settings, options, for_openvino)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
+    calibration = None
+    if options.calibration:
+        import_nncf()
+        calibration = read_calibration(Path(options.calibration), transform, settings)
+        check_images(calibration.images, calibration.labels)
     archive = out_dir / f"{model}.mar"
     source = choose_weights(model, recipe, options.weights)
     if not source.facts.trained and not settings.allow_untrained:
@@ -116,9 +125,13 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     network = empty_network(recipe, model, classes)
     network.load_state_dict(state, assign=True)
     parameters = [*network.parameters()]
-    converted = None
+    converted, int8, report = None, None, None
     if has_openvino(config):
         converted = to_openvino(network, transform)
+        if calibration:
+            int8, report = quantize(
+                converted, calibration.images, calibration.labels, options.minimum_agreement
+            )
     card = ModelCard(
         architecture=model,
         recipe=str(recipe),
@@ -129,14 +142,21 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         },
         weights=source.facts,
-        int8=None,
+        int8=asdict(report) if report else None,
         inputs_sha256=inputs,
         packaged_with={name: version(name) for name in LIBRARIES},
     )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
-            made = _archive(Path(folder), model, card, state, converted, config)
+            made = _archive(
+                Path(folder),
+                model,
+                card,
+                state,
+                {OPENVINO_FILE: converted, INT8_FILE: int8},
+                config,
+            )
             if not options.weights and not source.facts.trained:
                 _keep_trained(archive)
             made.replace(archive)
@@ -170,9 +190,13 @@ def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Sourc
         return find_weights("untrained", recipe, model)
 
 
-def check_precision(settings: Settings) -> None:
-    """Raise InvalidSettings for a precision that cannot be served here."""
-    if settings.precision == "bf16" and settings.engine != "torch" and not has_bf16():
+def check_precision(settings: Settings, options: Namespace, for_openvino: bool) -> None:
+    """Raise InvalidSettings for a precision that cannot be packaged, or served here."""
+    if options.calibration and not for_openvino:
+        raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
+    if settings.precision == "int8" and not options.calibration:
+        raise InvalidSettings("precision is int8, which needs images: --calibration DIR")
+    if settings.precision == "bf16" and for_openvino and not has_bf16():
         raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
 
 
@@ -181,7 +205,7 @@ def _archive(
     model: str,
     card: ModelCard,
     state: dict[str, torch.Tensor],
-    converted: openvino.Model | None,
+    converted: Mapping[str, openvino.Model | None],
     config: Any,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
@@ -196,8 +220,9 @@ def _archive(
         shutil.copy(path, package_dir)
     (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
     save_file(state, folder / WEIGHTS_FILE)
-    if converted:
-        openvino.save_model(converted, stage / OPENVINO_FILE, compress_to_fp16=False)
+    for name, openvino_model in converted.items():
+        if openvino_model:
+            openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),

@@ -30,7 +30,7 @@ from scripts.torchserve import (
 from scripts.tuned import describe_differences
 
 READY_SECONDS = 300
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 

@@ -18,6 +18,9 @@ from handler.errors import InvalidSettings, SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
+SERVER_HOME = Path(ts.__file__).parent.parent
+FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
+CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_archive.py
 LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
@@ -193,16 +196,16 @@ class TorchServe:
         The launcher itself forwards no signals, knows one server per machine by its PID file, and
         stays around as a process.
         """
-        home = Path(ts.__file__).parent.parent
         self._folder = make_folder()
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
             self._java,
-            f"-Dmodel_server_home={home}",
+            f"-Dmodel_server_home={SERVER_HOME}",
             f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
             f"-Djava.io.tmpdir={self._folder}",
+            f"-XX:SharedArchiveFile={CLASS_ARCHIVE}",  # one that is missing or of others is ignored
             *self._config.get("vmargs", "").split(),
-            *("-cp", ":".join([str(home / "ts" / "frontend" / "*"), *plugins])),
+            *("-cp", ":".join([FRONTEND, *plugins])),
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
             *("-f", CONFIG),

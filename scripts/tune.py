@@ -247,7 +247,7 @@ class Bench:
         self.facts = facts
         tried: dict[str, Any] = {"device": "auto", "precision": "auto", "workers": "auto"}
         tried |= {"batch_size": None, "max_batch_delay_ms": None, "tuned": None}
-        self.model_argv = package_argv(argparse.Namespace(**vars(args) | tried), [self.model])
+        self._model_argv = package_argv(argparse.Namespace(**vars(args) | tried), [self.model])
         self._environ = os.environ | {
             "TS_MODEL_STORE": str(folder),
             # Pictures come again and again: kept results would be measured in place of the model.
@@ -283,6 +283,13 @@ class Bench:
             facts=facts,
         )
 
+    def options(self, configuration: Configuration) -> list[str]:
+        """What says which model it is. An int8 model takes minutes: only who serves it makes it."""
+        if configuration.precision == "int8":
+            return self._model_argv
+        int8 = ("--calibration=", "--minimum-agreement=")
+        return [word for word in self._model_argv if not word.startswith(int8)]
+
     def measure(self, configuration: Configuration) -> Trial:
         """Serve a configuration, load it until it misses the SLO, and end it.
 
@@ -292,8 +299,8 @@ class Bench:
         self.tuned(configuration).write(tuned)
         base = free_base_port()
         ports = (f"--port={base}", f"--management-port={base + 1}", f"--metrics-port={base + 2}")
-        serve = [sys.executable, ROOT / "scripts" / "serve.py"]
-        command = [*serve, *self.model_argv, f"--tuned={tuned}", "--host=127.0.0.1", *ports]
+        serve = [sys.executable, ROOT / "scripts" / "serve.py", *self.options(configuration)]
+        command = [*serve, f"--tuned={tuned}", "--host=127.0.0.1", *ports]
         points: list[Point] = []
         with running(command, self._environ, self._folder) as server:
             failure = wait_until_ready(server)
@@ -645,7 +652,7 @@ def conclude(
         return 2
     if status == 0:
         print(f"Written: {', '.join(map(str, written))}")
-        options = [word for word in bench.model_argv if not word.endswith("=auto")]
+        options = [o for o in bench.options(trial.configuration) if not o.endswith("=auto")]
         file = [] if out == tuned_path(bench.model, "auto") else [str(out)]
         print("Serve it:", shlex.join(["./scripts/serve", *options, "--tuned", *file]))
     print(json.dumps({"facts": asdict(bench.facts), "trials": [asdict(one) for one in trials]}))

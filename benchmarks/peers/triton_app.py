@@ -11,7 +11,10 @@ from benchmarks.peers.classifier import BATCH_SIZE, PORT, WORKERS, Classifier
 
 
 class Instance:
-    """A function for each instance, which pytriton runs in a process of its own."""
+    """A function for each instance, which pytriton calls in a thread of its own.
+
+    One process, so one interpreter lock; decoding and models release it most of the time.
+    """
 
     def __init__(self) -> None:
         self.classifier: Classifier | None = None

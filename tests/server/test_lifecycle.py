@@ -7,12 +7,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
+import requests
 import torch
 import torchvision
 
@@ -191,6 +194,35 @@ def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
         assert not [child for child in children if child.is_running()]
     finally:
         process.kill()
+
+
+def test_every_answered_request_is_in_the_log_after_a_stop(tmp_path: Path) -> None:
+    """log4j's shutdown hook would close the log before the workers are through."""
+    options = [*two_classes(tmp_path), "--workers", "2"]
+    body = (ROOT / "examples" / "clock.jpg").read_bytes()
+    answered: list[str] = []
+    ended = threading.Event()
+
+    def ask(url: str) -> None:
+        with suppress(requests.RequestException), requests.Session() as session:
+            while not ended.is_set():
+                response = session.post(url, data=body, timeout=10)
+                if response.status_code == 200:
+                    answered.append(response.headers["x-request-id"])
+
+    with serving(tmp_path, *options, model="squeezenet1_1") as server:
+        clients = [threading.Thread(target=ask, args=(server.predictions,)) for _ in range(8)]
+        for client in clients:
+            client.start()
+        time.sleep(2)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        ended.set()
+        for client in clients:
+            client.join()
+    logged = {line["request_id"] for line in server.log("request")}
+    assert len(answered) > 8
+    assert set(answered) <= logged
 
 
 def is_running(child: psutil.Process, command: str) -> bool:

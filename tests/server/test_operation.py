@@ -127,7 +127,7 @@ def test_info(server: Server) -> None:
     assert info["weights"]["name"] == "colours.pth"
     assert info["weights"]["trained"] is True
     assert re.fullmatch(r"[0-9a-f]{64}", info["weights"]["sha256"])
-    assert (info["engine"], info["precision"], info["device"]) == ("torch-fp32", "fp32", "cpu")
+    assert (info["engine"], info["precision"], info["device"]) == ("openvino-fp32", "fp32", "cpu")
     assert info["libraries"]["torchserve"] == "0.12.0"
     assert info["settings"]["max_images"] == 32
 

@@ -66,7 +66,7 @@ def test_answer_has_the_documented_form(server: Server) -> None:
         "version": "1.0",
         "weights": "colours.pth",
         "device": "cpu",
-        "engine": "torch-fp32",
+        "engine": "openvino-fp32",
         "image_size": [200, 100],
         "cached": False,
     }

@@ -370,13 +370,17 @@ def test_what_a_failed_server_said(tmp_path: Path) -> None:
 
 def measurement(clients: int, rps: float, p50: float, **more: Any) -> dict[str, Any]:
     figures = {"p95_ms": p50 * 2, "p99_ms": p50 * 3, "failed": 0, "refused": 0, "failures": {}}
-    figures |= {"generator_cpu_percent": 12.0, "round": 1}
+    figures |= {"generator_cpu_percent": 12.0, "round": 1, "cached": 0}
     return figures | {"concurrency": clients, "throughput_rps": rps, "p50_ms": p50} | more
 
 
 def subject(kind: str, *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
     blank = {"what": f"a {kind}", "kind": kind, "precision": None, "failed": None, "memory": []}
-    return blank | {"start_seconds": [], "runs": list(runs), "accuracy": None} | more
+    return (
+        blank
+        | {"failed_starts": [], "start_seconds": [], "runs": list(runs), "accuracy": None}
+        | more
+    )
 
 
 @pytest.fixture
@@ -480,7 +484,9 @@ def test_report_has_overload_accuracy_and_memory(data: dict[str, Any]) -> None:
 
 def test_report_names_what_failed(data: dict[str, Any]) -> None:
     data["subjects"]["stock-omp1"]["runs"][0] |= {"failed": 2, "failures": {"HTTP 500": 2}}
+    data["subjects"]["quick-ours"]["failed_starts"] = ["ended with status 1"]
     text = report.render(data)
+    assert row(text, "What failed", "a start of quick-ours")[1] == "ended with status 1"
     assert row(text, "What failed", "broken-eager")[1] == "set-up: no / such package"
     assert row(text, "What failed", "stock-omp1")[1] == "requests: 2 x HTTP 500"
 

@@ -99,9 +99,12 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 
 def pip_lines(commands: list[list[str]]) -> list[str]:
+    """pip's commands, after which Java's classes are archived."""
     tail = ("--disable-pip-version-check", "--quiet")
-    assert all(command[:2] == ["-m", "pip"] for command in commands)
-    return [" ".join(word for word in command[2:] if word not in tail) for command in commands]
+    *pip, last = commands
+    assert last == [str(bootstrap.ROOT / "scripts" / "class_archive.py")]
+    assert all(command[:2] == ["-m", "pip"] for command in pip)
+    return [" ".join(word for word in command[2:] if word not in tail) for command in pip]
 
 
 @pytest.mark.parametrize("build", ["auto", "cpu"])
@@ -169,6 +172,18 @@ def test_an_interrupted_set_up_starts_over(
     with pytest.raises(subprocess.CalledProcessError):
         set_up("requirements-dev.txt", "auto")
     assert not bootstrap.STAMP.exists()
+
+
+def test_a_class_archive_that_fails_is_done_without(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(command: list[Any]) -> None:
+        if "pip" not in command:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bootstrap, "_run", failing)
+    set_up("requirements-dev.txt", "auto")
+    assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
 
 
 def test_a_failing_set_up_is_one_line(

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.models import get_weight
+from torchvision.transforms import functional as F  # noqa: N812
 
 from handler.errors import (
     ImageTooLarge,
@@ -546,6 +547,15 @@ def test_pixels_are_those_of_the_recipe(name: str, size: tuple[int, int]) -> Non
 def test_pixels_of_a_strip_are_those_of_the_recipe(size: tuple[int, int]) -> None:
     """Of which the recipe takes the middle, after resizing all of it."""
     assert_pixels_are_those_of("MobileNet_V2_Weights.IMAGENET1K_V1", noise(size))
+
+
+@pytest.mark.parametrize("short", [320, 448, 576])
+def test_ratios_with_many_ties_are_rounded_as_the_recipe_does(short: int) -> None:
+    recipe = get_weight("MobileNet_V2_Weights.IMAGENET1K_V1")
+    image = noise((short + 100, short))
+    ours = read_picture(encode(image), input_transform(recipe), Settings()).pixels
+    resized = F.center_crop(F.resize(image, [256], antialias=True), [224])
+    assert torch.equal(ours, F.pil_to_tensor(resized))
 
 
 def test_recipes_differ_in_their_numbers() -> None:

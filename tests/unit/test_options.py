@@ -21,6 +21,8 @@ MODEL_DEFAULTS = {
     "labels": None,
     "device": "auto",
     "precision": "auto",
+    "calibration": None,
+    "minimum_agreement": 0.97,
     "workers": "auto",
     "batch_size": None,
     "max_batch_delay_ms": None,
@@ -56,6 +58,7 @@ def test_every_model_option(parse: Parse) -> None:
     argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cpu".split()
     argv += "--precision bf16 --workers 3 --batch-size 16 --max-batch-delay-ms 7".split()
     argv += ["--tuned", "t.yaml"]
+    argv += "--calibration photos --minimum-agreement 0.9".split()
     given = vars(parse(argv))
     assert {name: given[name] for name in MODEL_DEFAULTS} == {
         "models": ["resnet18"],
@@ -67,6 +70,8 @@ def test_every_model_option(parse: Parse) -> None:
         "workers": 3,
         "batch_size": 16,
         "max_batch_delay_ms": 7,
+        "calibration": "photos",
+        "minimum_agreement": 0.9,
         "tuned": "t.yaml",
     }
 

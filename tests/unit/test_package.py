@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from ts.context import Context, RequestProcessor
 
+from handler.engines import load_engine
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
@@ -38,7 +39,7 @@ from scripts.options import parse_package
 from scripts.package import main, package
 from scripts.torchserve import MODEL_CONFIG_KEYS
 from scripts.weights import DownloadFailed
-from tests.drawing import encode, noise
+from tests.drawing import encode, noise, plain
 
 MODEL = "squeezenet1_1"
 RECIPE = get_recipe(MODEL)
@@ -185,7 +186,7 @@ def digest(
     config: dict[str, Any] | None = None,
     architecture: str = MODEL,
 ) -> str:
-    given = Namespace(recipe=recipe, labels=labels)
+    given = Namespace(recipe=recipe, labels=labels, calibration=None)
     return archives.digest(model, given, config or {"batchSize": 8}, untrained_facts(architecture))
 
 
@@ -229,7 +230,7 @@ def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
     seen = set()
     for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-        given = Namespace(recipe=None, labels=None)
+        given = Namespace(recipe=None, labels=None, calibration=None)
         seen.add(archives.digest(MODEL, given, {}, file_facts(tmp_path / name)))
     assert len(seen) == 3
 
@@ -283,6 +284,8 @@ def test_content_of_an_archive(built: Path) -> None:
         "image_classifier.py",
         "model-config.yaml",
         "model.json",
+        "openvino.bin",
+        "openvino.xml",
         "weights.safetensors",
     }
 
@@ -314,7 +317,7 @@ def test_card_of_an_archive(built: Path) -> None:
     assert card.labels == tuple(RECIPE.meta["categories"])
     assert card.parameters == dict.fromkeys(("total", "trainable"), RECIPE.meta["num_params"])
     assert (card.weights.name, card.weights.trained) == ("untrained", False)
-    assert set(card.packaged_with) == {"torch", "torchvision", "torch-model-archiver"}
+    assert set(card.packaged_with) == {"torch", "torchvision", "openvino", "torch-model-archiver"}
 
 
 def test_weights_of_an_archive_fit(built: Path, tmp_path: Path) -> None:
@@ -611,9 +614,71 @@ def test_recipe_without_classes_is_refused(tmp_path: Path) -> None:
         package("vgg16", parse_package(argv.split()), tmp_path)
 
 
-def test_int8_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettings, match="no int8 engine"):
+def test_int8_without_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
         package(MODEL, options("--precision", "int8"), tmp_path)
+    monkeypatch.setenv("CLASSIFIER_PRECISION", "int8")
+    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
+        package(MODEL, options(), tmp_path)
+
+
+def test_int8_for_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLASSIFIER_ENGINE", "torch")
+    with pytest.raises(InvalidSettings, match="which only runs on a CPU"):
+        package(MODEL, options("--calibration", str(tmp_path)), tmp_path)
+
+
+def test_too_few_calibration_images_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(encode(noise()))
+    with pytest.raises(InvalidModel, match="int8 needs 100 images or more"):
+        package(MODEL, options("--calibration", str(folder)), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.fixture(scope="module")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    for seed in range(100):
+        (folder / f"{seed}.png").write_bytes(encode(noise(seed=seed)))
+    return folder
+
+
+def test_an_int8_model_is_packaged_with_its_report_and_served(
+    tmp_path: Path, calibration: Path
+) -> None:
+    given = options("--calibration", str(calibration), "--minimum-agreement", "0")
+    archive = package(MODEL, given, tmp_path)
+    content = zipfile.ZipFile(archive)
+    assert {"openvino-int8.xml", "openvino-int8.bin", "openvino.xml"} <= set(content.namelist())
+    card = ModelCard.from_json(content.read("model.json"))
+    assert card.int8
+    assert (card.int8["calibration_images"], card.int8["measured_images"]) == (50, 50)
+    content.extractall(tmp_path / "unpacked")
+    settings = Settings(device="cpu")
+    engine = load_engine(card, tmp_path / "unpacked", settings, gpu_id=None, workers=1)
+    assert engine.name == "openvino-int8"
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    fp32 = load_engine(card, tmp_path / "unpacked", Settings(precision="fp32"), None, 1)
+    wanted = fp32.probabilities(images)
+    torch.testing.assert_close(engine.probabilities(images), wanted, rtol=0, atol=0.02)
+    assert find_current(MODEL, given, tmp_path) == archive
+
+
+def test_digest_changes_with_the_calibration(calibration: Path, tmp_path: Path) -> None:
+    def digest_of(folder: Path, agreement: float = 0.97) -> str:
+        given = Namespace(
+            recipe=None, labels=None, calibration=str(folder), minimum_agreement=agreement
+        )
+        return archives.digest(MODEL, given, {}, untrained_facts(MODEL))
+
+    shutil.copytree(calibration, tmp_path / "more")
+    before = digest_of(tmp_path / "more")
+    assert before == digest_of(calibration)
+    assert before not in (digest(), digest_of(calibration, agreement=0.9))
+    (tmp_path / "more" / "0.png").write_bytes(encode(plain()))
+    assert digest_of(tmp_path / "more") != before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -677,7 +742,7 @@ def test_command(
 ) -> None:
     monkeypatch.setenv("TS_MODEL_STORE", str(archive.parent))
     assert main(["--model", MODEL, "--weights", "untrained", "--workers", "1"]) == 0
-    assert capsys.readouterr().out == f"{archive}  4.8 MiB\n"
+    assert capsys.readouterr().out == f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB\n"
 
 
 def test_command_that_fails_says_why_in_one_line(

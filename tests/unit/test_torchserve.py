@@ -349,6 +349,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
         command = pipe.rest()
         assert server.exit_status() is None
     assert " -Xmx1g -XX:+ExitOnOutOfMemoryError " in command
+    assert f" -XX:SharedArchiveFile={torchserve.CLASS_ARCHIVE} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
     assert f" -f {CONFIG} " in command
     assert f" -s {tmp_path / 'store'} " in command

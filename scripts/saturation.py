@@ -1,0 +1,244 @@
+"""int8 weights that are right on every x86 CPU, with or without VNNI.
+
+Without VNNI a CPU multiplies bytes in pairs (vpmaddubsw): u8 x i8 + u8 x i8, clipped to 16 bits.
+Two neighbouring input channels with large activations and large weights exceed that, and the sum is
+silently wrong. NNCF's remedy halves every weight, which costs a bit of each. Here each output
+channel is rounded to the range that makes its own error on calibration images least, the clipping
+counted in: most channels keep all 8 bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+
+SHRINKS = (1.0, 1.06, 1.12, 1.2, 1.3, 1.45, 1.6, 1.8, 2.0)  # at 2 no pair can be clipped
+POSITIONS = 600  # of a layer's input, from all images together
+WEIGHTED = ("Convolution", "GroupConvolution", "MatMul")
+_KEEPS_RANGE = ("Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool")
+
+
+@dataclass(frozen=True)
+class Int8Layer:
+    """A layer with int8 weights, as NNCF leaves it in the graph."""
+
+    node: Any
+    weights: Any  # Constant
+    scale: Any  # Multiply, after it
+
+    @property
+    def name(self) -> str:
+        return str(self.node.get_friendly_name())
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it multiplies in pairs: a depthwise convolution has one input channel."""
+        return self.node.get_type_name() != "GroupConvolution" or self.weights.shape[2] > 1
+
+    def grouped(self) -> NDArray[np.int64]:
+        """The weights as [G, O, I, K]: groups, output and input channels of each, kernel."""
+        weights = np.array(self.weights.data, np.int64)
+        if self.node.get_type_name() != "GroupConvolution":
+            weights = weights[None]
+        return weights.reshape(*weights.shape[:3], -1)
+
+    def real_weights(self) -> NDArray[np.float32]:
+        """float32, in the shape that the layer has them."""
+        scale = self.scale.input_value(1).get_node().data
+        return np.asarray(self.weights.data * scale, np.float32)
+
+    def replace(self, grouped: NDArray[np.int64], shrinks: NDArray[np.float64]) -> None:
+        """Set weights [G, O, I, K] and multiply the scale of each output channel [G, O]."""
+        shape = tuple(self.weights.shape)
+        leading = 2 if self.node.get_type_name() == "GroupConvolution" else 1
+        ones = (1,) * (len(shape) - leading)
+        old = self.scale.input_value(1).get_node().data
+        scale = np.asarray(old * shrinks.reshape(*shape[:leading], *ones), old.dtype)
+        weights = ops.constant(grouped.reshape(shape).astype(np.int8))
+        for user in self.weights.output(0).get_target_inputs():
+            user.replace_source_output(weights.output(0))
+        self.scale.input(1).replace_source_output(ops.constant(scale).output(0))
+
+
+def weighted_layers(model: ov.Model) -> list[Any]:
+    """Convolutions and matrix products with constant weights, in the order of the network."""
+    return [
+        node
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in WEIGHTED and _weights(node)[0].get_type_name() == "Constant"
+    ]
+
+
+def depthwise_layers(model: ov.Model) -> list[str]:
+    """Names of the convolutions that take each channel by itself."""
+    return [
+        node.get_friendly_name()
+        for node in weighted_layers(model)
+        if node.get_type_name() == "GroupConvolution" and node.get_input_shape(1)[2] == 1
+    ]
+
+
+def int8_layers(model: ov.Model) -> list[Int8Layer]:
+    """The layers of a quantised model whose weights are int8, one scale per output channel."""
+    layers = []
+    for node in weighted_layers(model):
+        weights, way = _weights(node)
+        if (
+            weights.get_element_type() == ov.Type.i8
+            and [step.get_type_name() for step in way] == ["Multiply", "Convert"]
+            and (node.get_type_name() != "MatMul" or _is_linear(node))
+        ):
+            layers.append(Int8Layer(node, weights, way[0]))
+    return layers
+
+
+def _weights(node: Any) -> tuple[Any, list[Any]]:
+    """Where a layer's weights come from, and the nodes on the way, beginning at the layer."""
+    source, way = node.input_value(1).get_node(), []
+    while source.get_type_name() in ("Reshape", "Convert", "Multiply", "Subtract", "FakeQuantize"):
+        way.append(source)
+        source = source.input_value(0).get_node()
+    return source, way
+
+
+def _is_linear(node: Any) -> bool:
+    """[N, I] x [O, I] transposed, as torch.nn.Linear becomes."""
+    return len(node.get_input_shape(1)) == 2 and bool(node.get_attributes()["transpose_b"])
+
+
+def input_quantizer(node: Any) -> Any | None:
+    """The FakeQuantize in front of a layer; None where its input stays in floating point."""
+    source = node.input_value(0).get_node()
+    while source.get_type_name() in _KEEPS_RANGE:
+        source = source.input_value(0).get_node()
+    return source if source.get_type_name() == "FakeQuantize" else None
+
+
+def fit_ranges(
+    int8: ov.Model, fp32: ov.Model, images: Sequence[NDArray[np.uint8]], core: ov.Core
+) -> None:
+    """Round the weights of `int8` anew, in place, where pairs of them would be clipped.
+
+    `fp32` is the model that it was made from, for the activations of every layer.
+    """
+    layers = {layer.name: layer for layer in int8_layers(int8) if layer.pairs}
+    for name, inputs in _sample_inputs(fp32, set(layers), images, core).items():
+        quantizer = input_quantizer(layers[name].node)
+        if quantizer is None:  # then the library does not run this layer in int8
+            continue
+        low, high = (_constant(quantizer, port) for port in (1, 2))
+        step = (high.max() - low.min()) / 255
+        pixels = np.rint((inputs - low.min()) / step).clip(0, 255).astype(np.float32)
+        zero = np.rint(-low.min() / step)
+        rounded, shrinks = _least_error(pixels, float(zero), layers[name].grouped())
+        if (shrinks > 1).any():
+            layers[name].replace(rounded, shrinks)
+    int8.validate_nodes_and_infer_types()
+
+
+def _constant(node: Any, port: int) -> NDArray[np.float32]:
+    return np.asarray(node.input_value(port).get_node().data)
+
+
+def _sample_inputs(
+    model: ov.Model, names: set[str], images: Sequence[NDArray[np.uint8]], core: ov.Core
+) -> dict[str, NDArray[np.float32]]:
+    """float32 [N, channels] by layer: positions of its input drawn from all images alike."""
+    model = model.clone()
+    nodes = [node for node in weighted_layers(model) if node.get_friendly_name() in names]
+    tensors: dict[tuple[str, int], Any] = {}  # several layers may read one tensor
+    for node in nodes:
+        source = node.input_value(0)
+        tensors.setdefault((source.get_node().get_friendly_name(), source.get_index()), source)
+    own = len(model.outputs)
+    model.add_outputs(list(tensors.values()))
+    request = compile_for_one(model, images[0].shape, core)
+    rng = np.random.default_rng(0)
+    each = -(-POSITIONS // len(images))
+    samples: dict[tuple[str, int], list[NDArray[np.float32]]] = {key: [] for key in tensors}
+    for image in images:
+        request.infer([image[None]], share_inputs=True)
+        for index, key in enumerate(tensors):
+            values = np.array(request.get_output_tensor(own + index).data)
+            if values.ndim == 4:  # [1, C, H, W] -> [H * W, C]
+                values = values[0].reshape(values.shape[1], -1).T
+            values = values.reshape(-1, values.shape[-1])
+            chosen = rng.choice(len(values), min(each, len(values)), replace=False)
+            samples[key].append(values[chosen].astype(np.float32))
+    joined = {key: np.concatenate(parts) for key, parts in samples.items()}
+    return {
+        node.get_friendly_name(): joined[
+            node.input_value(0).get_node().get_friendly_name(), node.input_value(0).get_index()
+        ]
+        for node in nodes
+    }
+
+
+def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> Any:
+    """An inference request for one image of [3, H, W] at a time, as one thread runs it."""
+    model = model.clone()
+    model.reshape([1, *shape])
+    options = {
+        "INFERENCE_NUM_THREADS": 1,
+        "NUM_STREAMS": 1,
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    return core.compile_model(model, "CPU", options).create_infer_request()
+
+
+def _least_error(
+    pixels: NDArray[np.float32], zero: float, weights: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Weights [G, O, I, K] rounded for inputs [N, G * I], and by how much each [G, O] shrank.
+
+    `zero` is the byte that stands for 0.0.
+    """
+    groups, outputs, inputs, _ = weights.shape
+    rounded, shrinks = weights.copy(), np.ones((groups, outputs))
+    for group in range(groups):
+        seen = pixels[:, group * inputs : (group + 1) * inputs]
+        active = np.arange(outputs)  # channels in which something is still clipped
+        least = np.full(outputs, np.inf)
+        for shrink in SHRINKS:
+            exact = weights[group, active]
+            trial = np.rint(exact / shrink).astype(np.int64)
+            error, clipped = _errors(seen, zero, exact, trial, shrink)
+            better = error < least[active]
+            chosen = active[better]
+            least[chosen] = error[better]
+            rounded[group, chosen] = trial[better]
+            shrinks[group, chosen] = shrink
+            active = active[clipped]
+            if not active.size:
+                break
+    return rounded, shrinks
+
+
+def _errors(
+    pixels: NDArray[np.float32],
+    zero: float,
+    exact: NDArray[np.int64],
+    trial: NDArray[np.int64],
+    shrink: float,
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Mean squared error of the clipped sums [O], and whether anything was clipped [O].
+
+    Weights are [O, I, K]; each position of the kernel is tried on every sample of the input.
+    """
+    error = np.zeros(len(exact), np.float32)
+    clipped = np.zeros(len(exact), np.bool_)
+    for position in range(exact.shape[2]):
+        wanted = (pixels - zero) @ exact[:, :, position].T.astype(np.float32)
+        factors = trial[:, :, position].T.astype(np.float32)
+        total = np.tile(-zero * factors.sum(0), (len(pixels), 1))  # as the library puts it right
+        for channel in range(0, len(factors), 2):
+            pair = pixels[:, channel : channel + 2] @ factors[channel : channel + 2]
+            clipped |= (pair.max(0) > 32767) | (pair.min(0) < -32768)
+            total += pair.clip(-32768, 32767, out=pair)
+        error += np.square(total * shrink - wanted).mean(0)
+    return error, clipped

@@ -3,6 +3,7 @@
 TorchServe wants exactly one class in this module (ts/model_loader.py).
 """
 
+import gc
 import json
 import logging
 import platform
@@ -104,6 +105,10 @@ class ImageClassifier(BaseHandler):
                 cause=None if expected else traceback.format_exc(),
             )
             raise RuntimeError(str(exc)) from exc
+        # What was loaded stays: a full collection would go through all of torch, in somebody's
+        # request, and find nothing.
+        gc.collect()
+        gc.freeze()
         self.metrics.start()
         # TorchServe writes a line for each batch through the root logger itself; its errors stay,
         # and so does whatever comes through any other logger, the metrics above all.

@@ -9,6 +9,7 @@ import os
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -60,12 +61,16 @@ class Ours:
         self._settings = Settings.load(config["handler"])
         self._transform = card.transform
         self._engine = load_engine(card, model_dir, self._settings, gpu_id=None, workers=WORKERS)
+        # An engine is for one thread, as in a TorchServe worker; FastAPI calls from several.
+        self._one_at_a_time = Lock()
 
     def probabilities(self, jpegs: Sequence[bytes]) -> torch.Tensor:
         from handler.images import read_picture
 
         pictures = [read_picture(jpeg, self._transform, self._settings) for jpeg in jpegs]
-        return self._engine.probabilities(torch.stack([picture.pixels for picture in pictures]))
+        images = torch.stack([picture.pixels for picture in pictures])
+        with self._one_at_a_time:
+            return self._engine.probabilities(images)
 
 
 class Classifier:

@@ -118,6 +118,8 @@ def measured(data: Data, *kinds: str) -> dict[str, Data]:
 
 def conditions(data: Data) -> Table:
     facts = data["conditions"]
+    rounds = [{run["round"] for run in s["runs"]} for s in data["subjects"].values() if s["runs"]]
+    done = min(map(len, rounds), default=0)  # an interrupted run has fewer than were asked for
     machine = facts["machine"]
     versions = ", ".join(f"{name} {text}" for name, text in facts["versions"].items() if text)
     images = (
@@ -139,7 +141,7 @@ def conditions(data: Data) -> Table:
         ("images", images),
         (
             "measured",
-            f"{facts['rounds']} rounds, {facts['seconds']:g} s at each of "
+            f"{done} of {facts['rounds']} rounds, {facts['seconds']:g} s at each of "
             f"{', '.join(map(str, facts['concurrency']))} clients, order seed {facts['seed']}",
         ),
         ("when", f"{facts['started']} to {facts.get('finished', 'interrupted')}"),

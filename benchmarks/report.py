@@ -192,9 +192,16 @@ MORE_IS_BETTER: dict[str, tuple[str, bool]] = {
 
 
 def losses(data: Data) -> Table:
-    """Every figure in which a peer is better than ours."""
-    lines = []
-    peers = measured(data, "peer")
+    """Every figure in which a peer is better than ours.
+
+    A peer that answered wrongly is not compared: how fast it was says nothing.
+    """
+    every = measured(data, "peer")
+    peers = {n: s for n, s in every.items() if not any(run["failed"] for run in s["runs"])}
+    wrong = sorted(set(every) - set(peers))
+    lines = (
+        [f"Not compared, because some answers were wrong: {', '.join(wrong)}.\n"] if wrong else []
+    )
     for name, subject in measured(data, "ours").items():
         rows = []
         for count in concurrencies(subject):

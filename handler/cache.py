@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from cachetools import LRUCache
 from torch import Tensor
 
-OVERHEAD_BYTES = 600  # of an entry's Python objects, as tracemalloc counts them
+OVERHEAD_BYTES = 1100  # of an entry: Python's objects, as tracemalloc counts them, and torch's
 
 
 @dataclass(frozen=True)

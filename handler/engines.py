@@ -26,8 +26,9 @@ from handler.settings import Settings
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 # Images in one forward pass where the settings do not say. On a CPU a few images run some percent
-# faster together than one by one (benchmarks/REPORT.md), and more leave its caches again.
+# faster together than one by one, and more leave its caches again.
 MAX_FORWARD = {"cpu": 4, "cuda": 32}
+LARGE_MODEL = 64 * 2**20  # bytes: a second compiled copy takes as much again, and gains nothing
 
 
 class Engine(Protocol):
@@ -167,12 +168,12 @@ def load_engine(
     device = choose_device(settings, gpu_id)
     threads = settings.threads or max(1, available_cores() // max(1, workers))
     torch.set_num_threads(threads)  # for decoding as well
-    max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
     converted = (model_dir / OPENVINO_FILE).exists()
     engine = settings.engine
     if engine == "auto":
         engine = "openvino" if device == "cpu" and converted else "torch"
     if engine == "torch":
+        max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
         return _load_torch(card, model_dir, settings.precision, device, max_forward)
     if device != "cpu":
         raise InvalidSettings(f"engine is openvino, which runs on a CPU, and device is {device}")
@@ -188,6 +189,8 @@ def load_engine(
     if precision == "bf16" and not has_bf16():
         raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
     model_file = model_dir / (INT8_FILE if precision == "int8" else OPENVINO_FILE)
+    large = model_file.with_suffix(".bin").stat().st_size > LARGE_MODEL
+    max_forward = settings.max_forward or (1 if large else MAX_FORWARD["cpu"])
     return OpenVino(model_file, precision, threads, max_forward)
 
 

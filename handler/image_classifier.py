@@ -96,7 +96,7 @@ class ImageClassifier(BaseHandler):
             self.metrics = Metrics(torchserve_emit(), context.model_name, self.version)
             self._warm_up(config.get("batchSize", 1))
         except Exception as exc:
-            expected = isinstance(exc, SetupError)
+            expected = isinstance(exc, SetupError) and exc.__cause__ is None
             log_line(
                 logging.ERROR,
                 "startup_failed",

@@ -200,16 +200,20 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
     if not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
         return None
     try:
-        pixels = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+        # Header and pixels are read by two programs: no more memory than the first one's size,
+        # for which the budget was spent.
+        buffer = np.empty((image.height, image.width, 3), np.uint8)
+        pixels = simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=False, fastupsample=False, buffer=buffer
+        )
     except ValueError:  # it takes no oddity; Pillow takes some, and knows damage from oddity
         return None
-    # Header and pixels were read by two programs: the budget was spent on what the first one saw.
     return pixels if pixels.shape[1::-1] == image.size else None
 
 
 def _refuse_slow(image: Image.Image, data: bytes) -> None:
     """Raise UnsupportedFormat for small files that would keep a decoder busy for a minute."""
-    if image.format == "JPEG" and data.count(b"\xff\xda") > MAX_SCANS:
+    if isinstance(image, JpegImageFile) and data.count(b"\xff\xda") > MAX_SCANS:
         raise UnsupportedFormat(f"the JPEG has more than {MAX_SCANS} scans, and is not served")
     if image.format == "GIF" and data.count(b"\x21\xfe") > MAX_COMMENTS:
         raise UnsupportedFormat(f"the GIF has more than {MAX_COMMENTS} comments, and is not served")

@@ -40,7 +40,9 @@ class Settings:
     device: str = _choice("auto", "cpu", "cuda")  # auto: the GPU that TorchServe assigns, else CPU
     engine: str = _choice("auto", "openvino", "torch")  # auto: OpenVINO on a CPU, torch on a GPU
     precision: str = _choice("auto", "fp32", "bf16", "int8")  # auto: the fastest that there is
-    max_forward: int = _number(0, 0, 1024)  # images in one forward pass; 0: 4 on CPU, 32 on GPU
+    max_forward: int = _number(
+        0, 0, 1024
+    )  # images in one forward pass; 0: 1 or 4 on CPU, 32 on GPU
     threads: int = _number(0, 0, 1024)  # CPU threads of a worker; 0: its share of the cores
     cache_bytes: int = _number(0, 0, 2**40)  # memory of a worker for earlier results; 0: no cache
     warmup_batches: int = _number(1, 0, 100)  # forward passes before a worker reports ready

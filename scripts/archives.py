@@ -6,6 +6,7 @@ and its memory would stay for as long as the server runs.
 
 import hashlib
 import json
+import shutil
 import tempfile
 import zipfile
 from argparse import Namespace
@@ -25,6 +26,7 @@ from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
 from scripts.tuned import find_tuned
 
 HANDLER = ROOT / "handler"
+SCRIPTS = ROOT / "scripts"
 CONFIG_FILE = "model-config.yaml"
 MODEL_VERSION = "1.0"
 LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
@@ -49,7 +51,11 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     if weights is None or not (weights.trained or settings.allow_untrained):
         return None
     # What only the environment says is not in the digest, so packaging has not checked it.
-    if settings.precision != Settings.load(config["handler"], {}).precision:
+    packaged = Settings.load(config["handler"], {})
+    if (settings.engine, settings.precision) != (packaged.engine, packaged.precision):
+        return None
+    # bf16: not every CPU has it.
+    if settings.precision == "bf16" or (settings.precision == "int8" and not card.int8):
         return None
     if settings.device == "cuda" and not has_gpu():
         return None
@@ -110,21 +116,31 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
     """
     labels = Path(options.labels) if options.labels else None
     inputs = {
-        "handler": {path.name: path.read_text("utf-8") for path in sorted(HANDLER.glob("*.py"))},
+        "code": {path.name: path.read_text("utf-8") for path in _code()},
         "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
         "int8": _calibration_facts(options),
-        "config": [has_openvino(config), config.get("handler", {}).get("precision")],
+        "config": has_openvino(config),
         "libraries": {name: version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _code() -> list[Path]:
+    """What is put into an archive, and what decides the models in it."""
+    makers = "package weights conversion calibration quantization saturation".split()
+    return [*sorted(HANDLER.glob("*.py")), *(SCRIPTS / f"{name}.py" for name in makers)]
 
 
 def _calibration_facts(options: Namespace) -> list[Any] | None:
     """What decides an int8 model, besides the model itself. Raises OSError."""
     if not options.calibration:
         return None
-    files = sorted(path for path in Path(options.calibration).iterdir() if path.is_file())
+    files = sorted(
+        path
+        for path in Path(options.calibration).iterdir()
+        if path.is_file() and not path.name.startswith(".")
+    )
     contents = [[path.name, file_sha256(path)] for path in files]
     return [options.minimum_agreement, version("nncf"), *contents]
 
@@ -164,8 +180,11 @@ def configure(archive: Path, config: dict[str, Any]) -> None:
                 made = Path(folder, archive.name)
                 with zipfile.ZipFile(made, "w") as new:
                     for item in old.infolist():
-                        own = item.filename == CONFIG_FILE
-                        new.writestr(item, dump_config(config) if own else old.read(item))
+                        if item.filename == CONFIG_FILE:
+                            new.writestr(item, dump_config(config))
+                        else:  # piece by piece: the launcher stays small
+                            with old.open(item) as source, new.open(item, "w") as target:
+                                shutil.copyfileobj(source, target)
                 made.replace(archive)
         except OSError as exc:
             raise SetupError(f"{archive} cannot be written: {exc}") from exc

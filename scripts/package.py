@@ -159,6 +159,11 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
             )
             if not options.weights and not source.facts.trained:
                 _keep_trained(archive)
+            if int8 is None and (old := read_card(archive)) and old.int8:
+                print(
+                    f"warning: {archive.name} had an int8 model; --calibration DIR makes it again",
+                    file=sys.stderr,
+                )
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc
@@ -194,6 +199,10 @@ def check_precision(settings: Settings, options: Namespace, for_openvino: bool) 
     """Raise InvalidSettings for a precision that cannot be packaged, or served here."""
     if options.calibration and not for_openvino:
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
+    if settings.engine == "openvino" and choose_device(settings, gpu_id=None) != "cpu":
+        raise InvalidSettings("engine is openvino, which runs on a CPU: --device cpu")
+    if settings.precision == "int8" and not for_openvino:
+        raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
     if settings.precision == "int8" and not options.calibration:
         raise InvalidSettings("precision is int8, which needs images: --calibration DIR")
     if settings.precision == "bf16" and for_openvino and not has_bf16():

@@ -8,14 +8,13 @@ the held-out images decide.
 """
 
 import contextlib
-import json
 import logging
 import os
 import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -69,19 +68,6 @@ class Int8Report:
     cpu: str  # that it was measured on
     nncf: str
     openvino: str
-
-    def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=1)
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> "Int8Report":
-        """Raises InvalidModel where the text is not a report of this version."""
-        try:
-            facts = json.loads(text)
-            facts["floating_point_layers"] = tuple(facts["floating_point_layers"])
-            return cls(**facts)
-        except (ValueError, TypeError, KeyError) as exc:
-            raise InvalidModel(f"not an int8 report: {exc}") from exc
 
 
 @dataclass(frozen=True)

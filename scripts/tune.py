@@ -49,7 +49,7 @@ DELAYS_MS = (1, 2, 5, 10)
 FORWARDS = (1, 2, 4, 8, 16, 32)
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
 # What is tried, and would be the same for every configuration if the environment said it.
-TRIED = [f"{PREFIX}{name}" for name in ("ENGINE", "PRECISION", "THREADS", "MAX_FORWARD")]
+TRIED = [f"{PREFIX}{name}" for name in ("DEVICE", "ENGINE", "PRECISION", "THREADS", "MAX_FORWARD")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from tests.server.serving import ROOT, environment, serving
 
 MODEL = "shufflenet_v2_x0_5"
 OPTIONS = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
-# The untuned server would take 1 ms and a batch of 8.
+# The untuned server would take 1 ms and a batch of 4.
 GIVEN = ["--precision", "fp32", "--workers", "1", "--batch-size", "3", "--max-batch-delay-ms", "2"]
 TUNING = "--slo-p99-ms 10000 --seconds 1 --concurrency 2 --budget-minutes 0.4".split()
 SECONDS = 180

@@ -632,6 +632,18 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     assert isinstance(outcome(data[:-2] + scan * 101 + data[-2:]), UnsupportedFormat)
 
 
+def test_many_scans_do_not_hide_in_a_jpeg_of_several_pictures() -> None:
+    """Pillow calls a JPEG with such a segment MPO."""
+    image = noise()
+    options = {"save_all": True, "append_images": [image], "progressive": True}
+    data = encode(image, "MPO", **options)
+    assert Image.open(BytesIO(data)).format == "MPO"
+    assert isinstance(outcome(data), Picture)
+    end = data.index(b"\xff\xd9")
+    scan = data[data.index(b"\xff\xda") : end]
+    assert isinstance(outcome(data[:end] + scan * 101 + data[end:]), UnsupportedFormat)
+
+
 def test_a_gif_of_many_comments_is_refused() -> None:
     data = encode(noise(), "GIF")
     head = 13 + 3 * 2 ** ((data[10] & 7) + 1)  # behind the colour table

@@ -196,7 +196,13 @@ def test_digest_is_stable() -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [{"batchSize": 9}, {"handler": {"threads": 3}}, {"handler": {"engine": "openvino"}}]
+    "config",
+    [
+        {"batchSize": 9},
+        {"handler": {"threads": 3}},
+        {"handler": {"engine": "openvino"}},
+        {"handler": {"precision": "bf16"}},
+    ],
 )
 def test_digest_is_the_same_for_what_decides_no_content(config: dict[str, Any]) -> None:
     assert digest(config=config) == digest()
@@ -208,7 +214,6 @@ def test_digest_is_the_same_for_what_decides_no_content(config: dict[str, Any]) 
         {"model": "alexnet"},
         {"recipe": "R2"},
         {"config": {"handler": {"engine": "torch"}}},
-        {"config": {"handler": {"precision": "bf16"}}},
         {"config": {"deviceType": "gpu"}},
         {"architecture": "alexnet"},  # other weights
     ],
@@ -249,6 +254,18 @@ def test_digest_changes_with_the_code(
         (copy / "new.py").write_text("")
     else:
         (copy / "rows.py").unlink()
+    assert digest() != before
+
+
+def test_digest_changes_with_what_makes_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = digest()
+    copy = Path(shutil.copytree(archives.SCRIPTS, tmp_path / "scripts"))
+    monkeypatch.setattr(archives, "SCRIPTS", copy)
+    (copy / "predict.py").write_text("# changed\n")
+    assert digest() == before
+    (copy / "saturation.py").write_text("# changed\n")
     assert digest() != before
 
 

@@ -1,7 +1,6 @@
 """int8: what is measured, what is kept in floating point, and what is refused."""
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 
@@ -88,7 +87,6 @@ def test_quantizes_and_reports():
     assert len(int8_layers(int8)) == 2 - len(report.floating_point_layers)
     assert int8.inputs[0].element_type == ov.Type.u8
     assert int8.inputs[0].partial_shape[0].is_dynamic
-    assert Int8Report.from_json(report.to_json()) == report
 
 
 @needs_nncf
@@ -190,19 +188,6 @@ def test_divergence_of_equals_is_nothing():
     rows = np.array([[0.5, 0.5], [1, 0]], np.float32)
     assert divergence(rows, rows) == 0
     assert divergence(rows, rows[::-1]) > 1
-
-
-def test_report_is_json():
-    facts = json.loads(REPORT.to_json())
-    assert facts["accuracy_fp32"] is None
-    assert facts["floating_point_layers"] == ["features.0", "classifier"]
-    assert Int8Report.from_json(REPORT.to_json()) == REPORT
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"method": "x"}'])
-def test_what_is_no_report_is_refused(text):
-    with pytest.raises(InvalidModel, match="not an int8 report"):
-        Int8Report.from_json(text)
 
 
 def test_cpu_says_whether_it_has_vnni():

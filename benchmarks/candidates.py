@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.what == "engines" and not find_spec("onnxruntime"):
         words = sys.argv[1:] if argv is None else argv
-        os.execv(prepare("engines"), ["python", "-m", "benchmarks.candidates", *words])
+        python = str(prepare("engines"))
+        os.execv(python, [python, "-m", "benchmarks.candidates", *words])
     torch.set_num_threads(1)
     recipe = get_recipe(args.model, args.recipe)
     torch.manual_seed(0)
@@ -113,7 +114,9 @@ def decoders(transform: InputTransform) -> dict[str, Decode]:
 
     def scaled(data: bytes) -> Tensor:
         side = transform.resize_size
-        return to_input(simplejpeg.decode_jpeg(data, min_height=side, min_width=side), transform)
+        exact = {"fastdct": False, "fastupsample": False}
+        pixels = simplejpeg.decode_jpeg(data, min_height=side, min_width=side, **exact)
+        return to_input(pixels, transform)
 
     def handler(data: bytes) -> Tensor:
         return to_input(decode_image(data, Settings()), transform)

@@ -19,6 +19,7 @@ import requests
 import torch
 import torchvision
 
+from tests.processes import alive
 from tests.server.colours import make_weights
 from tests.server.serving import ROOT, SERVE, environment, free_ports, run_serve, serving
 
@@ -168,7 +169,7 @@ def test_a_signal_stops_everything(tmp_path: Path, number: signal.Signals) -> No
         assert Path(folder).is_dir()
         server.process.send_signal(number)
         assert server.process.wait(30) == 0
-        assert not [child for child in children if child.is_running()]
+        assert not alive(children)
         assert not Path(folder).exists()
         with socket.socket() as probe:
             assert probe.connect_ex(("127.0.0.1", server.ports["port"])) != 0
@@ -191,7 +192,7 @@ def test_a_signal_while_loading_stops_everything(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-        assert not [child for child in children if child.is_running()]
+        assert not alive(children)
     finally:
         process.kill()
 
@@ -253,7 +254,7 @@ def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str)
         assert process.wait(30) == 130
         assert process.stdout is not None
         assert not process.stdout.read()
-        assert not [child for child in children if child.is_running()]
+        assert not alive(children)
         assert not list(tmp_path.glob("store/.packaging-*"))
     finally:
         process.kill()

@@ -37,6 +37,7 @@ from scripts.benchmark import (
     summarise,
     without_tensor_header,
 )
+from tests.processes import alive
 
 PICTURES = [Picture("a.jpg", b"a"), Picture("b.jpg", b"b")]
 Respond = Callable[[bytes], Coroutine[Any, Any, aiohttp_web.Response]]
@@ -354,7 +355,7 @@ def test_a_server_ends_with_its_daemons(tmp_path: Path) -> None:
         sizes = memory(server)
     assert len(family) == len(sizes) == 2
     assert all(1 < row["pss_mib"] < 100 for row in sizes)
-    assert not any(process.is_running() for process in family)
+    assert not alive(family)
 
 
 def test_what_a_failed_server_said(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from handler.base import BaseHandler
 from handler.cache import Result, ResultCache
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, RequestError, SetupError
+from handler.gpus import open_gauges, restore_visible
 from handler.images import Picture, PixelBudget, read_picture
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
@@ -75,6 +76,7 @@ class ImageClassifier(BaseHandler):
         Raises RuntimeError where the worker cannot start: TorchServe reports no other kind.
         """
         started = perf_counter()
+        restore_visible()  # before CUDA is asked for anything
         self.context = context
         config = context.model_yaml_config or {}
         model_dir = Path(context.system_properties["model_dir"])
@@ -109,7 +111,7 @@ class ImageClassifier(BaseHandler):
         # request, and find nothing.
         gc.collect()
         gc.freeze()
-        self.metrics.start()
+        self.metrics.start(open_gauges(self.engine.device))
         # TorchServe writes a line for each batch through the root logger itself; its errors stay,
         # and so does whatever comes through any other logger, the metrics above all.
         logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)

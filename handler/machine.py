@@ -11,6 +11,7 @@ from pathlib import Path
 
 CGROUP = Path("/sys/fs/cgroup")
 CPUINFO = Path("/proc/cpuinfo")
+MEMINFO = Path("/proc/meminfo")
 
 
 def available_cores(cgroup: Path = CGROUP) -> int:
@@ -38,6 +39,28 @@ def _quota(cgroup: Path) -> float:
     return int(quota) / int(period) if quota.isdigit() else math.inf
 
 
+def available_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int | None:
+    """Bytes this machine can still give, cut by the container's limit; None where nobody says.
+
+    The limit is read from cgroup v2 (`memory.max`) or v1; what it counts of cached files that
+    nobody has in use is not held against it.
+    """
+    amounts = []
+    with suppress(OSError):  # not Linux
+        if found := re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE):
+            amounts.append(int(found[1]) * 1024)
+    for limit, usage, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with suppress(OSError, ValueError):  # not that version, or "max"
+            left = int((cgroup / limit).read_text()) - int((cgroup / usage).read_text())
+            words = (cgroup / limit).with_name("memory.stat").read_text().split()
+            facts = dict(zip(words[::2], words[1::2], strict=True))
+            amounts.append(max(0, left + int(facts.get(cached, 0))))
+    return min(amounts, default=None)
+
+
 def cpu_model() -> str:
     """The name of the CPU, such as "Intel(R) Xeon(R) Gold 6430"."""
     with suppress(OSError):  # not Linux
@@ -47,26 +70,32 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def has_gpu() -> bool:
-    """Whether torch, were it imported, would find a GPU that it can use.
+def count_gpus() -> int:
+    """GPUs that torch, were it imported, would find and could use.
 
-    Asks NVIDIA's driver itself, which honours CUDA_VISIBLE_DEVICES; torch takes seconds to ask it.
+    Asks NVIDIA's driver itself, since torch takes seconds to ask it. The driver is also who knows
+    what every form of CUDA_VISIBLE_DEVICES means: indices, UUIDs, MIG devices, nothing.
     """
     cuda = _torch_cuda()
     if cuda is None:
-        return False
+        return 0
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # no driver
-        return False
+        return 0
     version, count = ctypes.c_int(), ctypes.c_int()
-    return (
+    found = (
         driver.cuDriverGetVersion(ctypes.byref(version)) == 0
         and version.value // 1000 >= cuda  # 13020 is 13.2; any 13.x serves what 13.y was built for
         and driver.cuInit(0) == 0
         and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
-        and count.value > 0
     )
+    return count.value if found else 0
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU that torch could use."""
+    return count_gpus() > 0
 
 
 def _torch_cuda() -> int | None:

@@ -9,10 +9,12 @@ regular expression, so increments are collected and handed over once a second.
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_type_enum import MetricTypes
+
+from handler.gpus import GAUGES, Gauge
 
 FLUSH_SECONDS = 1.0
 
@@ -75,13 +77,15 @@ class Metrics:
         for (name, labels), increment in increments.items():
             self._emit(name, increment, labels)
 
-    def start(self) -> None:
-        """Flush every second from a thread that ends with the process."""
+    def start(self, read_gauges: Callable[[], Iterable[Gauge]] = tuple) -> None:
+        """Flush and read the gauges every second, in a thread that ends with the process."""
 
         def run() -> None:
             while True:
                 time.sleep(FLUSH_SECONDS)
                 self.flush()
+                for name, value, labels in read_gauges():
+                    self._emit(name, value, labels)
 
         threading.Thread(target=run, name="metrics", daemon=True).start()
 
@@ -92,12 +96,13 @@ def torchserve_emit() -> Emit:
     What the frontend's metrics.yaml does not declare it drops, so an archive that runs in a
     TorchServe with other metrics loses these and nothing else.
     """
-    counters = {
-        name: CachingMetric(name, unit, [*labels], MetricTypes.COUNTER)
-        for name, (unit, labels) in COUNTERS.items()
+    metrics = {
+        name: CachingMetric(name, unit, [*labels], kind)
+        for kind, declared in ((MetricTypes.COUNTER, COUNTERS), (MetricTypes.GAUGE, GAUGES))
+        for name, (unit, labels) in declared.items()
     }
 
-    def emit(name: str, increment: float, labels: Sequence[str]) -> None:
-        counters[name].add_or_update(increment, list(labels))
+    def emit(name: str, value: float, labels: Sequence[str]) -> None:
+        metrics[name].add_or_update(value, list(labels))
 
     return emit

@@ -22,7 +22,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.settings import Settings
-from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
+from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number, usable_gpus
 from scripts.tuned import find_tuned
 
 HANDLER = ROOT / "handler"
@@ -214,6 +214,8 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
     if options.device != "auto":
         config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
         handler["device"] = options.device
+    if options.device_ids:
+        config["deviceIds"] = [int(word) for word in options.device_ids.split(",")]
     if options.precision != "auto":
         handler["precision"] = options.precision
     config["handler"] = handler
@@ -223,11 +225,35 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
             raise InvalidSettings(
                 f"--{name} {option} and CLASSIFIER_{name.upper()}={getattr(settings, name)} differ"
             )
-    workers = options.workers
+    workers = asked.workers if asked.workers_per_gpu else options.workers
     if workers == "auto":
-        workers = 1 if settings.device != "cpu" and has_gpu() else available_cores()
+        gpus = 0 if settings.device == "cpu" else usable_gpus(read_config())
+        used = len(config.get("deviceIds", range(gpus))) if gpus else 0
+        workers = workers_for(used, options.workers_per_gpu)
     # TorchServe ignores either of the two without the other, and takes one worker a core instead.
     return config | {"minWorkers": workers, "maxWorkers": workers}
+
+
+def workers_for(gpus: int, per_gpu: int | None = None) -> int:
+    """How many workers a model has where nobody says: one a core, or some on each GPU.
+
+    Several on a GPU, so that one decodes while another computes. Decoding takes cores, so there is
+    no more of them than cores; each holds a model and a CUDA context, so there are 4 at most.
+    """
+    cores = available_cores()
+    if gpus == 0:
+        return cores
+    return gpus * (per_gpu or max(1, min(4, cores // gpus)))
+
+
+def check_device_ids(config: dict[str, Any], gpus: int) -> None:
+    """Raise InvalidSettings for a GPU that is not there: TorchServe would ignore the whole list.
+
+    The ids are positions among the visible GPUs, as torch counts them.
+    """
+    for number in config.get("deviceIds", ()) if gpus else ():
+        if not 0 <= number < gpus:
+            raise InvalidSettings(f"deviceIds must be 0 to {gpus - 1}, the GPUs here, got {number}")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="auto: a GPU where there is one",
     )
     model.add_argument(
+        "--device-ids",
+        metavar="0,1",
+        type=_device_ids,
+        help="GPUs to use, counted among those that are visible "
+        "(default: as in handler/configs, all)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
         "--precision",
         default="auto",
         choices=["auto", "fp32", "bf16", "int8"],
@@ -127,7 +135,15 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         default="auto",
         metavar="N|auto",
         type=_workers,
-        help="processes per model; auto: one a core on CPU, one on GPU",
+        help="processes per model, on all GPUs together; auto: one a core on CPU, "
+        "--workers-per-gpu on each GPU",
+    )
+    model.add_argument(
+        "--workers-per-gpu",
+        metavar="N",
+        type=number(1, 64),
+        help="where --workers does not say (default: the cores shared among the GPUs, at most 4)",
+        default=argparse.SUPPRESS,
     )
     model.add_argument(
         "--batch-size",
@@ -159,10 +175,15 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what cannot go together."""
-    optional = "models weights recipe labels calibration batch_size max_batch_delay_ms tuned"
+    optional = """
+        models weights recipe labels device_ids calibration workers_per_gpu batch_size
+        max_batch_delay_ms tuned
+    """
     for name in optional.split():
         setattr(args, name, getattr(args, name, None))
     args.models = list(dict.fromkeys(args.models or [DEFAULT_MODEL]))
+    if args.device == "cpu" and (args.device_ids or args.workers_per_gpu):
+        parser.error("--device-ids and --workers-per-gpu are for GPUs, and --device is cpu")
     own = args.weights not in (None, "pretrained", "untrained")
     if len(args.models) > 1 and (own or args.recipe or args.labels):
         parser.error("a weights file, --recipe and --labels go with one --model")
@@ -173,8 +194,8 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
     """The arguments with which scripts/package.py makes some of the models of `args`."""
     names = """
-        weights recipe labels device precision calibration minimum_agreement workers batch_size
-        max_batch_delay_ms tuned
+        weights recipe labels device device_ids precision calibration minimum_agreement workers
+        workers_per_gpu batch_size max_batch_delay_ms tuned
     """
     given = {name: getattr(args, name) for name in names.split()}
     return [f"--model={model}" for model in models] + [
@@ -195,6 +216,14 @@ def number(low: int, high: int) -> Callable[[str], int]:
 
 def _workers(text: str) -> str | int:
     return text if text == "auto" else number(*RANGES["workers"])(text)
+
+
+def _device_ids(text: str) -> str:
+    """Checked, and still text: as it is passed on."""
+    ids = text.split(",")
+    if not all(word.isascii() and word.isdigit() for word in ids) or len(set(ids)) < len(ids):
+        raise argparse.ArgumentTypeError(f"must be numbers like 0,1, each once, got {text!r}")
+    return text
 
 
 def _share(text: str) -> float:

@@ -13,19 +13,23 @@ from threading import Event
 import requests
 
 from handler.errors import InvalidSettings, SetupError
+from handler.machine import count_gpus
 from scripts import healthcheck
-from scripts.archives import find_current
+from scripts.archives import check_device_ids, find_current, model_config
 from scripts.options import package_argv, parse_serve
 from scripts.torchserve import (
     ROOT,
     Address,
     TorchServe,
+    check_gpus,
     check_ports,
     find_java,
+    gpu_environment,
     read_address,
     read_config,
     read_number,
     read_path,
+    usable_gpus,
 )
 from scripts.tuned import describe_differences
 
@@ -51,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
         environ = listen(config, inference, management, metrics)
+        if warning := check_gpus(args.device, count_gpus(), os.environ):
+            print(warning, file=sys.stderr)
+        gpus = usable_gpus(config)
+        environ |= gpu_environment(args.device, gpus, os.environ)
+        for model in args.models:
+            check_device_ids(model_config(model, args), gpus)
         java = find_java()
         store = read_path(config, "model_store")
         stale = [model for model in args.models if not find_current(model, args, store)]
@@ -66,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     environ["TS_MODEL_STORE"] = str(store)
-    if args.device == "cpu":
-        environ["TS_NUMBER_OF_GPU"] = "0"
 
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

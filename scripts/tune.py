@@ -246,7 +246,12 @@ class Bench:
         self._device = device
         self.facts = facts
         tried: dict[str, Any] = {"device": "auto", "precision": "auto", "workers": "auto"}
-        tried |= {"batch_size": None, "max_batch_delay_ms": None, "tuned": None}
+        tried |= {
+            "workers_per_gpu": None,
+            "batch_size": None,
+            "max_batch_delay_ms": None,
+            "tuned": None,
+        }
         self._model_argv = package_argv(argparse.Namespace(**vars(args) | tried), [self.model])
         self._environ = os.environ | {
             "TS_MODEL_STORE": str(folder),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from handler import machine
-from handler.machine import available_cores, cpu_model, has_gpu
+from handler.machine import available_cores, available_memory, count_gpus, cpu_model, has_gpu
 
 
 @pytest.fixture(autouse=True)
@@ -105,12 +105,12 @@ def test_gpu_as_torch_sees_it() -> None:
 @pytest.mark.parametrize(
     ("version", "init", "count", "found"),
     [
-        (13000, 0, 1, True),
-        (13020, 0, 8, True),
-        (14000, 0, 1, True),
-        (12080, 0, 1, False),  # a driver too old for this torch
-        (13000, 100, 1, False),  # no device, says cuInit
-        (13000, 0, 0, False),  # CUDA_VISIBLE_DEVICES hides them all
+        (13000, 0, 1, 1),
+        (13020, 0, 8, 8),
+        (14000, 0, 1, 1),
+        (12080, 0, 1, 0),  # a driver too old for this torch
+        (13000, 100, 1, 0),  # no device, says cuInit
+        (13000, 0, 0, 0),  # CUDA_VISIBLE_DEVICES hides them all
     ],
 )
 def test_gpu_as_the_driver_tells(
@@ -119,7 +119,7 @@ def test_gpu_as_the_driver_tells(
     version: int,
     init: int,
     count: int,
-    found: bool,
+    found: int,
 ) -> None:
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
@@ -134,7 +134,8 @@ def test_gpu_as_the_driver_tells(
     load = ctypes.CDLL
     monkeypatch.setattr(ctypes, "CDLL", lambda name: load(library))
     monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
-    assert has_gpu() is found
+    assert count_gpus() == found
+    assert has_gpu() is (found > 0)
 
 
 def test_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,3 +184,41 @@ def test_cpu_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert cpu_model()  # not Linux
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 rev 2\n" * 2)
     assert cpu_model() == "Z80 rev 2"
+
+
+# --- Memory
+
+
+def written(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(text)
+    return folder
+
+
+def test_memory_of_a_machine(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemAvailable:     300 kB\n")
+    assert available_memory(tmp_path, tmp_path / "meminfo") == 300 * 1024
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [("1000\n", 150), ("90000000\n", 300 * 1024), ("max\n", 300 * 1024), ("500\n", 0)],
+    ids=["limit", "more than there is", "none", "exceeded"],
+)
+def test_memory_of_a_container(tmp_path: Path, limit: str, left: int) -> None:
+    (tmp_path / "meminfo").write_text("MemAvailable: 300 kB\n")
+    stat = "anon 20\ninactive_file 50\nactive_file 7\n"
+    v2 = written(tmp_path, memory__max=limit, memory__current="900\n", memory__stat=stat)
+    assert available_memory(v2, tmp_path / "meminfo") == left
+
+
+def test_memory_of_an_old_container(tmp_path: Path) -> None:
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text("1000\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("900\n")
+    (tmp_path / "memory" / "memory.stat").write_text("inactive_file 3\ntotal_inactive_file 50\n")
+    assert available_memory(tmp_path, tmp_path / "none") == 150
+
+
+def test_memory_where_nobody_says(tmp_path: Path) -> None:
+    assert available_memory(tmp_path, tmp_path / "none") is None

@@ -13,6 +13,7 @@ import yaml
 
 import handler
 from handler import metrics as metrics_module
+from handler.gpus import GAUGES, MEMORY_USED, UTILIZATION
 from handler.metrics import COUNTERS, IMAGES, REQUESTS, STAGE, STAGE_BUCKETS, Metrics
 from handler.metrics import torchserve_emit as emit_to_torchserve
 
@@ -199,6 +200,18 @@ def test_a_started_thread_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> 
     assert counted.wait(10)
 
 
+def test_a_started_thread_reads_gauges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "FLUSH_SECONDS", 0.01)
+    seen = threading.Event()
+
+    def emit(name: str, value: float, labels: Sequence[str]) -> None:
+        if (name, value, labels) == (MEMORY_USED, 7, ("0",)):
+            seen.set()
+
+    Metrics(emit, *MODEL).start(lambda: [(MEMORY_USED, 7, ("0",))])
+    assert seen.wait(10)
+
+
 # --- On the way to TorchServe
 
 
@@ -215,8 +228,16 @@ def test_the_frontend_knows_every_counter() -> None:
     } == COUNTERS
 
 
-def test_counters_are_all_there_is() -> None:
-    assert set(yaml.safe_load(CONFIG.read_text("utf-8"))["model_metrics"]) == {"counter"}
+def test_the_frontend_knows_every_gauge() -> None:
+    assert {
+        name: (metric["unit"], tuple(metric["dimensions"]))
+        for name, metric in declared("gauge").items()
+    } == GAUGES
+
+
+def test_counters_and_gauges_are_all_there_is() -> None:
+    kinds = set(yaml.safe_load(CONFIG.read_text("utf-8"))["model_metrics"])
+    assert kinds == {"counter", "gauge"}
 
 
 def test_everything_emitted_is_a_counter_with_its_labels() -> None:
@@ -245,3 +266,15 @@ def test_lines_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> No
     assert seen[f"{STAGE}_bucket", "model:birds,version:1.0,stage:total,le:+Inf"] == "1"
     assert float(seen[f"{STAGE}_sum", "model:birds,version:1.0,stage:total"]) == 1.5e-7
     assert {line["name"] for line in lines if line} == set(COUNTERS)
+
+
+def test_gauges_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ts.metrics")
+    emit = emit_to_torchserve()
+    emit(MEMORY_USED, 85_899_345_920, ("0",))
+    emit(UTILIZATION, 0.07, ("11",))
+    lines = [LINE.fullmatch(message) for message in caplog.messages]
+    assert [line and line.group("name", "value", "labels", "type") for line in lines] == [
+        (MEMORY_USED, "85899345920", "gpu:0", "GAUGE"),
+        (UTILIZATION, "0.07", "gpu:11", "GAUGE"),
+    ]

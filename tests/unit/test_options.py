@@ -20,10 +20,12 @@ MODEL_DEFAULTS = {
     "recipe": None,
     "labels": None,
     "device": "auto",
+    "device_ids": None,
     "precision": "auto",
     "calibration": None,
     "minimum_agreement": 0.97,
     "workers": "auto",
+    "workers_per_gpu": None,
     "batch_size": None,
     "max_batch_delay_ms": None,
     "tuned": None,
@@ -55,9 +57,9 @@ def test_defaults_of_package() -> None:
 
 @BOTH
 def test_every_model_option(parse: Parse) -> None:
-    argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cpu".split()
+    argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cuda".split()
     argv += "--precision bf16 --workers 3 --batch-size 16 --max-batch-delay-ms 7".split()
-    argv += ["--tuned", "t.yaml"]
+    argv += ["--tuned", "t.yaml", "--device-ids", "0,2", "--workers-per-gpu", "2"]
     argv += "--calibration photos --minimum-agreement 0.9".split()
     given = vars(parse(argv))
     assert {name: given[name] for name in MODEL_DEFAULTS} == {
@@ -65,9 +67,11 @@ def test_every_model_option(parse: Parse) -> None:
         "weights": "w.pth",
         "recipe": "R",
         "labels": "l.txt",
-        "device": "cpu",
+        "device": "cuda",
+        "device_ids": "0,2",
         "precision": "bf16",
         "workers": 3,
+        "workers_per_gpu": 2,
         "batch_size": 16,
         "max_batch_delay_ms": 7,
         "calibration": "photos",
@@ -115,6 +119,19 @@ def test_a_tuned_file_goes_with_one_model(parse: Parse, capsys: pytest.CaptureFi
     both = ["--model", "a", "--model", "b", "--tuned"]
     assert parse(both).tuned == "auto"  # each model's own file
     assert "a file after --tuned goes with one --model" in mistake(parse, [*both, "x"], capsys)
+
+
+@BOTH
+@pytest.mark.parametrize("ids", ["", "x", "0,", "0 1", "-1", "0,0", "GPU-1", "٣"])
+def test_what_are_no_device_ids(parse: Parse, ids: str, capsys: pytest.CaptureFixture[str]) -> None:
+    message = mistake(parse, [f"--device-ids={ids}"], capsys)
+    assert message.endswith(f"must be numbers like 0,1, each once, got {ids!r}")
+
+
+@BOTH
+@pytest.mark.parametrize("option", ["--device-ids=0", "--workers-per-gpu=2"])
+def test_what_is_for_gpus(parse: Parse, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "are for GPUs, and --device is cpu" in mistake(parse, ["--device=cpu", option], capsys)
 
 
 @BOTH
@@ -223,6 +240,7 @@ def test_help_needs_no_set_up() -> None:
         "",
         "--model resnet18 --model alexnet --workers 3 --device cpu --precision bf16",
         "--model resnet18 --tuned",
+        "--device-ids 1,0 --workers-per-gpu 3",
         "--model resnet18 --tuned=t.yaml",
         "--weights=-odd.pth --labels l.txt --recipe R --batch-size 3 --max-batch-delay-ms 7",
     ],

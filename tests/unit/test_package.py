@@ -27,6 +27,7 @@ from handler.settings import Settings
 from scripts import archives, weights
 from scripts.archives import (
     HANDLER,
+    check_device_ids,
     check_limits,
     file_facts,
     find_current,
@@ -122,16 +123,47 @@ def test_gpu_is_called_so_by_torchserve(configs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "gpu", "workers"),
-    [("auto", False, 6), ("auto", True, 1), ("cpu", True, 6), ("cuda", True, 1)],
+    ("argv", "gpus", "workers"),
+    [
+        ("", 0, 6),
+        ("--device cpu", 2, 6),
+        ("", 1, 4),  # no more than 4 on one
+        ("--device cuda", 2, 6),  # 3 cores for each
+        ("", 8, 8),  # one at least
+        ("--workers-per-gpu 5", 2, 10),
+        ("--workers-per-gpu 5", 0, 6),
+        ("--workers-per-gpu 5 --workers 3", 2, 3),
+        ("--device-ids 1", 2, 4),
+        ("--device-ids 1,2 --workers-per-gpu 2", 4, 4),
+        ("--device-ids 1", 0, 6),
+    ],
 )
 def test_workers_by_themselves(
-    configs: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpu: bool, workers: int
+    configs: Path, monkeypatch: pytest.MonkeyPatch, argv: str, gpus: int, workers: int
 ) -> None:
     monkeypatch.setattr(archives, "available_cores", lambda: 6)
-    monkeypatch.setattr(archives, "has_gpu", lambda: gpu)
-    config = model_config(MODEL, parse_package(["--device", device]))
+    monkeypatch.setattr(archives, "usable_gpus", lambda config: gpus)
+    config = model_config(MODEL, parse_package(argv.split()))
     assert (config["minWorkers"], config["maxWorkers"]) == (workers, workers)
+
+
+def test_device_ids_go_over_the_file(configs: Path) -> None:
+    (configs / f"{MODEL}.yaml").write_text("deviceIds: [3]\n")
+    assert config_of()["deviceIds"] == [3]
+    assert config_of(MODEL, "--device-ids", "1,0")["deviceIds"] == [1, 0]
+
+
+@pytest.mark.parametrize("ids", [[2], [0, 2], [-1]])
+def test_a_gpu_that_is_not_there(ids: list[int]) -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        check_device_ids({"deviceIds": ids}, 2)
+    assert str(refused.value) == f"deviceIds must be 0 to 1, the GPUs here, got {ids[-1]}"
+
+
+@pytest.mark.parametrize(("ids", "gpus"), [([0, 1], 2), ([5], 0)], ids=["all", "on a CPU"])
+def test_gpus_that_are_there(ids: list[int], gpus: int) -> None:
+    check_device_ids({"deviceIds": ids}, gpus)
+    check_device_ids({}, gpus)
 
 
 def test_empty_files_say_nothing(configs: Path) -> None:

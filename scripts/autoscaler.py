@@ -180,8 +180,8 @@ def _step(
         reason += ", but never without a request in hand"
     if workers == sample.wanted and reason == told:
         return told
-    memory = {"memory": [asdict(space) for space in spaces]} if spaces else {}
-    log("scale", model, workers=workers, reason=reason, **asdict(sample), **memory)
+    facts = asdict(sample) | ({"memory": [asdict(space) for space in spaces]} if spaces else {})
+    log("scale", model, **{"from": facts.pop("wanted"), "to": workers}, reason=reason, **facts)
     if workers != sample.wanted:
         model.resize(workers)
         autoscaler.reset()

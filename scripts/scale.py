@@ -51,44 +51,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options; exits with 2 and one line where they are wrong."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/scale.py",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
     workers = number(*RANGES["workers"])
+    milliseconds, seconds = number(1, 600_000), number(1, 86_400)
+    parser = argparse.ArgumentParser(
+        prog="scripts/scale.py", description=__doc__, allow_abbrev=False
+    )
     parser.add_argument("model", help="its name in the server")
     parser.add_argument(
         "workers",
         nargs="?",
         metavar="N|auto",
         type=lambda text: text if text == "auto" else workers(text),
-        help="auto: as ./scripts/serve --workers auto has it on this machine",
-        default=argparse.SUPPRESS,
+        help="auto: what ./scripts/serve --workers auto gives on this machine",
     )
-    parser.add_argument("--management", default="http://127.0.0.1:8081", help="address")
-    parser.add_argument("--metrics", default="http://127.0.0.1:8082", help="address")
-    parser.add_argument("--version", default=argparse.SUPPRESS, help="(default: the default one)")
+    parser.add_argument(
+        "--management", default="http://127.0.0.1:8081", help="address (%(default)s)"
+    )
+    parser.add_argument("--metrics", default="http://127.0.0.1:8082", help="address (%(default)s)")
+    parser.add_argument("--version", help="of the model (the default one)")
     parser.add_argument(
         "--force", action="store_true", help="also where memory does not suffice for more workers"
     )
     parser.add_argument(
-        "--timeout", metavar="S", type=number(1, 86_400), default=300, help="until all are READY"
+        "--timeout",
+        metavar="S",
+        type=seconds,
+        default=300,
+        help="until all workers are READY (%(default)s)",
     )
     group = parser.add_argument_group("autoscaler")
     group.add_argument("--watch", action="store_true", help="let the number follow the load")
-    group.add_argument("--minimum", metavar="N", type=workers, default=1, help="workers")
-    group.add_argument("--maximum", metavar="N", type=workers, default=8, help="workers")
-    for option, default, text in (
-        ("--queue-ms", 50, "mean time in the queue above which there are more workers"),
-        ("--cool-down", 60, "quiet seconds until there is one fewer"),
-        ("--interval", 5, "seconds between two looks"),
+    for option, default, kind, text in (
+        ("--minimum", 1, workers, "fewest workers"),
+        ("--maximum", 8, workers, "most workers"),
+        ("--queue-ms", 50, milliseconds, "mean time in the queue above which there are more"),
+        ("--cool-down", 60, seconds, "quiet seconds until there is one fewer"),
+        ("--interval", 5, seconds, "seconds between two looks"),
     ):
-        group.add_argument(option, metavar="N", type=number(1, 86_400), default=default, help=text)
-    args = parser.parse_args(argv)
-    for name in ("workers", "version"):
-        setattr(args, name, getattr(args, name, None))
+        group.add_argument(
+            option, metavar="N", type=kind, default=default, help=f"{text} (%(default)s)"
+        )
+    args = parser.parse_intermixed_args(argv)  # the number may follow the options
     if args.watch == (args.workers is not None):
         parser.error("give either a number of workers (or auto), or --watch")
     if args.minimum > args.maximum:

@@ -145,7 +145,7 @@ class Model:
         version = self.describe().version
         before = self.read_counters(version)
         low, high = QUIET_SECONDS
-        mean = before.latency_us / 1e6 / before.requests if before.requests else low
+        mean = (before.latency_us - before.queue_us) / 1e6 / max(1, before.requests)
         while not stop.wait(min(high, max(low, 4 * mean))):
             after = self.read_counters(version)
             if after == before and self.describe().pending == 0:

@@ -1,0 +1,193 @@
+"""scripts/scale.py with the real TorchServe, and GPUs that are named, hidden or pretended."""
+
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.server.colours import encoded
+from tests.server.serving import ROOT, STOP_SECONDS, Server, free_ports, run_serve, serving
+from tests.unit.test_machine import DRIVER
+
+SCALE = [sys.executable, str(ROOT / "scripts" / "scale.py"), "mobilenet_v2"]
+UNKNOWN = "GPU-00000000-0000-0000-0000-000000000000"
+
+
+def scale(server: Server, *argv: str) -> subprocess.CompletedProcess[str]:
+    command = [*SCALE, *argv, "--management", server.management, "--metrics", server.metrics]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+
+
+@contextmanager
+def load(server: Server, clients: int, pause: float = 0) -> Iterator[list[int]]:
+    """The statuses of what clients get, each with one request at a time."""
+    statuses: list[int] = []
+    stop = False
+
+    def ask() -> None:
+        with requests.Session() as session:
+            while not stop:
+                response = session.post(server.predictions, data=encoded("green"), timeout=60)
+                statuses.append(response.status_code)
+                time.sleep(pause)
+
+    with ThreadPoolExecutor(clients) as pool:
+        jobs = [pool.submit(ask) for _ in range(clients)]
+        try:
+            yield statuses
+        finally:
+            stop = True
+        for job in jobs:
+            job.result()
+
+
+@pytest.fixture
+def two_workers(server: Server) -> Iterator[Server]:
+    """The shared server, left as it was found."""
+    yield server
+    assert scale(server, "2", "--force").returncode == 0
+
+
+def test_up_and_down(two_workers: Server) -> None:
+    before = two_workers.worker_pids()
+    done = scale(two_workers, "3")
+    assert (done.returncode, done.stderr) == (0, "")
+    rows = re.findall(r"^(\d+) +(\d+) +cpu +\d+ MiB +READY$", done.stdout, re.MULTILINE)
+    assert len(rows) == 2 + 3
+    assert {int(pid) for _, pid in rows[2:]} == two_workers.worker_pids() > before
+    state = two_workers.describe()
+    assert (state["minWorkers"], state["maxWorkers"]) == (3, 3)
+    with load(two_workers, clients=1, pause=0.5) as statuses:
+        done = scale(two_workers, "1", "--version", "1.0")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(statuses) == {200}
+    state = two_workers.describe()
+    assert (state["minWorkers"], state["maxWorkers"]) == (1, 1)
+
+
+def test_more_than_memory_holds(two_workers: Server) -> None:
+    done = scale(two_workers, "1024")
+    assert done.returncode == 1
+    assert re.search(r"1022 more do not fit, \d+ do \(memory: a worker takes \d+ MiB", done.stderr)
+    assert len(two_workers.worker_pids()) == 2
+
+
+def test_unknown_models(two_workers: Server) -> None:
+    assert scale(two_workers, "1", "--version", "9").returncode == 1
+    assert scale(two_workers, "0").returncode == 2
+
+
+def test_workers_follow_the_load(two_workers: Server, tmp_path: Path) -> None:
+    assert scale(two_workers, "1").returncode == 0
+    options = "--watch --maximum 2 --queue-ms 5 --interval 1 --cool-down 3".split()
+    urls = ["--management", two_workers.management, "--metrics", two_workers.metrics]
+    output = tmp_path / "watch.log"
+    with output.open("w") as file:
+        watcher = subprocess.Popen([*SCALE, *options, *urls], stdout=file, stderr=file)
+
+    def wait_for(workers: int) -> None:
+        deadline = time.monotonic() + 120
+        while [worker["status"] for worker in two_workers.describe()["workers"]] != (
+            ["READY"] * workers
+        ):
+            assert watcher.poll() is None, output.read_text()
+            assert time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+
+    try:
+        with load(two_workers, clients=8) as statuses:
+            wait_for(2)
+        wait_for(1)
+        watcher.send_signal(signal.SIGTERM)
+        assert watcher.wait(STOP_SECONDS) == 0
+    finally:
+        watcher.kill()
+        watcher.wait()
+    assert set(statuses) == {200}
+    lines = [json.loads(line) for line in output.read_text().splitlines()]
+    steps = [(line["from"], line["to"]) for line in lines if line["from"] != line["to"]]
+    assert steps == [(1, 2), (2, 1)]
+    up = next(line for line in lines if line["to"] == 2)
+    assert up["reason"] == "the queue is long"
+    assert up["queue_ms"] > 5
+    assert up["requests"] > 0
+    assert up["memory"][0]["free"] > up["memory"][0]["each"] > 0
+
+
+# --- GPUs
+
+
+def started_with(server: Server, name: str) -> set[str | None]:
+    """A variable as the workers got it from TorchServe."""
+    values: set[str | None] = set()
+    for pid in server.worker_pids():
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+        values.add(dict(line.split("=", 1) for line in lines if "=" in line).get(name))
+    return values
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a process's environment")
+@pytest.mark.parametrize("visible", ["", UNKNOWN])
+def test_no_visible_gpu_is_a_cpu(
+    tmp_path: Path, colour_weights: tuple[Path, Path], visible: str
+) -> None:
+    """TorchServe itself would ask nvidia-smi for all GPUs, or end with NumberFormatException."""
+    weights, labels = map(str, colour_weights)
+    options = ("--weights", weights, "--labels", labels, "--workers", "1")
+    env = {"CUDA_VISIBLE_DEVICES": visible}
+    with serving(tmp_path, *options, env=env) as server:
+        assert requests.post(server.predictions, data=encoded("red"), timeout=60).json()[
+            "metadata"
+        ]["device"] == ("cpu")
+        assert [worker["gpu"] for worker in server.describe()["workers"]] == [False]
+        assert started_with(server, "CUDA_VISIBLE_DEVICES") == {"-1"}
+        warned = f"warning: CUDA_VISIBLE_DEVICES={UNKNOWN} names 1 GPUs, and CUDA finds 0"
+        assert (warned in server.text()) is bool(visible)
+
+
+@pytest.mark.parametrize("visible", ["", "-1", UNKNOWN])
+def test_no_visible_gpu_is_an_error_for_cuda(tmp_path: Path, visible: str) -> None:
+    options = [f"--{name}={port}" for name, port in free_ports().items()]
+    env = {"CUDA_VISIBLE_DEVICES": visible}
+    done = run_serve(tmp_path, "--device", "cuda", *options, env=env)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: --device cuda, but CUDA_VISIBLE_DEVICES={visible} ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a process's environment")
+def test_torchserve_counts_the_gpus_that_cuda_does(
+    tmp_path: Path, colour_weights: tuple[Path, Path]
+) -> None:
+    """A driver that has two GPUs, as far as the launcher asks it; torch finds none behind it."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no compiler to make a driver with")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    library = tmp_path / "driver" / "libcuda.so.1"
+    library.parent.mkdir()
+    facts = ("-DVERSION=99000", "-DINIT=0", "-DCOUNT=2")
+    source = str(tmp_path / "driver.c")
+    subprocess.run([compiler, "-shared", "-fPIC", *facts, source, "-o", str(library)], check=True)
+    weights, labels = map(str, colour_weights)
+    env = {"LD_LIBRARY_PATH": str(library.parent), "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
+    ports = [f"--{name}={port}" for name, port in free_ports().items()]
+    options = ("--weights", weights, "--labels", labels)
+    done = run_serve(tmp_path, *options, *ports, "--device-ids", "0,2", env=env)
+    assert done.returncode == 2
+    assert done.stderr == "error: deviceIds must be 0 to 1, the GPUs here, got 2\n"
+    with serving(tmp_path, *options, "--workers-per-gpu", "1", env=env) as server:
+        assert [worker["gpu"] for worker in server.describe()["workers"]] == [True, True]
+        assert started_with(server, "CUDA_VISIBLE_DEVICES") == {"0,1"}
+        assert started_with(server, "WORKERS_CUDA_VISIBLE_DEVICES") == {"GPU-a,GPU-b"}
+        assert "Invalid" not in server.text()

@@ -121,68 +121,81 @@ def log(event: str, model: Model, **facts: Any) -> None:
     print(json.dumps(line | facts), flush=True)
 
 
-def watch(
-    model: Model,
-    autoscaler: Autoscaler,
-    find_spaces: Callable[[State], list[Space]],
-    interval: float,
-    stop: Event,
-) -> None:
-    """Scale a model until `stop` is set. Raises UnknownModel where it is not there at the start.
+class Watcher:
+    """Looks at a model again and again, and scales it as the autoscaler decides."""
 
-    A server that does not answer is asked again. Workers are stopped at a quiet moment alone, so
-    that no request is lost; where there is none, the next interval tries again.
-    """
-    before: tuple[Counters, float] | None = None
-    told = ""  # what is the same as the last time is not logged again
-    seen = False
-    while True:
-        try:
-            state = model.describe()
-            counters, now = model.read_counters(state.version), time.monotonic()
-            seen = True
-            sample = before and compare(state, before[0], counters, now - before[1])
-            before = (counters, now)
-            if sample:
-                told = _step(model, autoscaler, sample, state, find_spaces, (interval, stop), told)
-        except (requests.RequestException, UnknownModel) as exc:
-            if isinstance(exc, UnknownModel) and not seen:
-                raise
-            before = None
-            autoscaler.reset()
-            if told != "unreachable":
-                log("unreachable", model, cause=f"{type(exc).__name__}: {exc}")
-            told = "unreachable"
-        if stop.wait(interval):
+    def __init__(
+        self,
+        model: Model,
+        autoscaler: Autoscaler,
+        find_spaces: Callable[[State], list[Space]],
+        interval: float,
+        stop: Event,
+    ) -> None:
+        """`find_spaces` gives the memory that there is for more workers; `interval` is seconds."""
+        self._model = model
+        self._autoscaler = autoscaler
+        self._find_spaces = find_spaces
+        self._interval = interval
+        self._stop = stop
+        self._before: tuple[Counters, float] | None = None  # with the time of their reading
+        self._told = ""  # what is the same as the last time is not logged again
+
+    def run(self) -> None:
+        """Until `stop` is set. Raises UnknownModel where the model is not there at the start.
+
+        A server that does not answer is asked again: it may be starting.
+        """
+        seen = False
+        while True:
+            try:
+                self._look()
+                seen = True
+            except (requests.RequestException, UnknownModel) as exc:
+                if isinstance(exc, UnknownModel) and not seen:
+                    raise
+                self._before = None
+                self._autoscaler.reset()
+                if self._told != "unreachable":
+                    log("unreachable", self._model, cause=f"{type(exc).__name__}: {exc}")
+                self._told = "unreachable"
+            if self._stop.wait(self._interval):
+                return
+
+    def _look(self) -> None:
+        state = self._model.describe()
+        counters = self._model.read_counters(self._model.find_labels(state.version))
+        now = time.monotonic()
+        if self._before:
+            before, then = self._before
+            if sample := compare(state, before, counters, now - then):
+                self._act(self._autoscaler.decide(sample, now), sample, state)
+        self._before = (counters, now)
+
+    def _act(self, decision: Decision, sample: Sample, state: State) -> None:
+        """Do what was decided, as far as memory and requests in hand allow it, and log it.
+
+        Workers are stopped at a quiet moment alone, so that no request is lost; where there is
+        none, the next interval tries again.
+        """
+        workers, reason = decision.workers, decision.reason
+        spaces: list[Space] = []
+        if workers > sample.wanted:
+            spaces = self._find_spaces(state)
+            workers = sample.wanted + count_fitting(spaces, workers - sample.wanted)
+            if workers == sample.wanted:
+                reason += ", and there is no memory for more workers"
+        elif workers < sample.wanted and not self._model.wait_until_quiet(
+            self._interval, self._stop
+        ):
+            workers = sample.wanted
+            reason += ", but never without a request in hand"
+        if workers == sample.wanted and reason == self._told:
             return
-
-
-def _step(
-    model: Model,
-    autoscaler: Autoscaler,
-    sample: Sample,
-    state: State,
-    find_spaces: Callable[[State], list[Space]],
-    pause: tuple[float, Event],
-    told: str,
-) -> str:
-    """Decide and do it; gives what the log has said last."""
-    decision = autoscaler.decide(sample, time.monotonic())
-    workers, reason = decision.workers, decision.reason
-    spaces: list[Space] = []
-    if workers > sample.wanted:
-        spaces = find_spaces(state)
-        workers = sample.wanted + count_fitting(spaces, workers - sample.wanted)
-        if workers == sample.wanted:
-            reason += ", and there is no memory for more workers"
-    elif workers < sample.wanted and not model.wait_until_quiet(*pause):
-        workers = sample.wanted
-        reason += ", but never without a request in hand"
-    if workers == sample.wanted and reason == told:
-        return told
-    facts = asdict(sample) | ({"memory": [asdict(space) for space in spaces]} if spaces else {})
-    log("scale", model, **{"from": facts.pop("wanted"), "to": workers}, reason=reason, **facts)
-    if workers != sample.wanted:
-        model.resize(workers)
-        autoscaler.reset()
-    return reason
+        facts = asdict(sample) | ({"memory": [asdict(space) for space in spaces]} if spaces else {})
+        change = {"from": facts.pop("wanted"), "to": workers}
+        log("scale", self._model, **change, reason=reason, **facts)
+        self._told = reason
+        if workers != sample.wanted:
+            self._model.resize(workers)
+            self._autoscaler.reset()

@@ -11,7 +11,7 @@ from typing import Any
 import requests
 
 from scripts.archives import workers_for
-from scripts.autoscaler import Autoscaler, watch
+from scripts.autoscaler import Autoscaler, Watcher
 from scripts.options import RANGES, number
 from scripts.torchserve import read_config, usable_gpus
 from scripts.workers import (
@@ -213,7 +213,7 @@ def run_watch(args: argparse.Namespace, model: Model) -> int:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: stop.set())
     autoscaler = Autoscaler(args.minimum, args.maximum, args.queue_ms, args.cool_down)
-    watch(model, autoscaler, spaces_of, args.interval, stop)
+    Watcher(model, autoscaler, spaces_of, args.interval, stop).run()
     return 0
 
 

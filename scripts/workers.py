@@ -119,20 +119,22 @@ class Model:
             query = {"min_worker": workers, "max_worker": workers}
             session.put(url, params=query, timeout=TIMEOUT_SECONDS).raise_for_status()
 
-    def read_counters(self, version: str) -> Counters:
-        """The part of `version`, which describe() gave, on the metrics page.
+    def find_labels(self, version: str) -> set[str]:
+        """What the counters of `version`, which describe() gave, are labelled with.
 
-        The label is the version where a request named it, and else "default".
+        The version where a request named it, and else "default".
         """
-        labels = {version}
-        if self.version is None or self._default_version() == version:
-            labels.add("default")
+        if self.version is not None:
+            default = Model(self.management, self.metrics, self.name).describe()
+            if version != default.version:
+                return {version}
+        return {version, "default"}
+
+    def read_counters(self, labels: set[str]) -> Counters:
+        """The sums over some labels, from the metrics page."""
         page = healthcheck.get(f"{self.metrics}/metrics", TIMEOUT_SECONDS)
         page.raise_for_status()
         return parse_counters(page.text, self.name, labels)
-
-    def _default_version(self) -> str | None:
-        return Model(self.management, self.metrics, self.name).describe().version
 
     def wait_until_quiet(self, seconds: float, stop: Event) -> bool:
         """Whether within `seconds`, and before `stop`, no request was in hand for a moment.
@@ -142,12 +144,12 @@ class Model:
         answered.
         """
         deadline = time.monotonic() + seconds
-        version = self.describe().version
-        before = self.read_counters(version)
+        labels = self.find_labels(self.describe().version)
+        before = self.read_counters(labels)
         low, high = QUIET_SECONDS
         mean = (before.latency_us - before.queue_us) / 1e6 / max(1, before.requests)
         while not stop.wait(min(high, max(low, 4 * mean))):
-            after = self.read_counters(version)
+            after = self.read_counters(labels)
             if after == before and self.describe().pending == 0:
                 return True
             if time.monotonic() > deadline:

@@ -67,7 +67,7 @@ def test_up_and_down(two_workers: Server) -> None:
     assert {int(pid) for _, pid in rows[2:]} == two_workers.worker_pids() > before
     state = two_workers.describe()
     assert (state["minWorkers"], state["maxWorkers"]) == (3, 3)
-    with load(two_workers, clients=1, pause=0.5) as statuses:
+    with load(two_workers, clients=1, pause=2) as statuses:
         done = scale(two_workers, "1", "--version", "1.0")
     assert (done.returncode, done.stderr) == (0, "")
     assert set(statuses) == {200}

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from handler import errors
+from handler.gpus import GAUGES
 from handler.metrics import COUNTERS
 from handler.settings import PREFIX, Settings
 
@@ -49,7 +50,7 @@ def test_readme_lists_every_error_under_its_status() -> None:
 
 
 def test_readme_names_every_metric() -> None:
-    for name in COUNTERS:
+    for name in [*COUNTERS, *GAUGES]:
         assert name in README or name.replace("classifier_stage_seconds", "") in README
 
 

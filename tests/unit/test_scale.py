@@ -14,7 +14,7 @@ import pytest
 
 from scripts import autoscaler as autoscaler_module
 from scripts import scale, workers
-from scripts.autoscaler import Autoscaler, Decision, Sample, compare, watch
+from scripts.autoscaler import Autoscaler, Decision, Sample, Watcher, compare
 from scripts.workers import (
     Counters,
     Model,
@@ -493,7 +493,7 @@ def test_a_mistake_is_one_line(
 
 
 class Watched:
-    """watch() in a thread, with its log."""
+    """A Watcher in a thread, with its log."""
 
     def __init__(
         self, server: Server, capsys: pytest.CaptureFixture[str], spaces: list[Space]
@@ -502,8 +502,8 @@ class Watched:
         self._capsys = capsys
         self._lines: list[dict[str, Any]] = []
         autoscaler = Autoscaler(1, 4, 50, 0.1)
-        args = (server.model, autoscaler, lambda state: spaces, 0.03, self.stop)
-        self.thread = threading.Thread(target=watch, args=args)
+        watcher = Watcher(server.model, autoscaler, lambda state: spaces, 0.03, self.stop)
+        self.thread = threading.Thread(target=watcher.run)
         self.thread.start()
 
     def wait_for(self, wanted: Callable[[], bool]) -> None:
@@ -590,5 +590,7 @@ def test_a_server_that_starts_again_is_waited_for(
 
 
 def test_a_model_that_is_not_there(web: Web) -> None:
+    model = Model(web.url, web.url, "birds")
+    watcher = Watcher(model, Autoscaler(1, 2, 50, 1), lambda state: [], 1, Event())
     with pytest.raises(UnknownModel, match="has no model birds"):
-        watch(Model(web.url, web.url, "birds"), Autoscaler(1, 2, 50, 1), lambda _: [], 1, Event())
+        watcher.run()

@@ -7,6 +7,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,9 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler
+import handler.decoders
 import handler.image_classifier
+from handler.engines import Engine
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import CARD_FILE
@@ -52,7 +55,7 @@ class Reply:
         return self.body.get("type")
 
 
-class Fake:
+class Fake(Engine):
     """An engine that answers by colour: class 0, 1 or 2 for red, green or blue."""
 
     name, precision, device, max_forward = "fake-fp32", "fp32", "cpu", 4
@@ -516,17 +519,24 @@ def test_the_next_batch_is_answered_again(classifier: ImageClassifier) -> None:
     assert ask(classifier, {"body": JPEG})[0].status == 200
 
 
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(handler.image_classifier, "open_image"), (handler.decoders, "decode_picture")],
+)
 def test_a_bug_of_ours_is_one_clients_500(
     classifier: ImageClassifier,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    function: str,
 ) -> None:
-    read_picture = handler.image_classifier.read_picture
+    original = getattr(module, function)
 
-    def fragile(data: bytes, *args: Any) -> Any:
-        return read_picture(data, *args) if data == JPEG else 1 // 0
+    def fragile(image: Any, *args: Any) -> Any:
+        data = image if isinstance(image, bytes) else image.data
+        return original(image, *args) if data == JPEG else 1 // 0
 
-    monkeypatch.setattr(handler.image_classifier, "read_picture", fragile)
+    monkeypatch.setattr(module, function, fragile)
     bad, good = ask(classifier, {"body": PNG}, {"body": JPEG})
     assert (bad.status, bad.error, good.status) == (500, "ModelFailed", 200)
     [line] = log(caplog, "failure")

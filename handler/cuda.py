@@ -151,8 +151,7 @@ def fixed_sizes(largest: int) -> list[int]:
 
 def choose_precision(wanted: str, device: str) -> str:
     """bf16 where the GPU computes in it (since Ampere), else fp16. Raises InvalidSettings."""
-    with torch.cuda.device(device):
-        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
     if wanted == "bf16" and not bf16:
         raise InvalidSettings("precision is bf16, and this GPU does not compute in bf16")
     if wanted == "auto":
@@ -160,7 +159,7 @@ def choose_precision(wanted: str, device: str) -> str:
     return wanted
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, which would mark the folded weights for ever
 def fold_batch_norms(network: nn.Module, transform: InputTransform) -> nn.Module:
     """The network with each batch norm that follows a convolution inside of that convolution.
 

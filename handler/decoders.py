@@ -41,6 +41,10 @@ SAMPLINGS = {
     "4:2:0": ((2, 2), (1, 1), (1, 1)),
 }
 
+# Times the size that it is resized to, for an image to be the GPU's. Smaller ones cost the CPU
+# little, and so near to their own size many values fall between two levels, as in falls_between.
+MIN_SHRINK = 1.25
+
 # Of what the GPU decodes together. A pixel takes it some 30 bytes, most of them for resizing.
 CHUNK_PIXELS = 2**24
 
@@ -125,15 +129,18 @@ class GpuDecoder(Decoder):
         self._cpu = cpu
 
     def start(self, encoded: Encoded) -> Decoding:
-        if not is_plain_jpeg(encoded) or falls_between(encoded.header.size, self._transform):
-            return self._cpu.start(encoded)
-        return Decoding(encoded.header.size, encoded=encoded)
+        size = encoded.header.size
+        large = min(size) >= MIN_SHRINK * self._transform.resize_size
+        if large and is_plain_jpeg(encoded) and not falls_between(size, self._transform):
+            return Decoding(size, encoded=encoded)
+        return self._cpu.start(encoded)
 
     def finish(self, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
         others = [decoding for decoding in decodings if not decoding.encoded]
         for chunk in _chunks(decoding for decoding in decodings if decoding.encoded):
-            others += self._decode(chunk)
-            yield from (decoding for decoding in chunk if decoding.picture)
+            left = self._decode(chunk)
+            yield from (decoding for decoding in chunk if decoding not in left)
+            others += left
         yield from self._cpu.finish(others)
 
     def _decode(self, chunk: Sequence[Decoding]) -> list[Decoding]:
@@ -183,7 +190,7 @@ class GpuDecoder(Decoder):
         """
         found = {}
         for sampling in SAMPLINGS:
-            jpegs = [_draw_jpeg(size, sampling) for size in ((501, 375), (257, 601))]
+            jpegs = [_draw_jpeg(size, sampling) for size in ((501, 375), (347, 601))]
             encoded = [open_image(jpeg, Settings()) for jpeg in jpegs]
             wanted = [read_picture(jpeg, self._transform, Settings()).pixels for jpeg in jpegs]
             given = [picture.pixels.cpu() for picture in self.decode_together(encoded)]

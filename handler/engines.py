@@ -1,8 +1,9 @@
-"""A model ready to run. Nothing outside this module knows an inference library.
+"""A model ready to run. Nothing outside this module and handler/cuda.py knows an inference library.
 
 An engine takes images as bytes of pixels and gives probabilities; normalisation is its business.
 """
 
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -23,11 +24,11 @@ from handler.model_card import (
 )
 from handler.settings import Settings
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 # Images in one forward pass where the settings do not say. On a CPU a few images run some percent
 # faster together than one by one, and more leave its caches again.
-MAX_FORWARD = {"cpu": 4, "cuda": 32}
+MAX_FORWARD = {"cpu": 4, "cuda": 64}
 LARGE_MODEL = 64 * 2**20  # bytes: a second compiled copy takes as much again, and gains nothing
 
 
@@ -44,6 +45,18 @@ class Engine(Protocol):
 
         B is 1 to `max_forward`.
         """
+
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Begin the same with images [3, H, W]; what is returned waits for the probabilities.
+
+        An engine that computes on the CPU begins when it is waited for: there is nobody else to do
+        it meanwhile.
+        """
+        return lambda: self.probabilities(torch.stack(list(images)))
+
+    def is_lost(self) -> bool:
+        """Whether nothing will ever run here again, asked after a failure."""
+        return False
 
 
 class PixelsToProbabilities(nn.Module):
@@ -65,7 +78,13 @@ class PixelsToProbabilities(nn.Module):
         return self.network(normalised.to(self._dtype)).float().softmax(dim=1)
 
 
-class TorchEager:
+def exact_fp32(device: str) -> None:
+    """Let a GPU compute fp32 in fp32: torch's default for convolutions is TF32, of 10 bits."""
+    if device != "cpu":
+        torch.backends.cudnn.allow_tf32 = False
+
+
+class TorchEager(Engine):
     """torch without compilation: the reference that every other engine is held against."""
 
     def __init__(
@@ -80,6 +99,7 @@ class TorchEager:
         self.precision = precision
         self.device = device
         self.max_forward = max_forward
+        exact_fp32(device)
         self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
 
     @torch.inference_mode()
@@ -88,7 +108,7 @@ class TorchEager:
         return self._model(images.to(self.device)).cpu()
 
 
-class OpenVino:
+class OpenVino(Engine):
     """OpenVINO on the CPU, compiled for one image and for `max_forward` images.
 
     Fixed sizes, because a model with a free batch size takes a tenth longer.
@@ -171,12 +191,25 @@ def load_engine(
     converted = (model_dir / OPENVINO_FILE).exists()
     engine = settings.engine
     if engine == "auto":
-        engine = "openvino" if device == "cpu" and converted else "torch"
-    if engine == "torch":
-        max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
-        return _load_torch(card, model_dir, settings.precision, device, max_forward)
-    if device != "cpu":
+        engine = "cuda" if device != "cpu" else "openvino" if converted else "torch"
+    if engine == "cuda" and device == "cpu":
+        raise InvalidSettings("engine is cuda, which runs on a GPU, and device is cpu")
+    if engine == "openvino" and device != "cpu":
         raise InvalidSettings(f"engine is openvino, which runs on a CPU, and device is {device}")
+    if settings.precision == "fp16" and device == "cpu":
+        raise InvalidSettings("precision is fp16, which only GPUs compute in")
+    if engine in ("cuda", "torch"):
+        if settings.precision == "int8":
+            raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
+        max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
+        network = _load_network(card, model_dir)
+        if engine == "cuda":
+            from handler.cuda import Cuda, choose_precision  # what it imports only GPUs need
+
+            precision = choose_precision(settings.precision, device)
+            return Cuda(network, card.transform, precision, device, max_forward)
+        precision = "fp32" if settings.precision == "auto" else settings.precision
+        return TorchEager(network, card.transform, precision, device, max_forward)
     if not converted:
         raise InvalidModel("the archive was packaged for torch alone: package it for openvino")
     precision = settings.precision
@@ -194,17 +227,12 @@ def load_engine(
     return OpenVino(model_file, precision, threads, max_forward)
 
 
-def _load_torch(
-    card: ModelCard, model_dir: Path, precision: str, device: str, max_forward: int
-) -> TorchEager:
-    # torchvision takes 1.5 s and 170 MB to import, and no other engine needs it.
+def _load_network(card: ModelCard, model_dir: Path) -> nn.Module:
+    # torchvision takes 1.5 s and 170 MB to import, and OpenVINO does not need it.
     from handler.networks import empty_network, get_recipe
 
-    if precision == "int8":
-        raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
     # Built without memory and given the file's tensors, so no random weights are drawn first.
     recipe = get_recipe(card.architecture, card.recipe)
     network = empty_network(recipe, card.architecture, len(card.labels))
     network.load_state_dict(load_file(model_dir / WEIGHTS_FILE), assign=True)
-    precision = "fp32" if precision == "auto" else precision
-    return TorchEager(network, card.transform, precision, device, max_forward)
+    return network

@@ -15,6 +15,7 @@
       413  TooManyImages      more images than max_images
       415  UnsupportedFormat  an image or document of a format outside the list
       500  ModelFailed        the log has the cause under the request id
+      507  OutOfResources     the GPU has no memory for the image, or is lost
 
 The class name is the `type` of the answer, so renaming one changes the API.
 """
@@ -86,3 +87,9 @@ class ModelFailed(RequestError):
     """The model did not give a usable result; the log has the cause under the request id."""
 
     status = 500
+
+
+class OutOfResources(RequestError):
+    """The GPU has no memory left for the image, or is lost and its worker about to be replaced."""
+
+    status = 507

@@ -6,32 +6,38 @@ TorchServe wants exactly one class in this module (ts/model_loader.py).
 import gc
 import json
 import logging
+import os
 import platform
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from handler.answers import Answer, best_classes, encode, failure, several, success
 from handler.base import BaseHandler
 from handler.cache import Result, ResultCache
+from handler.decoders import Decoding, choose_decoder
 from handler.engines import load_engine
-from handler.errors import MalformedRequest, ModelFailed, RequestError, SetupError
+from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.gpus import open_gauges, restore_visible
-from handler.images import Picture, PixelBudget, read_picture
+from handler.images import PixelBudget, open_image, read_picture
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
+from handler.pipeline import Timed, classify
 from handler.rows import Item, Row
 from handler.settings import Settings
 
@@ -63,12 +69,18 @@ def log_line(level: int, event: str, **facts: Any) -> None:
     logging.getLogger("classifier").info(json.dumps(line | facts))
 
 
+LEAVE_SECONDS = 0.5  # for the last answers on their way out
+GPU_LOST = "the GPU is lost, and a new worker about to start; try again later"
+
+
 def milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
 class ImageClassifier(BaseHandler):
     """Answers image classification requests; each worker has one instance."""
+
+    gpu_lost = False  # this process will end in a moment
 
     def initialize(self, context: Any) -> None:
         """Load settings, model and engine, and warm up. Called once, before the worker is READY.
@@ -92,6 +104,11 @@ class ImageClassifier(BaseHandler):
                 context.system_properties.get("gpu_id"),
                 workers=config.get("minWorkers", 1),
             )
+            self.decoder, reason = choose_decoder(
+                self.card.transform, self.settings, self.engine.device, torch.get_num_threads()
+            )
+            if reason:
+                log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
             self.version = str(context.manifest["model"]["modelVersion"])
             size = self.settings.cache_bytes
             self.cache = ResultCache(size) if size else None
@@ -162,13 +179,13 @@ class ImageClassifier(BaseHandler):
         return headers.get("describe") == "True" and "content-type" not in headers
 
     def preprocess(self, data: list[Mapping[str, Any]]) -> list[Row]:
-        """TorchServe's rows to Rows with decoded images; what is refused carries its error."""
+        """TorchServe's rows to Rows with images whose decoding has begun, or with errors."""
         rows = []
-        pictures: dict[bytes, Picture] = {}  # of this batch: the same bytes are decoded once
+        decodings: dict[bytes, Decoding] = {}  # of this batch: the same bytes are decoded once
         for index, fields in enumerate(data):
             started = perf_counter()
             request_id = self.context.get_request_id(index)
-            row = self._read(request_id, fields, self._headers(index), pictures)
+            row = self._read(request_id, fields, self._headers(index), decodings)
             row.seconds["preprocess"] = perf_counter() - started
             rows.append(row)
         return rows
@@ -183,8 +200,10 @@ class ImageClassifier(BaseHandler):
         request_id: str,
         fields: Mapping[str, Any],
         headers: Mapping[str, Any],
-        pictures: dict[bytes, Picture],
+        decodings: dict[bytes, Decoding],
     ) -> Row:
+        if self.gpu_lost:
+            return Row(request_id, OutOfResources(GPU_LOST))
         try:
             if headers.get("explain") == "True":
                 raise MalformedRequest("explanations are not offered; use /predictions")
@@ -197,7 +216,7 @@ class ImageClassifier(BaseHandler):
         items = []
         for image in request.images:
             try:
-                items.append(self._open(image, budget, pictures))
+                items.append(self._open(image, budget, decodings))
             except RequestError as error:
                 items.append(Item(error=error))
             except Exception:  # as above
@@ -206,9 +225,9 @@ class ImageClassifier(BaseHandler):
         return Row(request_id, request, items)
 
     def _open(
-        self, image: bytes | RequestError, budget: PixelBudget, pictures: dict[bytes, Picture]
+        self, image: bytes | RequestError, budget: PixelBudget, decodings: dict[bytes, Decoding]
     ) -> Item:
-        """An image from the cache, from this batch, or decoded. Raises RequestError."""
+        """An image from the cache, from this batch, or one to decode. Raises RequestError."""
         if isinstance(image, RequestError):
             raise image
         key = None
@@ -217,58 +236,110 @@ class ImageClassifier(BaseHandler):
             if result := self.cache.get(key):
                 budget.spend(*result.size)
                 return Item(size=result.size, probabilities=result.probabilities, cached=True)
-        if picture := pictures.get(image):
-            budget.spend(*picture.size)
+        if decoding := decodings.get(image):
+            budget.spend(*decoding.size)
         else:
-            picture = read_picture(image, self.card.transform, self.settings, budget)
-            pictures[image] = picture
-        return Item(size=picture.size, picture=picture, key=key)
+            decoding = self.decoder.start(open_image(image, self.settings, budget))
+            decodings[image] = decoding
+        return Item(decoding=decoding, key=key)
 
-    def _failure(self, message: str, *request_ids: str) -> ModelFailed:
-        """Log the exception being handled under the requests' ids; the client gets the message."""
-        cause = traceback.format_exc() if sys.exc_info()[0] else message
-        log_line(logging.ERROR, "failure", **self._identity(), requests=request_ids, cause=cause)
+    def _failure(
+        self, message: str, *request_ids: str, exc: Exception | None = None, event: str = "failure"
+    ) -> ModelFailed:
+        """Log an exception, or the one being handled, under the requests' ids.
+
+        The client gets the message.
+        """
+        cause = message
+        if found := exc or sys.exc_info()[1]:
+            cause = "".join(traceback.format_exception(found))
+        log_line(logging.ERROR, event, **self._identity(), requests=request_ids, cause=cause)
         return ModelFailed(message)
 
     def inference(self, rows: list[Row]) -> list[Row]:
-        """Give every picture of every row its probabilities, in passes that the rows share."""
+        """Give every image of every row its probabilities, in passes that the rows share."""
         started = perf_counter()
-        holders: dict[Picture, list[tuple[Item, str]]] = {}  # one picture may be several items'
+        holders: dict[Decoding, list[tuple[Item, str]]] = {}  # one image may be several items'
         for row in rows:
             for item in row.items:
-                if item.picture:
-                    holders.setdefault(item.picture, []).append((item, row.request_id))
-        waiting = list(holders.items())
-        for start in range(0, len(waiting), self.engine.max_forward):
-            self._classify(*zip(*waiting[start : start + self.engine.max_forward], strict=True))
+                if item.decoding:
+                    holders.setdefault(item.decoding, []).append((item, row.request_id))
+        decoded = Timed(self.decoder.finish(list(holders)))
+        for decodings, outcome in classify(decoded, self.engine):
+            held = [holders[decoding] for decoding in decodings]
+            if isinstance(outcome, Exception):
+                self._fail(held, outcome)
+            else:
+                self._keep(held, outcome)
+        for decoding, items in holders.items():
+            if decoding.error:
+                self._refuse(items, decoding.error)
+        seconds = perf_counter() - started
         for row in rows:
-            if any(item.picture for item in row.items):
-                row.seconds["inference"] = perf_counter() - started
+            if any(item.decoding and item.decoding.picture for item in row.items):
+                # What was waited for decoding belongs to the stage before.
+                row.seconds["preprocess"] += decoded.seconds
+                row.seconds["inference"] = seconds - decoded.seconds
         return rows
 
-    def _classify(
-        self, pictures: Sequence[Picture], holders: Sequence[list[tuple[Item, str]]]
-    ) -> None:
-        """One forward pass; `holders` has each picture's items with their requests' ids."""
-        images = torch.stack([picture.pixels for picture in pictures])
-        try:
-            # As a list, so that a wrong number of rows is an error before any is taken.
-            classified = list(zip(holders, self.engine.probabilities(images), strict=True))
-        except Exception:  # the images all have one shape: what fails here is not one of them
-            request_ids = dict.fromkeys(request_id for held in holders for _, request_id in held)
-            error = self._failure("the model failed", *request_ids)
-            for item, _ in chain(*holders):
-                item.error = error
-            return
-        for held, probabilities in classified:
-            finite = bool(torch.isfinite(probabilities).all())
-            for item, request_id in held:
+    def _keep(self, held: Sequence[list[tuple[Item, str]]], probabilities: Tensor) -> None:
+        """Give the items of each image of a forward pass their row of the probabilities."""
+        for items, row in zip(held, probabilities, strict=True):
+            finite = bool(torch.isfinite(row).all())
+            for item, request_id in items:
                 if not finite:
                     item.error = self._failure("the model gave no finite probabilities", request_id)
                     continue
-                item.probabilities = probabilities
+                item.probabilities = row
+                if item.decoding and item.decoding.picture:
+                    item.size = item.decoding.picture.size
                 if self.cache and item.key:
-                    self.cache.put(item.key, Result(item.size, probabilities))
+                    self.cache.put(item.key, Result(item.size, row))
+
+    def _refuse(self, items: Sequence[tuple[Item, str]], error: Exception) -> None:
+        """Give the items of an image that was not decoded their error."""
+        for item, request_id in items:
+            if isinstance(error, RequestError):
+                item.error = error
+            else:  # a bug of ours
+                message = "the image could not be processed"
+                item.error = self._failure(message, request_id, exc=error)
+
+    def _fail(self, held: Sequence[list[tuple[Item, str]]], exc: Exception) -> None:
+        """Give the items of a forward pass that failed their error.
+
+        The images all have one shape: what fails is not one of them.
+        """
+        request_ids = dict.fromkeys(request_id for items in held for _, request_id in items)
+        error: RequestError
+        if isinstance(exc, torch.OutOfMemoryError):
+            self._failure("out of memory", *request_ids, exc=exc)
+            exc.__traceback__ = None  # its frames hold tensors
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
+            error = OutOfResources("the GPU has no memory for the image now; try again later")
+        elif self.gpu_lost or self.engine.is_lost():
+            self._leave(exc, *request_ids)
+            error = OutOfResources(GPU_LOST)
+        else:
+            error = self._failure("the model failed", *request_ids, exc=exc)
+        for item, _ in chain(*held):
+            item.error = error
+
+    def _leave(self, exc: Exception, *request_ids: str) -> None:
+        """End the process when its answers are out: nothing but a new one gets the GPU back."""
+        if self.gpu_lost:
+            return
+        self.gpu_lost = True
+        self._failure("the GPU is lost", *request_ids, exc=exc, event="gpu_lost")
+
+        def end() -> None:
+            self.metrics.flush()
+            os._exit(1)
+
+        timer = Timer(LEAVE_SECONDS, end)
+        timer.daemon = True
+        timer.start()
 
     def postprocess(self, rows: list[Row]) -> list[bytes]:
         """JSON bytes for each row; sets its status and content type in the context."""
@@ -363,6 +434,7 @@ class ImageClassifier(BaseHandler):
             "engine": self.engine.name,
             "precision": self.engine.precision,
             "int8": card.int8,
+            "decoder": self.decoder.name,
             "device": self.engine.device,
             "threads": torch.get_num_threads(),
             "libraries": {name: version(name) for name in LIBRARIES}

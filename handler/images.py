@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -63,21 +63,30 @@ _FOREIGN = (
 _FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
 
 
-# EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright.
-_UPRIGHT: dict[int, Callable[[Pixels], Pixels]] = {
-    2: lambda pixels: pixels[:, ::-1],
-    3: lambda pixels: pixels[::-1, ::-1],
-    4: lambda pixels: pixels[::-1],
-    5: lambda pixels: pixels.swapaxes(0, 1),
-    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
-    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
-    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+# EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright: the axes that are
+# flipped (0 rows, 1 columns), and whether rows and columns then change places.
+UPRIGHT: dict[int, tuple[tuple[int, ...], bool]] = {
+    2: ((1,), False),
+    3: ((0, 1), False),
+    4: ((0,), False),
+    5: ((), True),
+    6: ((0,), True),
+    7: ((0, 1), True),
+    8: ((1,), True),
 }
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
+class Encoded:
+    """An image that is within the limits by its header; its pixels are not decoded yet."""
+
+    data: bytes
+    header: Image.Image  # Pillow's, opened and not loaded
+
+
+@dataclass(frozen=True)
 class Picture:
-    """A decoded image, ready for the model; equal to itself alone, and hashed so."""
+    """A decoded image, ready for the model."""
 
     pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model wants it
     size: tuple[int, int]  # width and height of the image as people see it
@@ -111,7 +120,12 @@ def read_picture(
 
     `budget` is the request's; None: the image is the only one of its request.
     """
-    pixels = decode_image(data, settings, budget)
+    return decode_picture(open_image(data, settings, budget), transform)
+
+
+def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
+    """The second half of `read_picture`: all that costs time. Raises UnreadableImage."""
+    pixels = decode(encoded)
     height, width, _ = pixels.shape
     return Picture(to_input(pixels, transform), (width, height))
 
@@ -122,19 +136,10 @@ def to_input(pixels: Pixels, transform: InputTransform) -> Tensor:
     Stops before torchvision's normalisation, because a batch of bytes is a quarter of the floats.
     """
     # Channels last in memory, as decoders give them: torch's vectorised resize is made for that.
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    # The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000
-    # pixels it would make 232 x 11 million first. Only the middle of a strip is kept.
-    image = _middle(image, MAX_ASPECT_RATIO * min(image.shape[2:]))
-    short = min(image.shape[2:])
-    if short != transform.resize_size:
-        height, width = (
-            transform.resize_size if side == short else int(transform.resize_size * side / short)
-            for side in image.shape[2:]
-        )
-        if 4 * short % transform.resize_size == 0 and 2 * short % transform.resize_size != 0:
-            # 5/4, 7/4, …: many values fall exactly between two levels, and torch's 15 bits of a
-            # weight round them otherwise than Pillow's 22, by which the recipe's results are given.
+    image = without_ends(torch.from_numpy(pixels).permute(2, 0, 1)[None])
+    height, width = target_size(image.shape[2:], transform)
+    if (height, width) != image.shape[2:]:
+        if falls_between(image.shape[2:], transform):
             pixels = image[0].permute(1, 2, 0).numpy()
             method = Image.Resampling[transform.interpolation.upper()]
             resized = np.array(Image.fromarray(pixels).resize((width, height), method))
@@ -143,10 +148,39 @@ def to_input(pixels: Pixels, transform: InputTransform) -> Tensor:
             image = functional.interpolate(
                 image, (height, width), mode=transform.interpolation, antialias=transform.antialias
             )
-    return _middle(image, transform.crop_size)[0].contiguous()
+    return middle(image, transform.crop_size)[0].contiguous()
 
 
-def _middle(images: Tensor, longest: int) -> Tensor:
+def without_ends(images: Tensor) -> Tensor:
+    """[B, C, H, W] without the ends of a strip.
+
+    The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000 pixels
+    it would make 232 x 11 million first. Only the middle of a strip is kept.
+    """
+    return middle(images, MAX_ASPECT_RATIO * min(images.shape[2:]))
+
+
+def target_size(size: Sequence[int], transform: InputTransform) -> tuple[int, int]:
+    """Height and width to height and width after the resize; the recipe has the shorter side."""
+    short = min(size)
+    height, width = (
+        transform.resize_size if side == short else int(transform.resize_size * side / short)
+        for side in size
+    )
+    return height, width
+
+
+def falls_between(size: Sequence[int], transform: InputTransform) -> bool:
+    """Whether an image of this size is to be resized by Pillow itself: by 5/4, 7/4, ….
+
+    Many values then fall exactly between two levels, and torch's 15 bits of a weight round them
+    otherwise than Pillow's 22, by which the recipe's results are given.
+    """
+    short = min(size)
+    return 4 * short % transform.resize_size == 0 and 2 * short % transform.resize_size != 0
+
+
+def middle(images: Tensor, longest: int) -> Tensor:
     """[B, C, H, W] without what goes beyond `longest` at either end; rounds as torchvision does."""
     height, width = images.shape[2:]
     top, left = (max(0, round((side - longest) / 2)) for side in (height, width))
@@ -157,6 +191,14 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
     """JPEG, PNG, WebP, GIF or BMP bytes to uint8 RGB [H, W, 3], upright; the first of many frames.
 
     Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
+    """
+    return decode(open_image(data, settings, budget))
+
+
+def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
+    """Read an image's header and hold it against the limits; its pixels are taken off the budget.
+
+    Raises as `decode_image` does.
     """
     if not data:
         raise NoImage("the image is empty (0 bytes)")
@@ -177,13 +219,22 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
             ) from exc
         raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
     (budget or PixelBudget(settings.max_image_pixels)).spend(*image.size)
+    return Encoded(data, image)
+
+
+def decode(encoded: Encoded) -> Pixels:
+    """uint8 RGB [H, W, 3], upright. Raises UnreadableImage."""
+    data, image = encoded.data, encoded.header
     try:
         pixels = _decode_jpeg(image, data)
         if pixels is None:
             image.load()
             pixels = np.array(to_rgb(image))
-        turn = _UPRIGHT.get(_orientation(image))
-        return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+        flipped, swapped = UPRIGHT.get(orientation(image), ((), False))
+        if flipped or swapped:
+            pixels = np.flip(pixels, flipped)
+            pixels = np.ascontiguousarray(pixels.swapaxes(0, 1) if swapped else pixels)
+        return pixels
     except MemoryError:
         raise
     except Exception as exc:  # as above
@@ -227,17 +278,17 @@ def foreign_format(data: bytes) -> str | None:
     return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1, which turns nothing, where a damaged EXIF block says none."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        number = image.getexif().get(ExifTags.Base.Orientation)
     except MemoryError:
         raise
     except Exception:  # EXIF is decoration: struct, tag and type errors all occur
         return 1
-    return orientation if isinstance(orientation, int) else 1
+    return number if isinstance(number, int) else 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

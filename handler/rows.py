@@ -5,18 +5,18 @@ from typing import Any
 
 from torch import Tensor
 
+from handler.decoders import Decoding
 from handler.errors import RequestError
-from handler.images import Picture
 from handler.payloads import ImageRequest
 
 
 @dataclass
 class Item:
-    """One image: an error, or a picture, then its probabilities, then its predictions."""
+    """One image: an error, or its decoding, then its probabilities, then its predictions."""
 
     error: RequestError | None = None
     size: tuple[int, int] = (0, 0)  # width and height of the image as people see it
-    picture: Picture | None = None  # one object for all items of a batch that hold the same bytes
+    decoding: Decoding | None = None  # one for all items of a batch that hold the same bytes
     key: bytes | None = None  # of the result cache, where there is one
     cached: bool = False  # the probabilities are those of an earlier batch
     probabilities: Tensor | None = None  # float32 [C]

@@ -38,11 +38,13 @@ class Settings:
     max_image_pixels: int = _number(50_000_000, 1, 2**30)  # width x height, summed over a request
     max_images: int = _number(32, 1, 1024)  # images in one request
     device: str = _choice("auto", "cpu", "cuda")  # auto: the GPU that TorchServe assigns, else CPU
-    engine: str = _choice("auto", "openvino", "torch")  # auto: OpenVINO on a CPU, torch on a GPU
-    precision: str = _choice("auto", "fp32", "bf16", "int8")  # auto: the fastest that there is
+    engine: str = _choice("auto", "openvino", "cuda", "torch")  # auto: OpenVINO on a CPU, else CUDA
+    # auto: the fastest that there is. fp16: for GPUs before Ampere, which do not compute in bf16
+    precision: str = _choice("auto", "fp32", "bf16", "fp16", "int8")
+    decoder: str = _choice("auto", "cpu", "gpu")  # auto: the GPU where its pixels are the CPU's
     max_forward: int = _number(
         0, 0, 1024
-    )  # images in one forward pass; 0: 1 or 4 on CPU, 32 on GPU
+    )  # images in one forward pass; 0: 1 or 4 on CPU, 64 on GPU
     threads: int = _number(0, 0, 1024)  # CPU threads of a worker; 0: its share of the cores
     cache_bytes: int = _number(0, 0, 2**40)  # memory of a worker for earlier results; 0: no cache
     warmup_batches: int = _number(1, 0, 100)  # forward passes before a worker reports ready

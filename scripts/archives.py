@@ -54,10 +54,10 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     packaged = Settings.load(config["handler"], {})
     if (settings.engine, settings.precision) != (packaged.engine, packaged.precision):
         return None
-    # bf16: not every CPU has it.
-    if settings.precision == "bf16" or (settings.precision == "int8" and not card.int8):
+    # bf16 and fp16: not every machine computes in them.
+    if settings.precision in ("bf16", "fp16") or (settings.precision == "int8" and not card.int8):
         return None
-    if settings.device == "cuda" and not has_gpu():
+    if "cuda" in (settings.device, settings.engine) and not has_gpu():
         return None
     try:
         current = card.inputs_sha256 == digest(model, options, config, weights)
@@ -167,7 +167,8 @@ def dump_config(config: dict[str, Any]) -> str:
 
 def has_openvino(config: dict[str, Any]) -> bool:
     """Whether an archive with this configuration holds the model for OpenVINO."""
-    return config.get("handler", {}).get("engine") != "torch" and config.get("deviceType") != "gpu"
+    engine = config.get("handler", {}).get("engine", "auto")
+    return engine in ("auto", "openvino") and config.get("deviceType") != "gpu"
 
 
 def configure(archive: Path, config: dict[str, Any]) -> None:

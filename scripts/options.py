@@ -113,8 +113,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--precision",
         default="auto",
-        choices=["auto", "fp32", "bf16", "int8"],
-        help="auto: the fastest there is: int8 with --calibration, bf16 where the CPU has it, fp32",
+        choices=["auto", "fp32", "bf16", "fp16", "int8"],
+        help="auto: the fastest there is: int8 with --calibration, bf16 where CPU or GPU have it, "
+        "fp16 on other GPUs, fp32",
     )
     model.add_argument(
         "--calibration",

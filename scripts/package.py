@@ -94,7 +94,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     config = model_config(model, options)
     settings = Settings.load(config["handler"])
     choose_device(settings, gpu_id=None)
-    for_openvino = has_openvino(config) and settings.engine != "torch"  # by the environment
+    for_openvino = has_openvino(config) and settings.engine in ("auto", "openvino")  # environment
     check_precision(settings, options, for_openvino)
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
@@ -201,6 +201,11 @@ def check_precision(settings: Settings, options: Namespace, for_openvino: bool) 
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
     if settings.engine == "openvino" and choose_device(settings, gpu_id=None) != "cpu":
         raise InvalidSettings("engine is openvino, which runs on a CPU: --device cpu")
+    if choose_device(settings, gpu_id=None) == "cpu":
+        if settings.engine == "cuda":
+            raise InvalidSettings("engine is cuda, which runs on a GPU, and there is none here")
+        if settings.precision == "fp16":
+            raise InvalidSettings("precision is fp16, which only GPUs compute in")
     if settings.precision == "int8" and not for_openvino:
         raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
     if settings.precision == "int8" and not options.calibration:

@@ -361,7 +361,7 @@ def possible_engines(device: str, calibrated: bool) -> list[tuple[str, str]]:
     """Engines with the precisions in which they run here, as (engine, precision)."""
     bf16 = has_bf16()
     if device == "cuda":
-        return [("torch", "fp32"), ("torch", "bf16")]
+        return [("cuda", "bf16"), ("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
     openvino = [("bf16", bf16), ("fp32", True), ("int8", calibrated)]
     torch = [("fp32", True), ("bf16", bf16)]
     return [("openvino", name) for name, possible in openvino if possible] + [

@@ -318,8 +318,30 @@ def test_device_of_a_worker(
     assert choose_device(Settings(device=device), gpu_id) == chosen
 
 
-if torch.cuda.is_available():  # not a skip: without a GPU there is nothing to test
+@NO_GPU
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "cuda"}, "engine is cuda, which runs on a GPU, and device is cpu"),
+        ({"precision": "fp16"}, "precision is fp16, which only GPUs compute in"),
+        ({"precision": "fp16", "engine": "torch"}, "precision is fp16, which only GPUs compute in"),
+    ],
+)
+def test_what_only_gpus_have_is_refused_without_one(
+    converted: Path, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=message):
+        load(converted, **settings)
 
-    def test_gpu_gives_the_same_probabilities() -> None:
-        on_gpu = eager(device="cuda:0").probabilities(pixels())
-        torch.testing.assert_close(on_gpu, reference(), rtol=0, atol=1e-3)
+
+def test_a_launch_is_the_same_as_a_call() -> None:
+    engine, images = eager(), pixels()
+    wait = engine.launch(list(images))
+    assert torch.equal(wait(), engine.probabilities(images))
+    assert not engine.is_lost()
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_probabilities() -> None:
+    on_gpu = eager(device="cuda:0").probabilities(pixels())
+    torch.testing.assert_close(on_gpu, reference(), rtol=0, atol=1e-3)

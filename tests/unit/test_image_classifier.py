@@ -3,10 +3,14 @@
 import base64
 import json
 import logging
+import os
 import struct
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +22,9 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler
+import handler.decoders
 import handler.image_classifier
+from handler.engines import Engine
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import CARD_FILE
@@ -52,7 +58,7 @@ class Reply:
         return self.body.get("type")
 
 
-class Fake:
+class Fake(Engine):
     """An engine that answers by colour: class 0, 1 or 2 for red, green or blue."""
 
     name, precision, device, max_forward = "fake-fp32", "fp32", "cpu", 4
@@ -498,6 +504,175 @@ def test_the_cause_is_in_the_log_under_the_request_id(
         assert not any(word in reply.body["message"] for word in ("0x", "/", "cuDNN", "Traceback"))
 
 
+def out_of_memory(_: Tensor) -> Tensor:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def illegal_access(_: Tensor) -> Tensor:
+    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+
+class Lost(Fake):
+    """On a GPU whose context is gone after the first error."""
+
+    def is_lost(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The exit statuses with which the process would have ended, without waiting."""
+    statuses: list[int] = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 0.0)
+    return statuses
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_out_of_memory_is_a_507_for_the_images_of_that_pass(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture, ended: list[int]
+) -> None:
+    def second(images: Tensor) -> Tensor:
+        if len(classifier.engine.batches) == 2:
+            out_of_memory(images)
+        return torch.full((len(images), 3), 1 / 3)
+
+    classifier.engine = Fake(second)
+    rows = [{"body": encode(plain(RED, (9, side)))} for side in range(1, 10)]
+    replies = ask(classifier, *rows, {"body": b"bad"})
+    assert [reply.status for reply in replies] == [200] * 4 + [507] * 4 + [200, 400]
+    assert {reply.error for reply in replies[4:8]} == {"OutOfResources"}
+    assert "20.00 MiB" not in replies[4].body["message"]
+    [line] = log(caplog, "failure")
+    assert "Tried to allocate 20.00 MiB" in line["cause"]
+    assert line["requests"] == ["id-4", "id-5", "id-6", "id-7"]
+    assert not classifier.gpu_lost
+    assert ended == []
+
+
+def test_a_cuda_error_that_passes_is_a_500(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture, ended: list[int]
+) -> None:
+    classifier.engine = Fake(illegal_access)
+    assert ask(classifier, {"body": JPEG})[0].status == 500
+    assert log(caplog, "gpu_lost") == []
+    assert not classifier.gpu_lost
+
+
+def test_a_lost_gpu_ends_the_worker_when_its_answers_are_out(
+    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture, ended: list[int]
+) -> None:
+    classifier.engine = Lost(illegal_access)
+    rows = [{"body": encode(plain(RED, (9, side)))} for side in range(1, 7)]  # two passes
+    replies = ask(classifier, *rows, {"body": b"bad"})
+    assert [reply.status for reply in replies] == [507] * 6 + [400]
+    assert {reply.error for reply in replies[:6]} == {"OutOfResources"}
+    [line] = log(caplog, "gpu_lost")
+    assert (line["level"], line["model"]) == ("ERROR", "birds")
+    assert "an illegal memory access was encountered" in line["cause"]
+    wait_for(lambda: ended)
+    assert ended == [1]
+
+
+def test_until_a_worker_with_a_lost_gpu_has_ended_it_answers_at_once(
+    classifier: ImageClassifier, monkeypatch: pytest.MonkeyPatch, ended: list[int]
+) -> None:
+    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 3600.0)
+    engine = classifier.engine = Lost(illegal_access)
+    ask(classifier, {"body": JPEG})
+    replies = ask(classifier, {"body": PNG}, {"body": b"bad"})
+    assert [(reply.status, reply.error) for reply in replies] == [(507, "OutOfResources")] * 2
+    assert engine.batches == [1]
+    assert ended == []
+
+
+def test_what_was_counted_is_handed_over_before_the_end(
+    classifier: ImageClassifier, monkeypatch: pytest.MonkeyPatch, ended: list[int]
+) -> None:
+    emitted: dict[tuple[str, ...], float] = {}
+
+    def emit(name: str, increment: float, labels: Sequence[str]) -> None:
+        emitted[(name, *labels)] = increment
+
+    classifier.metrics = Metrics(emit, "birds", "1.0")
+    classifier.engine = Lost(illegal_access)
+    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 0.2)
+    ask(classifier, {"body": JPEG})
+    wait_for(lambda: ended)
+    assert emitted["classifier_requests_total", "birds", "1.0", "507"] == 1
+
+
+# --- Several threads
+
+
+def test_a_worker_with_several_threads_gives_the_same_answers(model_dir: Path) -> None:
+    rows = [{"body": JPEG}, {"body": b"bad"}, {"body": {"images": [b64(PNG), b64(JPEG[:-900])]}}]
+    one, many = start(model_dir), start(model_dir, threads=3)
+    for ours, theirs in zip(ask(many, *rows), ask(one, *rows), strict=True):
+        assert (ours.status, ours.body["status"]) == (theirs.status, theirs.body["status"])
+        for first, second in zip(
+            ours.body.get("results", [ours.body]),
+            theirs.body.get("results", [theirs.body]),
+            strict=True,
+        ):
+            if first["status"] == "error":
+                assert first == second
+                continue
+            assert without_times(first)["metadata"] == without_times(second)["metadata"]
+            for best, other in zip(first["predictions"], second["predictions"], strict=True):
+                assert best["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
+
+
+def test_waiting_for_decoding_is_preprocessing(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    original = handler.decoders.decode_picture
+
+    def slow(*args: Any) -> Any:
+        time.sleep(0.3)
+        return original(*args)
+
+    monkeypatch.setattr(handler.decoders, "decode_picture", slow)
+    for threads in (1, 2):
+        caplog.clear()
+        classifier = start(model_dir, threads=threads)
+        classifier.engine = Fake()
+        ask(classifier, {"body": JPEG})
+        [line] = log(caplog, "request")
+        assert 300 <= line["preprocess_ms"] <= line["total_ms"]
+        assert line["inference_ms"] + 300 <= line["total_ms"]
+
+
+def test_passes_begin_before_the_last_image_is_decoded(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an engine that works while others do: the last image waits until the first pass began."""
+    begun = threading.Event()
+    original = handler.decoders.decode_picture
+    last = encode(plain(RED, (9, 5)))
+
+    class Asynchronous(Fake):
+        def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+            begun.set()
+            return super().launch(images)
+
+    def late(encoded: Any, *args: Any) -> Any:
+        assert encoded.data != last or begun.wait(30)
+        return original(encoded, *args)
+
+    monkeypatch.setattr(handler.decoders, "decode_picture", late)
+    classifier = start(model_dir, threads=2)
+    classifier.engine = Asynchronous()
+    replies = ask(classifier, *[{"body": encode(plain(RED, (9, side)))} for side in range(1, 6)])
+    assert [reply.status for reply in replies] == [200] * 5
+
+
 def test_only_the_pass_that_failed_is_lost(classifier: ImageClassifier) -> None:
     def second(images: Tensor) -> Tensor:
         if len(classifier.engine.batches) == 2:
@@ -516,17 +691,24 @@ def test_the_next_batch_is_answered_again(classifier: ImageClassifier) -> None:
     assert ask(classifier, {"body": JPEG})[0].status == 200
 
 
+@pytest.mark.parametrize(
+    ("module", "function"),
+    [(handler.image_classifier, "open_image"), (handler.decoders, "decode_picture")],
+)
 def test_a_bug_of_ours_is_one_clients_500(
     classifier: ImageClassifier,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
+    module: ModuleType,
+    function: str,
 ) -> None:
-    read_picture = handler.image_classifier.read_picture
+    original = getattr(module, function)
 
-    def fragile(data: bytes, *args: Any) -> Any:
-        return read_picture(data, *args) if data == JPEG else 1 // 0
+    def fragile(image: Any, *args: Any) -> Any:
+        data = image if isinstance(image, bytes) else image.data
+        return original(image, *args) if data == JPEG else 1 // 0
 
-    monkeypatch.setattr(handler.image_classifier, "read_picture", fragile)
+    monkeypatch.setattr(module, function, fragile)
     bad, good = ask(classifier, {"body": PNG}, {"body": JPEG})
     assert (bad.status, bad.error, good.status) == (500, "ModelFailed", 200)
     [line] = log(caplog, "failure")
@@ -576,6 +758,7 @@ def test_describe(classifier: ImageClassifier) -> None:
         "sha256": "0" * 64,
     }
     assert (facts["engine"], facts["precision"], facts["device"]) == ("torch-fp32", "fp32", "cpu")
+    assert facts["decoder"] == "cpu"
     assert facts["libraries"]["torch"] == torch.__version__.partition("+")[0]
     assert facts["settings"]["threads"] == facts["threads"] == 1
     assert facts["settings"]["top_k"] == 5

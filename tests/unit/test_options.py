@@ -188,7 +188,7 @@ def test_what_is_no_host(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     "argv",
     [
         ["--device", "gpu"],
-        ["--precision", "fp16"],
+        ["--precision", "fp8"],
         ["--mod", "resnet50"],
         ["--unknown"],
         ["resnet50"],

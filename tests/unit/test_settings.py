@@ -22,8 +22,9 @@ RANGES = [
 CHOICES = [
     ("env", ["development", "staging", "production"]),
     ("device", ["auto", "cpu", "cuda"]),
-    ("engine", ["auto", "openvino", "torch"]),
-    ("precision", ["auto", "fp32", "bf16", "int8"]),
+    ("engine", ["auto", "openvino", "cuda", "torch"]),
+    ("precision", ["auto", "fp32", "bf16", "fp16", "int8"]),
+    ("decoder", ["auto", "cpu", "gpu"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]
 

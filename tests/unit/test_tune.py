@@ -192,7 +192,7 @@ def test_engines_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> No
     assert ("openvino", "int8") in possible_engines("cpu", True)
     monkeypatch.setattr(tune, "has_bf16", lambda: True)
     assert possible_engines("cpu", False)[0] == ("openvino", "bf16")
-    assert {engine for engine, _ in possible_engines("cuda", False)} == {"torch"}
+    assert {engine for engine, _ in possible_engines("cuda", False)} == {"cuda", "torch"}
 
 
 # --- Winner and Pareto front
@@ -418,7 +418,7 @@ REFUSALS = [
     ("options", "workers", True, "options.workers must be int, got True"),
     ("options", "batch_size", "8", "options.batch_size must be int, got '8'"),
     ("options", "max_batch_delay_ms", 10_001, "options.max_batch_delay_ms must be 1 to 10000"),
-    ("options", "precision", "fp16", "precision must be one of"),
+    ("options", "precision", "fp8", "precision must be one of"),
     ("options", "device", "tpu", "device must be one of"),
     ("handler", "engine", "onnx", "engine must be one of"),
     ("handler", "threads", -1, "threads must be 0 to 1024"),

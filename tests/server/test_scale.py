@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,9 +14,9 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.driver import make_driver
 from tests.server.colours import encoded
 from tests.server.serving import ROOT, STOP_SECONDS, Server, free_ports, run_serve, serving
-from tests.unit.test_machine import DRIVER
 
 SCALE = [sys.executable, str(ROOT / "scripts" / "scale.py"), "mobilenet_v2"]
 UNKNOWN = "GPU-00000000-0000-0000-0000-000000000000"
@@ -170,15 +169,7 @@ def test_torchserve_counts_the_gpus_that_cuda_does(
     tmp_path: Path, colour_weights: tuple[Path, Path]
 ) -> None:
     """A driver that has two GPUs, as far as the launcher asks it; torch finds none behind it."""
-    compiler = shutil.which("cc")
-    if compiler is None:
-        pytest.skip("no compiler to make a driver with")
-    (tmp_path / "driver.c").write_text(DRIVER)
-    library = tmp_path / "driver" / "libcuda.so.1"
-    library.parent.mkdir()
-    facts = ("-DVERSION=99000", "-DINIT=0", "-DCOUNT=2")
-    source = str(tmp_path / "driver.c")
-    subprocess.run([compiler, "-shared", "-fPIC", *facts, source, "-o", str(library)], check=True)
+    library = make_driver(tmp_path, version=99000, init=0, count=2)
     weights, labels = map(str, colour_weights)
     env = {"LD_LIBRARY_PATH": str(library.parent), "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
     ports = [f"--{name}={port}" for name, port in free_ports().items()]

@@ -2,8 +2,6 @@
 
 import ctypes
 import os
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 
 from handler import machine
 from handler.machine import available_cores, available_memory, count_gpus, cpu_model, has_gpu
+from tests.driver import make_driver
 
 
 @pytest.fixture(autouse=True)
@@ -91,12 +90,6 @@ def test_this_machine_has_a_core() -> None:
 
 # --- GPUs
 
-DRIVER = """
-int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
-int cuInit(unsigned flags) { return INIT; }
-int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
-"""
-
 
 def test_gpu_as_torch_sees_it() -> None:
     assert has_gpu() == torch.cuda.is_available()
@@ -121,18 +114,9 @@ def test_gpu_as_the_driver_tells(
     count: int,
     found: int,
 ) -> None:
-    compiler = shutil.which("cc")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("no compiler to make a driver with")
-    (tmp_path / "driver.c").write_text(DRIVER)
-    values = (f"-DVERSION={version}", f"-DINIT={init}", f"-DCOUNT={count}")
-    library = str(tmp_path / "driver.so")
-    subprocess.run(
-        [compiler, "-shared", "-fPIC", *values, str(tmp_path / "driver.c"), "-o", library],
-        check=True,
-    )
+    library = make_driver(tmp_path, version=version, init=init, count=count)
     load = ctypes.CDLL
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(library))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(library)))
     monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
     assert count_gpus() == found
     assert has_gpu() is (found > 0)

@@ -378,7 +378,7 @@ def test_weights_of_an_archive_fit(built: Path, tmp_path: Path) -> None:
 def test_the_handler_answers_from_an_archive(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Metrics, "start", lambda _: None)
+    monkeypatch.setattr(Metrics, "start", lambda *_: None)
     zipfile.ZipFile(built).extractall(tmp_path)
     manifest = json.loads((tmp_path / "MAR-INF" / "MANIFEST.json").read_text())
     config = yaml.safe_load((tmp_path / "model-config.yaml").read_text())

@@ -24,6 +24,7 @@ CHOICES = [
     ("device", ["auto", "cpu", "cuda"]),
     ("engine", ["auto", "openvino", "torch"]),
     ("precision", ["auto", "fp32", "bf16", "int8"]),
+    ("log_level", ["info", "warning", "error"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]
 

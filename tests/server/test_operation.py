@@ -37,8 +37,10 @@ def settled(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], floa
     while True:
         time.sleep(2.5)
         again = scrape(server)
-        ours = {key: count for key, count in again.items() if key[0].startswith("classifier_")}
-        if all(samples.get(key) == count for key, count in ours.items()):
+        ours = [
+            key for key in again if key[0].startswith(("classifier_requests", "classifier_image"))
+        ]
+        if all(samples.get(key) == again[key] for key in ours):
             return again
         assert time.monotonic() < deadline
         samples = again

@@ -96,7 +96,7 @@ def test_series_that_matter_exist_before_the_first_request() -> None:
 def test_outcomes_and_statuses_are_those_of_the_errors() -> None:
     assert "UnreadableImage" in OUTCOMES
     assert "RequestError" not in OUTCOMES
-    assert STATUSES == ("200", "400", "413", "415", "500")
+    assert {"200", "400", "413", "415", "500"} <= set(STATUSES)
 
 
 def test_requests_are_counted_by_status() -> None:

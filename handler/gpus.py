@@ -18,14 +18,6 @@ MEMORY_USED = "classifier_gpu_memory_used_bytes"
 MEMORY_TOTAL = "classifier_gpu_memory_total_bytes"
 UTILIZATION = "classifier_gpu_utilization_ratio"
 
-# Name -> unit and labels, as in handler/metrics.py. The label is torch's number of the GPU alone:
-# TorchServe loses a sample whose label has a colon, as in "cuda:0".
-GAUGES = {
-    MEMORY_USED: ("Bytes", ("gpu",)),
-    MEMORY_TOTAL: ("Bytes", ("gpu",)),
-    UTILIZATION: ("Ratio", ("gpu",)),
-}
-
 Gauge = tuple[str, float, tuple[str, ...]]  # name, value, label values
 
 

@@ -4,7 +4,6 @@ TorchServe wants exactly one class in this module (ts/model_loader.py).
 """
 
 import gc
-import json
 import logging
 import os
 import platform
@@ -13,19 +12,20 @@ import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
 from importlib.metadata import version
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
 from threading import Timer
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
+import psutil
 import torch
 from PIL import Image
 from torch import Tensor
 
+from handler import metrics
 from handler.answers import Answer, best_classes, encode, failure, several, success
 from handler.base import BaseHandler
 from handler.cache import Result, ResultCache
@@ -33,15 +33,17 @@ from handler.decoders import Decoding, choose_decoder
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.gpus import open_gauges, restore_visible
+from handler.headers import read_queue_seconds, read_traceparent
 from handler.images import PixelBudget, open_image, read_picture
-from handler.metrics import Metrics, torchserve_emit
+from handler.logs import log_line, set_level
+from handler.metrics import Metrics, claim_slot, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import Timed, classify
 from handler.rows import Item, Row
 from handler.settings import Settings
 
-STAGES = ("preprocess", "inference", "postprocess", "total")
+LOGGED_STAGES = ("preprocess", "inference", "postprocess", "total")
 LIBRARIES = (
     "torchserve",
     "torch",
@@ -53,22 +55,6 @@ LIBRARIES = (
     "safetensors",
     "orjson",
 )
-
-
-def log_line(level: int, event: str, **facts: Any) -> None:
-    """One JSON object on one line of the worker's stdout, which TorchServe passes on.
-
-    ASCII only: TorchServe's reader would break a line at U+2028.
-    """
-    line = {
-        "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-        "level": logging.getLevelName(level),
-        "event": event,
-    }
-    # INFO whatever the level says, because TorchServe's own logger in the worker stands there.
-    logging.getLogger("classifier").info(json.dumps(line | facts))
-
-
 LEAVE_SECONDS = 0.5  # for the last answers on their way out
 GPU_LOST = "the GPU is lost, and a new worker about to start; try again later"
 
@@ -94,6 +80,13 @@ class ImageClassifier(BaseHandler):
         model_dir = Path(context.system_properties["model_dir"])
         try:
             self.settings = Settings.load(config.get("handler"))
+            set_level(self.settings.log_level)
+            self.version = str(context.manifest["model"]["modelVersion"])
+            self.metrics = Metrics(
+                torchserve_emit(), context.model_name, self.version, claim_slot(model_dir)
+            )
+            self.metrics.add(metrics.STARTS, 1)
+            self.metrics.flush()  # before what may fail
             self.card = ModelCard.read(model_dir)
             if not self.card.weights.trained and not self.settings.allow_untrained:
                 raise SetupError("the weights are untrained, and allow_untrained is false")
@@ -109,11 +102,11 @@ class ImageClassifier(BaseHandler):
             )
             if reason:
                 log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
-            self.version = str(context.manifest["model"]["modelVersion"])
             size = self.settings.cache_bytes
             self.cache = ResultCache(size) if size else None
-            self.metrics = Metrics(torchserve_emit(), context.model_name, self.version)
+            warm_up = perf_counter()
             self._warm_up(config.get("batchSize", 1))
+            self.metrics.set(metrics.WARM_UP, perf_counter() - warm_up)
         except Exception as exc:
             expected = isinstance(exc, SetupError) and exc.__cause__ is None
             log_line(
@@ -128,7 +121,9 @@ class ImageClassifier(BaseHandler):
         # request, and find nothing.
         gc.collect()
         gc.freeze()
-        self.metrics.start(open_gauges(self.engine.device))
+        self._describe_to_metrics()
+        self.metrics.readers.append(open_gauges(self.engine.device))
+        self.metrics.start()
         # TorchServe writes a line for each batch through the root logger itself; its errors stay,
         # and so does whatever comes through any other logger, the metrics above all.
         logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
@@ -159,13 +154,15 @@ class ImageClassifier(BaseHandler):
         self.context = context
         if self._is_info(data):
             return [encode(self.describe_handle())]
-        started = perf_counter()
+        started, arrival = perf_counter(), time()
         rows = self.inference(self.preprocess(data))
         answers = self.postprocess(rows)
         total = perf_counter() - started
-        for row in rows:
+        self.metrics.add(metrics.BUSY, total)
+        self.metrics.observe(metrics.BATCH, len(rows))
+        for index, row in enumerate(rows):
             row.seconds["total"] = total
-            self._account(row, batch=len(rows))
+            self._account(row, self._headers(index), arrival, batch=len(rows))
         return answers
 
     def _is_info(self, data: list[Mapping[str, Any]]) -> bool:
@@ -380,35 +377,78 @@ class ImageClassifier(BaseHandler):
         }
         return success(item.predictions, metadata)
 
-    def _account(self, row: Row, batch: int) -> None:
+    def _account(self, row: Row, headers: Mapping[str, Any], arrival: float, batch: int) -> None:
         """Count a finished row in the metrics and write its line in the log."""
+        queue = read_queue_seconds(headers, arrival)
         errors = [item.error for item in row.items if item.error]
         if isinstance(row.request, RequestError):
             errors = [row.request]
+        self._count(row, errors, queue)
         best = next((item.predictions[0] for item in row.items if item.predictions), {})
-        self.metrics.count_request(row.status)
-        for item in row.items:
-            if item.predictions:
-                self.metrics.count_image("success")
-        for error in errors:
-            self.metrics.count_image(type(error).__name__)
-        for stage, seconds in row.seconds.items():
-            self.metrics.observe(stage, seconds)
         if self.settings.log_requests:
             log_line(
                 logging.ERROR if row.status >= 500 else logging.INFO,
                 "request",
                 request_id=row.request_id,
+                traceparent=read_traceparent(headers),
                 **self._identity(),
                 status=row.status,
                 images=len(row.items),
                 cached=sum(item.cached for item in row.items),
                 batch=batch,
-                **{f"{stage}_ms": milliseconds(row.seconds.get(stage, 0)) for stage in STAGES},
+                queue_ms=None if queue is None else milliseconds(queue),
+                **{
+                    f"{stage}_ms": milliseconds(row.seconds.get(stage, 0))
+                    for stage in LOGGED_STAGES
+                },
                 top_class=best.get("class"),
                 confidence=best.get("confidence"),
                 error=type(errors[0]).__name__ if errors else None,
             )
+
+    def _count(self, row: Row, errors: list[RequestError], queue: float | None) -> None:
+        add, observe = self.metrics.add, self.metrics.observe
+        add(metrics.REQUESTS, 1, str(row.status))
+        for stage, seconds in row.seconds.items():
+            observe(metrics.STAGE, seconds, stage)
+        if queue is not None:
+            observe(metrics.STAGE, queue, "queue")
+        observe(metrics.STAGE, row.seconds["total"] + (queue or 0), "response")
+        for error in errors:
+            add(metrics.IMAGES, 1, type(error).__name__)
+        if isinstance(row.request, RequestError):
+            return
+        for image, item in zip(row.request.images, row.items, strict=True):
+            if not isinstance(image, RequestError):
+                observe(metrics.IMAGE_BYTES, len(image))
+            if item.size != (0, 0):
+                observe(metrics.IMAGE_PIXELS, item.size[0] * item.size[1])
+            if item.cached or item.key:
+                add(metrics.CACHE_LOOKUPS, 1, "hit" if item.cached else "miss")
+            if item.predictions:
+                best = item.predictions[0]
+                add(metrics.IMAGES, 1, "success")
+                add(metrics.TOP_CLASSES, 1, str(best["class_id"]), best["class"])
+                observe(metrics.CONFIDENCE, best["confidence"])
+
+    def _describe_to_metrics(self) -> None:
+        """The gauges that stay as they are until the worker ends."""
+        card = self.card
+        self.metrics.set(metrics.STARTUP, time() - psutil.Process().create_time())
+        self.metrics.set(
+            metrics.MODEL_INFO,
+            1,
+            card.architecture,
+            card.weights.name,
+            str(card.weights.trained).lower(),
+            self.engine.name,
+            self.engine.precision,
+            self.engine.device.partition(":")[0],  # the workers' GPUs may differ
+        )
+        libraries = [version(name) for name in ("torchserve", "torch", "openvino")]
+        self.metrics.set(
+            metrics.BUILD_INFO, 1, card.inputs_sha256[:12], *libraries, platform.python_version()
+        )
 
     def _identity(self) -> dict[str, str]:
         """What every answer and log line says about the model."""

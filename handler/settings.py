@@ -49,6 +49,7 @@ class Settings:
     cache_bytes: int = _number(0, 0, 2**40)  # memory of a worker for earlier results; 0: no cache
     warmup_batches: int = _number(1, 0, 100)  # forward passes before a worker reports ready
     allow_untrained: bool = True  # whether a model with random weights may be served
+    log_level: str = _choice("info", "warning", "error")  # lines below it are not written
     log_requests: bool = True  # one JSON line for each request
 
     def __post_init__(self) -> None:

@@ -32,6 +32,12 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help=f"{purpose} (default: config.properties, {default})",
             default=argparse.SUPPRESS,
         )
+    server.add_argument(
+        "--log-format",
+        choices=["json", "text"],
+        help="one JSON object a line, or lines for people (default: text at a terminal, else json)",
+        default=argparse.SUPPRESS,
+    )
     parser.add_argument(
         "--torch",
         default="auto",
@@ -40,7 +46,7 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "and PyTorch's own index answers, else the default build",
     )
     args = parser.parse_args(argv)
-    for name in ("host", "port", "management_port", "metrics_port"):
+    for name in ("host", "port", "management_port", "metrics_port", "log_format"):
         setattr(args, name, getattr(args, name, None))
     check_model_options(parser, args)
     return args

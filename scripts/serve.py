@@ -16,6 +16,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.machine import count_gpus
 from scripts import healthcheck
 from scripts.archives import check_device_ids, find_current, model_config
+from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.torchserve import (
     ROOT,
@@ -77,26 +78,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     environ["TS_MODEL_STORE"] = str(store)
 
+    log = Log(args.log_format or default_form())
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     archives = [store / f"{model}.mar" for model in args.models]
     server = TorchServe(java, config, archives, environ)
     try:
-        server.start()
+        server.start(log.relay)
         wait_until_ready(server, management, args.models, stop)
         if not stop.is_set():
-            seconds = time.monotonic() - started
-            print(banner(args, inference, management, metrics, seconds), flush=True)
+            announce(log, args, inference, management, metrics, time.monotonic() - started)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
+        log.event("INFO", "stopping")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # nobody reads our output any more
-        return 1
     except (StartFailed, requests.RequestException) as exc:
+        log.event("ERROR", "failed", message=str(exc))
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
     finally:
@@ -104,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             signal.SIGINT, signal.default_int_handler
         )  # a second Ctrl-C is obeyed at once
         server.stop()
+    log.event("INFO", "stopped")
     return 0
 
 
@@ -210,6 +212,30 @@ def wait_until_ready(
                 raise StartFailed(f"{model} does not load: its workers end again and again")
         if time.monotonic() > deadline:
             raise StartFailed(f"not ready within {READY_SECONDS} s")
+
+
+def announce(
+    log: Log,
+    args: Namespace,
+    inference: Address,
+    management: Address,
+    metrics: Address,
+    seconds: float,
+) -> None:
+    """Say that the service is ready, in the log or to the people at the terminal."""
+    if log.form == "json":
+        log.event(
+            "INFO",
+            "ready",
+            message=f"Ready after {seconds:.1f} s.",
+            models=args.models,
+            predictions=inference.url,
+            management=management.url,
+            metrics=metrics.url,
+        )
+    if log.form == "text" or sys.stderr.isatty():
+        text = banner(args, inference, management, metrics, seconds) + "\n"
+        log.text(text) if log.form == "text" else sys.stderr.write(text)
 
 
 def banner(

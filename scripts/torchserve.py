@@ -8,10 +8,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
+from typing import IO
 
 import ts
 
@@ -26,6 +28,7 @@ FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
 CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_archive.py
 LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
+READ_SECONDS = 5  # for what Java has printed before its end
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
 
 # Every key that TorchServe 0.12 reads, since it starts happily on a typo (pytorch/serve#86).
@@ -230,13 +233,15 @@ class TorchServe:
         self._archives = archives
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
+        self._reader: Thread | None = None
         self._folder = ""
 
-    def start(self) -> None:
+    def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
         """Start Java as the launcher `torchserve` would.
 
-        The launcher itself forwards no signals, knows one server per machine by its PID file, and
-        stays around as a process.
+        `relay` reads what it prints, in a thread of its own, until it ends; None: that goes where
+        our output goes. The launcher itself forwards no signals, knows one server per machine by
+        its PID file, and stays around as a process.
         """
         self._folder = make_folder()
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
@@ -273,10 +278,15 @@ class TorchServe:
                 env=environ | self._environ,
                 cwd=self._folder,
                 stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if relay else None,
+                stderr=subprocess.STDOUT if relay else None,
                 start_new_session=True,  # Ctrl-C reaches us alone; the group can be ended as one
             )
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
+        if relay:
+            self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
+            self._reader.start()
 
     def exit_status(self) -> int | None:
         """None while it runs."""
@@ -296,4 +306,6 @@ class TorchServe:
             with suppress(ProcessLookupError):  # nothing is left
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+        if self._reader is not None:  # its last lines
+            self._reader.join(READ_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)

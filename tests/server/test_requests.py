@@ -1,10 +1,8 @@
 """Every request form, answer and error of the documented API, against the real server."""
 
 import base64
-import json
 import re
 import struct
-import subprocess
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -315,22 +313,3 @@ def test_concurrent_good_and_bad_requests(server: Server) -> None:
     assert max(line["batch"] for line in lines) > 1, "no batch formed, so none was tested"
     mixed = [line for line in lines if line["batch"] > 1 and line["status"] != 200]
     assert mixed, "no refused request shared a batch with others"
-
-
-def test_the_banners_lines_work(server: Server) -> None:
-    """What ./scripts/serve prints is run as printed."""
-    lines = [line for line in server.text().splitlines() if " curl " in line]
-    assert len(lines) == 5
-    for line in lines:
-        command = line.split(maxsplit=1)[1] if not line.startswith("  top 3") else line[11:]
-        done = subprocess.run(
-            ["bash", "-c", command.strip() + " --silent --show-error --fail"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert done.returncode == 0, (line, done.stderr)
-        assert done.stdout
-        if "/predictions/" in line:
-            assert json.loads(done.stdout)["status"] == "success"

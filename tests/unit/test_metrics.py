@@ -1,24 +1,47 @@
-"""Counters and histograms: cumulative, complete, handed over once, and declared to TorchServe."""
+"""Metrics: complete, handed over once, declared to TorchServe as they are, and documented."""
 
 import logging
 import re
+import subprocess
+import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 import handler
 from handler import metrics as metrics_module
-from handler.gpus import GAUGES, MEMORY_USED, UTILIZATION
-from handler.metrics import COUNTERS, IMAGES, REQUESTS, STAGE, STAGE_BUCKETS, Metrics
+from handler.metrics import (
+    BATCH,
+    CACHE_LOOKUPS,
+    CONFIDENCE,
+    FAMILIES,
+    IMAGES,
+    LAST_FLUSH,
+    MEMORY,
+    MODEL_INFO,
+    OUTCOMES,
+    REQUESTS,
+    STAGE,
+    STAGES,
+    STARTS,
+    STATUSES,
+    TOP_CLASSES,
+    Metrics,
+    Reading,
+    claim_slot,
+    label_value,
+)
 from handler.metrics import torchserve_emit as emit_to_torchserve
 
 CONFIG = Path(handler.__file__).parent / "configs" / "metrics.yaml"
+DOCUMENT = Path(handler.__file__).parents[1] / "docs" / "metrics.md"
 MODEL = ("birds", "1.0")
+BOUNDS = FAMILIES[STAGE].bounds
+HISTOGRAMS = [name for name, family in FAMILIES.items() if family.kind == "histogram"]
 
 # org.pytorch.serve.metrics.Metric reads lines of this form, and values of this form alone.
 LINE = re.compile(
@@ -42,121 +65,156 @@ class Recorder:
 
 
 def recorded() -> tuple[Metrics, Recorder]:
+    """Metrics whose series exist already, and what they emit from now on."""
     recorder = Recorder()
-    return Metrics(recorder, *MODEL), recorder
+    metrics = Metrics(recorder, *MODEL)
+    metrics.flush()
+    recorder.emitted.clear()
+    return metrics, recorder
 
 
 def buckets(recorder: Recorder, stage: str) -> list[float]:
-    bounds = [f"{bound:g}" for bound in STAGE_BUCKETS] + ["+Inf"]
+    bounds = [*map(str, BOUNDS), "+Inf"]
     return [recorder.total(f"{STAGE}_bucket", stage, bound) for bound in bounds]
 
 
-def test_series_exist_before_the_first_request() -> None:
-    metrics, recorder = recorded()
-    metrics.flush()
-    assert recorder.emitted == [
-        (REQUESTS, (*MODEL, "200"), 0),
-        (IMAGES, (*MODEL, "success"), 0),
-    ]
+def test_series_that_matter_exist_before_the_first_request() -> None:
+    recorder = Recorder()
+    Metrics(recorder, *MODEL).flush()
+    assert {value for *_, value in recorder.emitted} == {0}
+    seen = {(name, *labels) for name, labels, _ in recorder.emitted}
+    assert {(REQUESTS, *MODEL, status) for status in STATUSES} <= seen
+    assert {(IMAGES, *MODEL, outcome) for outcome in OUTCOMES} <= seen
+    assert {(CACHE_LOOKUPS, *MODEL, result) for result in ("hit", "miss")} <= seen
+    for bound in (*map(str, BOUNDS), "+Inf"):
+        assert {(f"{STAGE}_bucket", *MODEL, stage, bound) for stage in STAGES} <= seen
+    assert (f"{BATCH}_sum", *MODEL) in seen
+    assert (STARTS, *MODEL, "0") in seen
+    assert not any(name == TOP_CLASSES for name, *_ in seen)
+
+
+def test_outcomes_and_statuses_are_those_of_the_errors() -> None:
+    assert "UnreadableImage" in OUTCOMES
+    assert "RequestError" not in OUTCOMES
+    assert {"200", "400", "413", "415", "500"} <= set(STATUSES)
 
 
 def test_requests_are_counted_by_status() -> None:
     metrics, recorder = recorded()
-    for status in (200, 400, 200, 500):
-        metrics.count_request(status)
+    for status in ("200", "400", "200", "500"):
+        metrics.add(REQUESTS, 1, status)
     metrics.flush()
     assert [recorder.total(REQUESTS, status) for status in ("200", "400", "500")] == [2, 1, 1]
 
 
-def test_images_are_counted_by_outcome() -> None:
-    metrics, recorder = recorded()
-    for outcome in ("success", "UnreadableImage", "success"):
-        metrics.count_image(outcome)
-    metrics.flush()
-    assert recorder.total(IMAGES, "success") == 2
-    assert recorder.total(IMAGES, "UnreadableImage") == 1
+@pytest.mark.parametrize("name", HISTOGRAMS)
+def test_bucket_bounds_rise(name: str) -> None:
+    bounds = FAMILIES[name].bounds
+    assert list(bounds) == sorted(set(bounds))
 
 
-def test_bucket_bounds_rise() -> None:
-    assert list(STAGE_BUCKETS) == sorted(set(STAGE_BUCKETS))
-
-
-@pytest.mark.parametrize("index", range(len(STAGE_BUCKETS)))
+@pytest.mark.parametrize("index", range(len(BOUNDS)))
 def test_a_bound_belongs_to_its_bucket(index: int) -> None:
     """Prometheus: le is "less or equal"."""
     metrics, recorder = recorded()
-    metrics.observe("total", STAGE_BUCKETS[index])
+    metrics.observe(STAGE, BOUNDS[index], "total")
     metrics.flush()
-    assert buckets(recorder, "total") == [0] * index + [1] * (len(STAGE_BUCKETS) - index + 1)
+    assert buckets(recorder, "total") == [0] * index + [1] * (len(BOUNDS) - index + 1)
 
 
 def test_buckets_are_cumulative() -> None:
     metrics, recorder = recorded()
     durations = [0.0005, 0.003, 0.003, 0.2, 7.0, 60.0]
     for seconds in durations:
-        metrics.observe("inference", seconds)
+        metrics.observe(STAGE, seconds, "inference")
     metrics.flush()
     counts = buckets(recorder, "inference")
-    bounds = [*STAGE_BUCKETS, float("inf")]
+    bounds = [*BOUNDS, float("inf")]
     assert counts == [sum(seconds <= bound for seconds in durations) for bound in bounds]
     assert counts == sorted(counts)
+
+
+def test_a_scrape_between_two_lines_sees_rising_buckets() -> None:
+    metrics, recorder = recorded()
+    for seconds in (0.0001, 0.004, 0.4, 100.0):
+        metrics.observe(STAGE, seconds, "total")
+    metrics.flush()
+    seen = list(recorder.emitted)
+    for end in range(len(seen) + 1):
+        recorder.emitted = seen[:end]
+        counts = buckets(recorder, "total")
+        assert counts == sorted(counts)
+        assert recorder.total(f"{STAGE}_count", "total") >= counts[-1]
 
 
 def test_the_last_bucket_is_the_count() -> None:
     metrics, recorder = recorded()
     for seconds in (0.1, 100.0):
-        metrics.observe("total", seconds)
+        metrics.observe(STAGE, seconds, "total")
     metrics.flush()
     assert recorder.total(f"{STAGE}_bucket", "total", "+Inf") == 2
     assert recorder.total(f"{STAGE}_count", "total") == 2
     assert recorder.total(f"{STAGE}_sum", "total") == pytest.approx(100.1)
 
 
-def test_every_bucket_exists_from_the_first_observation() -> None:
-    """histogram_quantile() needs them all, those at 0 too."""
+def test_buckets_that_stay_are_not_handed_over() -> None:
+    """Each is a line that TorchServe takes apart."""
     metrics, recorder = recorded()
-    metrics.observe("total", 60.0)
+    metrics.observe(CONFIDENCE, 0.97)
     metrics.flush()
-    seen = {labels[-1] for name, labels, _ in recorder.emitted if name == f"{STAGE}_bucket"}
-    assert seen == {f"{bound:g}" for bound in STAGE_BUCKETS} | {"+Inf"}
+    names = [labels[-1] for name, labels, _ in recorder.emitted if name == f"{CONFIDENCE}_bucket"]
+    assert names == ["+Inf", "1", "0.99"]
 
 
-def test_stages_are_apart() -> None:
+def test_nothing_is_emitted_before_a_flush_or_twice() -> None:
     metrics, recorder = recorded()
-    metrics.observe("preprocess", 0.1)
-    metrics.observe("inference", 0.2)
-    metrics.flush()
-    assert recorder.total(f"{STAGE}_sum", "preprocess") == pytest.approx(0.1)
-    assert recorder.total(f"{STAGE}_sum", "inference") == pytest.approx(0.2)
-
-
-def test_nothing_is_emitted_before_a_flush() -> None:
-    metrics, recorder = recorded()
-    metrics.count_request(200)
+    metrics.add(REQUESTS, 1, "200")
+    metrics.observe(STAGE, 0.1, "total")
     assert recorder.emitted == []
-
-
-def test_nothing_is_emitted_twice() -> None:
-    metrics, recorder = recorded()
-    metrics.count_request(200)
-    metrics.observe("total", 0.1)
     metrics.flush()
     once = list(recorder.emitted)
     metrics.flush()
     assert recorder.emitted == once
-    metrics.count_request(200)
-    metrics.flush()
-    assert recorder.total(REQUESTS, "200") == 2
 
 
 def test_a_series_is_emitted_once_in_a_flush() -> None:
     metrics, recorder = recorded()
     for _ in range(10):
-        metrics.count_request(200)
-        metrics.observe("total", 0.1)
+        metrics.add(REQUESTS, 1, "200")
+        metrics.observe(STAGE, 0.1, "total")
     metrics.flush()
     series = Counter((name, labels) for name, labels, _ in recorder.emitted)
     assert set(series.values()) == {1}
+
+
+def test_slow_metrics_wait_and_lose_nothing() -> None:
+    metrics, recorder = recorded()
+    for _ in range(2):
+        metrics.add(TOP_CLASSES, 1, "7", "wren")
+        metrics.flush(everything=False)
+    assert recorder.emitted == []
+    metrics.flush()
+    metrics.flush()
+    assert recorder.emitted == [(TOP_CLASSES, (*MODEL, "7", "wren"), 2)]
+
+
+def test_gauges_go_at_once() -> None:
+    metrics, recorder = recorded()
+    metrics.set(MEMORY, 5.0)
+    assert recorder.emitted == [(MEMORY, (*MODEL, "0"), 5.0)]
+
+
+def test_readers_are_asked_at_each_flush() -> None:
+    metrics, recorder = recorded()
+    readings = iter([1.0, 2.0])
+
+    def read() -> Iterable[Reading]:
+        yield MEMORY, next(readings), ()
+
+    metrics.readers.append(read)
+    metrics.flush(everything=False)
+    metrics.flush()
+    assert [value for *_, value in recorder.emitted] == [1.0, 2.0]
 
 
 def test_nothing_is_lost_between_threads() -> None:
@@ -165,8 +223,8 @@ def test_nothing_is_lost_between_threads() -> None:
 
     def count() -> None:
         for _ in range(500):
-            metrics.count_request(200)
-            metrics.observe("total", 0.1)
+            metrics.add(REQUESTS, 1, "200")
+            metrics.observe(STAGE, 0.1, "total")
 
     def flush() -> None:
         while not done.is_set():
@@ -186,95 +244,166 @@ def test_nothing_is_lost_between_threads() -> None:
     assert recorder.total(f"{STAGE}_sum", "total") == pytest.approx(200)
 
 
-def test_a_started_thread_flushes_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_started_thread_flushes_and_outlives_a_reader_that_fails(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
     monkeypatch.setattr(metrics_module, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr("atexit.register", lambda _: None)
     counted = threading.Event()
+    seen: dict[str, float] = {}
+    failures = iter([OSError("the GPU is gone")])
 
     def emit(name: str, increment: float, labels: Sequence[str]) -> None:
-        if labels[-1] == "418":
+        seen[name] = increment
+        if name == REQUESTS and labels[-1] == "418":
             counted.set()
 
+    def read() -> Iterable[Reading]:
+        for failure in failures:
+            raise failure
+        metrics.add(REQUESTS, 1, "418")
+        return ()
+
     metrics = Metrics(emit, *MODEL)
+    metrics.readers.append(read)
     metrics.start()
-    metrics.count_request(418)
     assert counted.wait(10)
+    assert "the GPU is gone" in caplog.text
+    assert seen[MEMORY] > 1_000_000
+    assert seen[LAST_FLUSH] > 1_700_000_000
 
 
-def test_a_started_thread_reads_gauges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics_module, "FLUSH_SECONDS", 0.01)
-    seen = threading.Event()
+def test_an_orderly_end_flushes() -> None:
+    program = f"""
+from handler.metrics import Metrics
+metrics = Metrics(lambda name, value, labels: print(name, value, *labels), "birds", "1.0")
+metrics.start()
+metrics.add({REQUESTS!r}, 7, "200")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert f"{REQUESTS} 7 birds 1.0 200" in done.stdout
 
-    def emit(name: str, value: float, labels: Sequence[str]) -> None:
-        if (name, value, labels) == (MEMORY_USED, 7, ("0",)):
-            seen.set()
 
-    Metrics(emit, *MODEL).start(lambda: [(MEMORY_USED, 7, ("0",))])
-    assert seen.wait(10)
+# --- Workers
+
+
+def test_slots_are_those_that_no_living_worker_has(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from handler.metrics import claim_slot; "
+        f"print(claim_slot(Path({str(tmp_path)!r})), flush=True); sys.stdin.read()"
+    )
+
+    def worker() -> tuple["subprocess.Popen[str]", str]:
+        command = [sys.executable, "-c", program]
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert process.stdout
+        return process, process.stdout.readline().strip()
+
+    workers = [worker() for _ in range(3)]
+    try:
+        assert [slot for _, slot in workers] == ["0", "1", "2"]
+        workers[1][0].kill()
+        workers[1][0].wait()
+        workers.append(worker())
+        assert workers[-1][1] == "1"
+    finally:
+        for process, _ in workers:
+            process.kill()
+            process.communicate()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        claim_slot(tmp_path / "missing")
 
 
 # --- On the way to TorchServe
 
 
-def declared(kind: str) -> dict[str, dict[str, Any]]:
-    metrics = yaml.safe_load(CONFIG.read_text("utf-8"))["model_metrics"][kind]
-    return {metric["name"]: metric for metric in metrics}
-
-
-def test_the_frontend_knows_every_counter() -> None:
+def test_the_frontend_knows_every_series() -> None:
     """What metrics.yaml does not declare is dropped, and other labels lose the sample."""
+    declared = yaml.safe_load(CONFIG.read_text("utf-8"))["model_metrics"]
     assert {
-        name: (metric["unit"], tuple(metric["dimensions"]))
-        for name, metric in declared("counter").items()
-    } == COUNTERS
+        metric["name"]: (kind, tuple(metric["dimensions"]), metric["unit"])
+        for kind, metrics in declared.items()
+        for metric in metrics
+    } == {
+        series: (kind, labels, family.help)
+        for name, family in FAMILIES.items()
+        for series, (kind, labels) in family.series(name).items()
+    }
 
 
-def test_the_frontend_knows_every_gauge() -> None:
-    assert {
-        name: (metric["unit"], tuple(metric["dimensions"]))
-        for name, metric in declared("gauge").items()
-    } == GAUGES
-
-
-def test_counters_and_gauges_are_all_there_is() -> None:
-    kinds = set(yaml.safe_load(CONFIG.read_text("utf-8"))["model_metrics"])
-    assert kinds == {"counter", "gauge"}
-
-
-def test_everything_emitted_is_a_counter_with_its_labels() -> None:
-    metrics, recorder = recorded()
-    metrics.count_request(400)
-    metrics.count_image("NoImage")
-    metrics.observe("total", 0.1)
-    metrics.flush()
-    assert {name for name, *_ in recorder.emitted} == set(COUNTERS)
-    for name, labels, increment in recorder.emitted:
-        assert len(labels) == len(COUNTERS[name][1])
-        assert increment >= 0
+@pytest.mark.parametrize("name", FAMILIES)
+def test_names_are_those_of_prometheus_conventions(name: str) -> None:
+    """https://prometheus.io/docs/practices/naming/: base units, and _total for what is counted."""
+    family = FAMILIES[name]
+    assert re.fullmatch(r"classifier(_[a-z]+)+", name)
+    assert name.endswith("_total") == (family.kind == "counter")
+    units = ("_seconds", "_bytes", "_ratio", "_pixels", "_requests", "_info")
+    assert family.kind == "counter" or name.endswith(units)
 
 
 def test_lines_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "ts.metrics")
-    metrics = Metrics(emit_to_torchserve(), *MODEL)
-    metrics.count_request(200)
-    metrics.observe("total", 1.5e-7)
+    metrics = Metrics(emit_to_torchserve(), "birds", "1.0")
+    metrics.add(REQUESTS, 1, "200")
+    metrics.add(TOP_CLASSES, 1, "7", "a: b, c|\u2028d")
+    metrics.observe(STAGE, 1.5e-7, "total")
+    metrics.set(MODEL_INFO, 1, "resnet50", "é:1.pth", "true", "e", "", "cuda")
+    metrics.set(MEMORY, 123456789012)
     metrics.flush()
     lines = [LINE.fullmatch(message) for message in caplog.messages]
     assert all(lines), caplog.messages
-    assert {line["type"] for line in lines if line} == {"COUNTER"}
     seen = {(line["name"], line["labels"]): line["value"] for line in lines if line}
     assert seen[REQUESTS, "model:birds,version:1.0,status:200"] == "1"
+    assert seen[TOP_CLASSES, "model:birds,version:1.0,class_id:7,class:a_ b_ c__d"] == "1"
     assert seen[f"{STAGE}_bucket", "model:birds,version:1.0,stage:total,le:+Inf"] == "1"
     assert float(seen[f"{STAGE}_sum", "model:birds,version:1.0,stage:total"]) == 1.5e-7
-    assert {line["name"] for line in lines if line} == set(COUNTERS)
+    assert seen[MEMORY, "model:birds,version:1.0,worker:0"] == "123456789012"
+    # The frontend splits at "," and then at ":", and each half must be there.
+    for line in lines:
+        assert line
+        pairs = [pair.split(":") for pair in line["labels"].split(",")]
+        assert all(len(pair) == 2 and all(pair) for pair in pairs), line["labels"]
 
 
-def test_gauges_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "ts.metrics")
-    emit = emit_to_torchserve()
-    emit(MEMORY_USED, 85_899_345_920, ("0",))
-    emit(UTILIZATION, 0.07, ("11",))
-    lines = [LINE.fullmatch(message) for message in caplog.messages]
-    assert [line and line.group("name", "value", "labels", "type") for line in lines] == [
-        (MEMORY_USED, "85899345920", "gpu:0", "GAUGE"),
-        (UTILIZATION, "0.07", "gpu:11", "GAUGE"),
-    ]
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("cuda:0", "cuda_0"), ("a,b|c", "a_b_c"), ("", "_"), (" ", "_"), ("analog clock",) * 2],
+)
+def test_label_values(text: str, value: str) -> None:
+    assert label_value(text) == value
+
+
+# --- In the documents
+
+
+def table(head: str) -> list[list[str]]:
+    """The cells of the rows of a table in docs/metrics.md."""
+    text = DOCUMENT.read_text("utf-8").split(f"{head}\n")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in row.strip("|").split(" | ")] for row in text.splitlines()[1:]]
+
+
+def test_the_document_lists_every_metric_with_type_and_labels() -> None:
+    rows = table("| metric | type | labels | |")
+    assert {name: (kind, labels) for name, kind, labels, _ in rows} == {
+        f"`{name}`": (family.kind, ", ".join(family.labels)) for name, family in FAMILIES.items()
+    }
+    assert all(len(meaning) > 20 or meaning == "1" for *_, meaning in rows)
+
+
+def test_the_document_lists_every_bucket() -> None:
+    rows = table("| histogram | upper bounds of its buckets, besides `+Inf` |")
+    assert dict(map(tuple, rows)) == {
+        f"`{name}`": ", ".join(map(str, FAMILIES[name].bounds)) for name in HISTOGRAMS
+    }
+
+
+def test_the_document_names_every_stage() -> None:
+    [row] = [row for row in table("| metric | type | labels | |") if row[0] == f"`{STAGE}`"]
+    assert set(re.findall(r"`(\w+)`:", row[3])) == set(STAGES)

@@ -35,6 +35,7 @@ SERVER_DEFAULTS = {
     "port": None,
     "management_port": None,
     "metrics_port": None,
+    "log_format": None,
     "torch": "auto",
 }
 
@@ -82,12 +83,14 @@ def test_every_model_option(parse: Parse) -> None:
 
 def test_every_server_option() -> None:
     argv = "--host 0.0.0.0 --port 1 --management-port 2 --metrics-port 65535 --torch cpu".split()
+    argv += ["--log-format", "text"]
     given = vars(parse_serve(argv))
     assert {name: given[name] for name in SERVER_DEFAULTS} == {
         "host": "0.0.0.0",
         "port": 1,
         "management_port": 2,
         "metrics_port": 65535,
+        "log_format": "text",
         "torch": "cpu",
     }
 

@@ -25,6 +25,7 @@ CHOICES = [
     ("engine", ["auto", "openvino", "cuda", "torch"]),
     ("precision", ["auto", "fp32", "bf16", "fp16", "int8"]),
     ("decoder", ["auto", "cpu", "gpu"]),
+    ("log_level", ["info", "warning", "error"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]
 

@@ -407,5 +407,18 @@ def test_exit_status_of_java(tmp_path: Path, pipe: Pipe) -> None:
     assert server.exit_status() == 3
 
 
+def test_what_java_prints_is_relayed_to_its_end(tmp_path: Path, pipe: Pipe) -> None:
+    """Both its streams; stop() returns when all has been read."""
+    lines: list[bytes] = []
+    java = f"echo out; echo err >&2; trap 'echo last; exit 0' TERM; echo up >{pipe.path}; "
+    server = server_of(tmp_path, f"{java}while :; do sleep 0.05; done")
+    server.start(lambda output: lines.extend(output))
+    try:
+        assert pipe.line() == "up\n"
+    finally:
+        server.stop()
+    assert lines == [b"out\n", b"err\n", b"last\n"]
+
+
 def test_stop_without_start_does_nothing(tmp_path: Path) -> None:
     server_of(tmp_path, "exit 0").stop()

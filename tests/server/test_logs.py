@@ -1,0 +1,48 @@
+"""The log for people, and the banner in it; the other tests read the log for machines."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import requests
+
+from tests.server.colours import encoded
+from tests.server.serving import run_serve, serving
+
+
+def test_text_for_people(tmp_path: Path, colour_weights: tuple[Path, Path]) -> None:
+    """The lines of the banner are run as printed, and what comes of them is in the log."""
+    weights, labels = map(str, colour_weights)
+    options = ("--weights", weights, "--labels", labels, "--workers", "1", "--device", "cpu")
+    with serving(tmp_path, *options, "--log-format", "text") as server:
+        lines = [line for line in server.text().splitlines() if " curl " in line]
+        assert len(lines) == 5
+        for line in lines:
+            command = line.split(maxsplit=1)[1] if not line.startswith("  top 3") else line[11:]
+            done = subprocess.run(
+                ["bash", "-c", command.strip() + " --silent --show-error --fail"],
+                capture_output=True,
+                text=True,
+                timeout=60,
+                check=False,
+            )
+            assert done.returncode == 0, (line, done.stderr)
+            assert done.stdout
+            if "/predictions/" in line:
+                assert json.loads(done.stdout)["status"] == "success"
+        answer = requests.post(server.predictions, data=encoded("blue"), timeout=30)
+        requests.post(server.predictions, data=b"no image", timeout=30)
+    log = server.text().split("Ready after")[1].splitlines()[1:]
+    good = [line for line in log if answer.headers["x-request-id"] in line]
+    clock = r"\d\d:\d\d:\d\d\.\d{3}"
+    assert re.fullmatch(rf"{clock} INFO    200 mobilenet_v2 1\.0 .* ms \(.*\) .* blue .*", good[0])
+    assert any(" 400 mobilenet_v2 1.0 " in line and "UnreadableImage" in line for line in log)
+    assert [line.split()[-1] for line in log[-2:]] == ["stopping", "stopped"]
+    assert not any("{" in line for line in log)
+
+
+def test_a_log_format_that_is_none_is_refused(tmp_path: Path) -> None:
+    done = run_serve(tmp_path, "--log-format", "xml")
+    assert done.returncode == 2
+    assert "--log-format" in done.stderr

@@ -1,0 +1,68 @@
+"""Traces and queue times: taken where they are what they should be, ignored where not."""
+
+import pytest
+
+from handler.headers import read_queue_seconds, read_traceparent
+
+TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+NOW = 1_800_000_000.5
+
+
+@pytest.mark.parametrize("version", ["00", "01", "fe"])
+def test_a_traceparent_of_the_standard_is_taken(version: str) -> None:
+    text = f"{version}-{TRACE}-{PARENT}-01"
+    assert read_traceparent({"traceparent": text}) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        f"ff-{TRACE}-{PARENT}-01",
+        f"00-{'0' * 32}-{PARENT}-01",
+        f"00-{TRACE}-{'0' * 16}-01",
+        f"00-{TRACE.upper()}-{PARENT}-01",
+        f"00-{TRACE}-{PARENT}-1",
+        f"00-{TRACE}-{PARENT}-01\n",
+        f"00-{TRACE}-{PARENT}-01-more",
+        f" 00-{TRACE}-{PARENT}-01",
+        "\U0001d7ce" * 55,
+    ],
+)
+def test_any_other_is_dropped(text: str) -> None:
+    assert read_traceparent({"traceparent": text}) is None
+
+
+def test_no_header_is_nothing() -> None:
+    assert read_traceparent({}) is None
+    assert read_queue_seconds({}, NOW) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("t=1800000000.000", 0.5), ("t=1800000000", 0.5), ("t=1799996401", 3599.5)],
+)
+def test_queue_seconds(text: str, seconds: float) -> None:
+    assert read_queue_seconds({"x-request-start": text}, NOW) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "t=",
+        "1800000000",
+        "t=1800000001",  # in the future
+        "t=1799996000",  # more than an hour ago
+        "t=-5",
+        "t=nan",
+        "t=inf",
+        "t=1e9",
+        "t=1800000000000",  # milliseconds
+        "t=1800000000\n",
+        "t=" + "9" * 400,
+        "t=\u0661\u0668\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0660",
+    ],
+)
+def test_nonsense_is_no_queue(text: str) -> None:
+    assert read_queue_seconds({"x-request-start": text}, NOW) is None

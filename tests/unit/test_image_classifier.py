@@ -97,7 +97,7 @@ def isolation(
 ) -> Iterator[list[Metrics]]:
     """No flushing threads, and the root logger as it was; gives what would have been started."""
     started: list[Metrics] = []
-    monkeypatch.setattr(Metrics, "start", lambda metrics, gauges: started.append(metrics))
+    monkeypatch.setattr(Metrics, "start", lambda metrics: started.append(metrics))
     caplog.set_level(logging.INFO)
     filters = list(logging.getLogger().filters)
     yield started

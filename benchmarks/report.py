@@ -35,6 +35,11 @@ minimum–maximum in brackets. Where a peer is better than this service, that is
 under [Losses](#losses).
 """
 
+GPU = """\
+No figure of a GPU has been measured yet: nothing above says anything about one. On a machine that
+has one, `python -m benchmarks.gpu` measures model, decoding, handler and the whole service.\
+"""
+
 Data = Mapping[str, Any]
 Table = list[str]
 
@@ -60,6 +65,7 @@ def render(data: Data) -> str:
         section("Accuracy", accuracy(data)),
         section("Memory", memory(data)),
         section("What failed", failures(data)),
+        section("GPU", [GPU]),
     ]
     return "\n".join(sections)
 

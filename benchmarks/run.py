@@ -429,24 +429,31 @@ class Run:
     def measure_inprocess(self, number: int) -> None:
         for precision in self.model_dirs:
             say(f"round {number}: inprocess {precision}")
-            batches = sorted({1, self.batch_size(precision)})
-            command = [sys.executable, PEERS / "inprocess.py", "--processes", self.workers]
-            command += ["--seconds", self.args.seconds, "--batches", *batches]
-            if self.args.images:
-                command += ["--images", self.args.images]
-            folder = Path(tempfile.mkdtemp(dir=self.folder))
-            environ = self.environ(precision)
-            environ |= {"OMP_NUM_THREADS": "1"}
             result = self.data["inprocess"].setdefault(precision, {"failed": None, "runs": []})
-            with running(command, environ, folder) as process:
-                process.process.wait()
-                lines = [line for line in process.log.read_text().splitlines() if line[:1] == "{"]
-                runs = [json.loads(line) for line in lines if '"images_per_second"' in line]
-                if process.process.returncode != 0 or not runs:
-                    result["failed"] = process.last_lines()
-                    say(f"  failed: {result['failed']}")
+            batches = sorted({1, self.batch_size(precision)})
+            runs, failed = self.run_inprocess(precision, batches, self.workers)
+            if failed:
+                result["failed"] = failed
+                say(f"  failed: {failed}")
             result["runs"] += [{"round": number, **run} for run in runs]
             self.save()
+
+    def run_inprocess(
+        self, precision: str, batches: Sequence[int], processes: int
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """What peers/inprocess.py measures, and what it said where it failed."""
+        command = [sys.executable, PEERS / "inprocess.py", "--processes", processes]
+        command += ["--seconds", self.args.seconds, "--batches", *batches]
+        if self.args.images:
+            command += ["--images", self.args.images]
+        folder = Path(tempfile.mkdtemp(dir=self.folder))
+        environ = self.environ(precision) | {"OMP_NUM_THREADS": "1"}
+        with running(command, environ, folder) as process:
+            process.process.wait()
+            lines = [line for line in process.log.read_text().splitlines() if line[:1] == "{"]
+            runs = [json.loads(line) for line in lines if '"images_per_second"' in line]
+            failed = process.process.returncode != 0 or not runs
+            return runs, process.last_lines() if failed else None
 
     def save(self) -> None:
         """Keep what has been measured so far."""

@@ -126,9 +126,14 @@ class Expectations:
 def read_predictions(document: Any) -> list[tuple[str, float]]:
     """Labels and confidences, best first, in the shapes that classifiers answer in.
 
-    Ours: {"predictions": [{"class": …, "confidence": …}]}; TorchServe's image_classifier:
+    Ours: {"predictions": [{"class": …, "confidence": …}]}, or {"results": […]} of several images,
+    where the first's are given, and none unless all were classified; TorchServe's image_classifier:
     {label: confidence}.
     """
+    if isinstance(document, Mapping) and isinstance(document.get("results"), list):
+        if document.get("status") != "success":
+            return []
+        document = document["results"][0]
     if isinstance(document, Mapping) and "predictions" in document:
         document = document["predictions"]
     try:

@@ -21,7 +21,8 @@ from scripts.torchserve import Address, TorchServe, find_java, read_config
 def make_archive(folder: Path, model_config: Path) -> Path:
     """The archive, with the model configuration of ours and without its handler's settings."""
     config = yaml.safe_load(model_config.read_text("utf-8"))
-    config.pop("handler", None)
+    for key in ("handler", "deviceType"):  # it has no use for a GPU
+        config.pop(key, None)
     (folder / "model-config.yaml").write_text(yaml.safe_dump(config))
     command = [
         *("torch-model-archiver", "--model-name", "classifier", "--version", "1.0"),

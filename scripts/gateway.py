@@ -4,11 +4,10 @@ Settings are environment variables GATEWAY_…, listed in docs/gateway.md.
 """
 
 import argparse
+import grp
 import hashlib
-import json
 import os
 import pwd
-import grp
 import re
 import resource
 import secrets
@@ -133,9 +132,7 @@ class Gateway:
         return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
 
     def _write(self) -> None:
-        config = render(
-            self._settings, self._clients, self._folder, self._access_log, self._module
-        )
+        config = render(self._settings, self._clients, self._folder, self._access_log, self._module)
         path = self._folder / "nginx.conf"
         path.with_suffix(".new").write_text(config, "utf-8")
         path.with_suffix(".new").replace(path)
@@ -248,7 +245,9 @@ def render(
     ]
     described = {"/": f"{first}/{next(iter(weights))}" if weights else first}
     described |= {f"{name}/": name for name in settings.model_names if name not in described}
-    described |= {f"{name}/{version}": f"{first}/{version}" for version in weights for name in ("", first)}
+    described |= {
+        f"{name}/{version}": f"{first}/{version}" for version in weights for name in ("", first)
+    }
     limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
     values = {
         "js_module": module,
@@ -273,7 +272,9 @@ def render(
         # A replica that is alone gets a second try itself: it may have other workers.
         "retriable": '"~^50(0|2|3|7) " 1;' if len(upstreams) > 1 else '"~^50(0|7) " 1;',
         "rate": max(settings.rate, 1),
-        "limit_rate": f"limit_req zone=rate burst={settings.burst} nodelay;" if settings.rate else "",
+        "limit_rate": f"limit_req zone=rate burst={settings.burst} nodelay;"
+        if settings.rate
+        else "",
         "rate_words": f"{settings.rate} a second, and " if settings.rate else "",
         "max_concurrent": settings.max_concurrent,
         "max_concurrent_per_client": settings.max_concurrent_per_client,

@@ -128,7 +128,9 @@ class GatewaySettings:
         """The gateway for a client on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         scheme = "https" if self.tls_certificate else "http"
-        return f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        return (
+            f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        )
 
     def weights(self) -> dict[str, int]:
         """Version -> percent of the clients; empty without a split."""
@@ -191,7 +193,11 @@ def read_keys(path: Path) -> list[Client]:
         if not words:
             continue
         name, digest, *rest = [*words, ""] if len(words) == 1 else words
-        if not NAME.fullmatch(name) or not SHA256.fullmatch(digest) or rest not in ([], ["disabled"]):
+        if (
+            not NAME.fullmatch(name)
+            or not SHA256.fullmatch(digest)
+            or rest not in ([], ["disabled"])
+        ):
             raise InvalidSettings(
                 f"{path}, line {number} must be NAME SHA256 [disabled], with the sha256 of the key "
                 "in 64 lower-case hex digits"

@@ -8,13 +8,20 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
 
 import requests
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import healthcheck
-from scripts.archives import find_current
+from scripts.archives import (
+    archive_path,
+    find_current,
+    given_config,
+    model_config,
+    read_target,
+)
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings
 from scripts.options import package_argv, parse_serve
@@ -52,10 +59,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         inference = read_address(config, "inference", args.host, args.port)
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
-        gateway = make_gateway(args, config, inference, management) if args.gateway else None
-        environ = listen(config, inference, management, metrics, gateway)
+        environ = listen(config, inference, management, metrics)
         java = find_java()
         store = read_path(config, "model_store")
+        given = find_archives(args)
+        served = [*args.models, *given.values()]
+        gateway = None
+        if args.gateway:
+            gateway = make_gateway(args, served, config, inference, management)
         stale = [model for model in args.models if not find_current(model, args, store)]
         if stale and (status := package_apart(package_argv(args, stale))):
             return status  # it has said why
@@ -63,28 +74,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             for line in describe_differences(model, args):
                 if model not in stale:  # for those, packaging has said it
                     print(line, file=sys.stderr)
+        archives = {
+            archive_path(name, args, store): model_config(name, args) for name in args.models
+        }
+        archives |= {archive: given_config(archive, args) for archive in given}
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    environ["TS_MODEL_STORE"] = str(store)
     if args.device == "cpu":
         environ["TS_NUMBER_OF_GPU"] = "0"
 
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
-    archives = [store / f"{model}.mar" for model in args.models]
     server = TorchServe(java, config, archives, environ)
     try:
         server.start()
-        wait_until_ready(server, management, args.models, stop)
+        wait_until_ready(server, management, served, stop)
         if not stop.is_set():
             if gateway:
                 gateway.start()
             seconds = time.monotonic() - started
-            print(banner(args, inference, management, metrics, seconds, gateway), flush=True)
+            print(banner(served, inference, management, metrics, seconds, gateway), flush=True)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
@@ -109,7 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_gateway(
-    args: Namespace, config: dict[str, str], inference: Address, management: Address
+    args: Namespace,
+    served: Sequence[str],
+    config: dict[str, str],
+    inference: Address,
+    management: Address,
 ) -> Gateway:
     """The gateway to what is served here, where GATEWAY_ variables say nothing else.
 
@@ -118,11 +135,19 @@ def make_gateway(
     here = {
         "GATEWAY_UPSTREAMS": inference.url.removeprefix("http://"),
         "GATEWAY_MANAGEMENT": management.url.removeprefix("http://"),
-        "GATEWAY_MODELS": ",".join(args.models),
+        "GATEWAY_MODELS": ",".join(dict.fromkeys(name.partition("/")[0] for name in served)),
         "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
     }
     port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
-    return Gateway(GatewaySettings.load(here | os.environ | port))
+    gateway = Gateway(GatewaySettings.load(here | os.environ | port))
+    check_ports(
+        {
+            "predictions (--port)": (inference.host, inference.port),
+            "management (--management-port)": (management.host, management.port),
+            "the gateway (--gateway-port)": gateway.address,
+        }
+    )
+    return gateway
 
 
 def check_server_settings(config: dict[str, str]) -> None:
@@ -142,13 +167,9 @@ def check_server_settings(config: dict[str, str]) -> None:
 
 
 def listen(
-    config: dict[str, str],
-    inference: Address,
-    management: Address,
-    metrics: Address,
-    gateway: Gateway | None = None,
+    config: dict[str, str], inference: Address, management: Address, metrics: Address
 ) -> dict[str, str]:
-    """Check the five ports, and the gateway's, and give the variables that make TorchServe use them.
+    """Check the five ports, and give the variables that make TorchServe use them.
 
     Raises SetupError for a port that is taken.
     """
@@ -166,7 +187,6 @@ def listen(
             "metrics (--metrics-port)": (metrics.host, metrics.port),
             "gRPC predictions (follows --port)": grpc["inference"],
             "gRPC management (follows --management-port)": grpc["management"],
-            **({"the gateway (--gateway-port)": gateway.address} if gateway else {}),
         }
     )
     return {
@@ -177,6 +197,26 @@ def listen(
         "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
         "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
     }
+
+
+def find_archives(args: Namespace) -> dict[Path, str]:
+    """The archives of `--archive` with the MODEL/VERSION that each is served under.
+
+    Raises SetupError for one that is missing, or has a version that is served already.
+    """
+    targets = {f"{model}/{args.version}" for model in args.models}
+    found: dict[Path, str] = {}
+    for name in args.archives:
+        path = Path(name)
+        archives = sorted(path.glob("*.mar")) if path.is_dir() else [path]
+        if not archives:
+            raise SetupError(f"--archive: there is no .mar file in {path}")
+        for archive in archives:
+            found[archive] = target = read_target(archive)
+            if target in targets:
+                raise SetupError(f"--archive: {archive} is {target}, which is served already")
+            targets.add(target)
+    return found
 
 
 def package_apart(argv: Sequence[str]) -> int:
@@ -236,7 +276,7 @@ def wait_until_ready(
 
 
 def banner(
-    args: Namespace,
+    served: Sequence[str],
     inference: Address,
     management: Address,
     metrics: Address,
@@ -246,7 +286,7 @@ def banner(
     """What people need next, with lines that work when pasted."""
     example = shlex.quote(os.path.relpath(EXAMPLE))
     lines = []
-    for model in args.models:
+    for model in served:
         info = healthcheck.describe(management.url, model, "?customized=true", timeout=30) or {}
         facts = info["customizedMetadata"]
         workers = info["minWorkers"]

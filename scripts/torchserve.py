@@ -8,16 +8,21 @@ import socket
 import subprocess
 import sys
 import tempfile
+import zipfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ts
+import yaml
 
 from handler.errors import InvalidSettings, SetupError
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
+CONFIG_FILE = "model-config.yaml"  # in an archive
 SERVER_HOME = Path(ts.__file__).parent.parent
 FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
 CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_archive.py
@@ -176,13 +181,41 @@ def make_folder() -> str:
     return folder
 
 
+def dump_config(config: dict[str, Any]) -> str:
+    """A model's configuration as the YAML that an archive holds."""
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def unpack(archive: Path, config: dict[str, Any] | None, folder: Path) -> Path:
+    """Lay an archive out in `folder`, with this configuration in place of its own unless None.
+
+    TorchServe takes such a folder as it takes an archive, and does not unpack it again.
+    Raises SetupError.
+    """
+    unpacked = folder / archive.stem
+    try:
+        unpacked.mkdir(parents=True)
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(unpacked)
+        if config is not None:
+            (unpacked / CONFIG_FILE).write_text(dump_config(config), "utf-8")
+    except (OSError, zipfile.BadZipFile) as exc:
+        raise SetupError(f"{archive} cannot be unpacked in {folder}: {exc}") from exc
+    return unpacked
+
+
 class TorchServe:
     """One TorchServe with its workers, in a process group and a folder of their own."""
 
     def __init__(
-        self, java: Path, config: dict[str, str], archives: list[Path], environ: dict[str, str]
+        self,
+        java: Path,
+        config: dict[str, str],
+        archives: Mapping[Path, dict[str, Any] | None],
+        environ: dict[str, str],
     ) -> None:
-        """`environ` has the TS_ variables that go over config.properties."""
+        """`archives` has the configuration of each model, None for the one in the archive;
+        `environ` the TS_ variables that go over config.properties."""
         self._java = java
         self._config = config
         self._archives = archives
@@ -197,6 +230,9 @@ class TorchServe:
         stays around as a process.
         """
         self._folder = make_folder()
+        # What is served is a copy: no start changes an archive, or is changed by another start.
+        store = Path(self._folder, "store")
+        models = [unpack(archive, config, store) for archive, config in self._archives.items()]
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
             self._java,
@@ -209,15 +245,16 @@ class TorchServe:
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
             *("-f", CONFIG),
-            *("-s", self._archives[0].parent),
+            *("-s", store),
             "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
-            *("-m", *(f"{archive.stem}={archive.name}" for archive in self._archives)),
+            *("-m", *(model.name for model in models)),  # served under the names in them
         ]
         environ = os.environ | {
             "TEMP": self._folder,
             "TMPDIR": self._folder,
             "LOG_LOCATION": self._folder,
             "METRICS_LOCATION": self._folder,
+            "TS_MODEL_STORE": str(store),
             # The handler reads JSON itself; TorchServe's worker would log a traceback for each
             # malformed body. Workers see this variable, not the key of config.properties.
             "TS_DECODE_INPUT_REQUEST": "false",

@@ -41,8 +41,8 @@ def main() -> int:
     archive = make_archive(folder, Path(os.environ["BENCHMARK_MODEL_DIR"]) / "model-config.yaml")
     config = read_config()
     addresses = [Address("127.0.0.1", PORT + offset) for offset in range(3)]
-    environ = listen(config, *addresses) | {"TS_MODEL_STORE": str(folder), "TS_NUMBER_OF_GPU": "0"}
-    server = TorchServe(find_java(), config, [archive], environ)
+    environ = listen(config, *addresses) | {"TS_NUMBER_OF_GPU": "0"}
+    server = TorchServe(find_java(), config, {archive: None}, environ)
     try:
         server.start()
         while not stop.wait(0.2) and server.exit_status() is None:

@@ -338,7 +338,7 @@ def listen(settings: GatewaySettings) -> str:
 
 
 def tls(settings: GatewaySettings) -> str:
-    """TLS 1.2 with forward secrecy and 1.3; Mozilla's "intermediate" list without its DHE suites."""
+    """TLS 1.3, and 1.2 with forward secrecy: Mozilla's "intermediate" list without DHE."""
     if not settings.tls_certificate:
         return ""
     ciphers = ":".join(

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -32,6 +33,7 @@ PACKAGES = "nginx libnginx-mod-http-js"  # Debian's and Ubuntu's names
 MODULE = "ngx_http_js_module.so"
 PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
 POLL_SECONDS = 0.2
+RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
 MAX_STOP_SECONDS = 30
 
 
@@ -89,6 +91,7 @@ class Gateway:
         self._settings = settings
         self._nginx, self._module = find_nginx()
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
+        self._resolved: tuple[float, list[str]] = (-RESOLVE_SECONDS, [])
         self._seen = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -137,33 +140,45 @@ class Gateway:
         path.with_suffix(".new").write_text(config, "utf-8")
         path.with_suffix(".new").replace(path)
 
-    def _stamp(self) -> tuple[int, ...]:
-        """What changes with the keys file."""
+    def _stamp(self) -> tuple[object, ...]:
+        """What changes with the keys file, and with the replicas."""
+        addresses = self._addresses()
         try:
             stat = self._settings.keys_file.stat() if self._settings.keys_file else None
         except OSError:
-            return (0,)
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino) if stat else ()
+            return (0, *addresses)
+        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, *addresses) if stat else (*addresses,)
+
+    def _addresses(self) -> list[str]:
+        """The replicas, as they were last found."""
+        looked, found = self._resolved
+        if time.monotonic() - looked >= RESOLVE_SECONDS:
+            with suppress(SetupError):
+                settings = self._settings
+                found = sorted(settings.addresses("upstreams") + settings.addresses("management"))
+            self._resolved = (time.monotonic(), found)
+        return found
 
     def check(self) -> None:
-        """To be called again and again: take in a keys file that has changed.
+        """To be called again and again: take in a keys file, or replicas, that have changed.
 
-        One that is broken leaves the keys as they were. Raises GatewayEnded.
+        What is broken leaves them as they were. Raises GatewayEnded.
         """
         if self._process is None:
             return
         if (status := self._process.poll()) is not None:
             raise GatewayEnded(f"nginx ended with status {status}")
         stamp = self._stamp()
-        if stamp == self._seen or self._settings.keys_file is None:
+        if stamp == self._seen:
             return
         self._seen = stamp
         try:
-            self._clients = read_keys(self._settings.keys_file)
+            if self._settings.keys_file:
+                self._clients = read_keys(self._settings.keys_file)
+            self._write()
         except SetupError as exc:
-            print(f"error: {exc}; the keys stay as they were", file=sys.stderr, flush=True)
+            print(f"error: {exc}; all stays as it was", file=sys.stderr, flush=True)
             return
-        self._write()
         self._process.send_signal(signal.SIGHUP)
 
     @property

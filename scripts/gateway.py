@@ -112,6 +112,8 @@ class Gateway:
             )
             if checked.returncode != 0:
                 raise SetupError(f"nginx refuses its configuration: {checked.stderr.strip()}")
+            pid_file = self._folder / "nginx.pid"
+            pid_file.unlink(missing_ok=True)  # the check leaves one
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -123,7 +125,7 @@ class Gateway:
             self._log = threading.Thread(target=copy_lines, args=(reader,))
             self._log.start()
         deadline = time.monotonic() + 10
-        while not (self._folder / "nginx.pid").exists():
+        while not pid_file.exists():  # it is written when nginx listens
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -190,6 +191,8 @@ class Gateway:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
                 self._process.terminate()
                 self._process.wait()
+            with suppress(ProcessLookupError):  # workers outlive a master that was killed
+                os.killpg(self._process.pid, signal.SIGKILL)
         if self._log is not None:
             self._log.join()
         if self._folder != Path():

@@ -115,6 +115,8 @@ class Gateway:
             )
             if checked.returncode != 0:
                 raise SetupError(f"nginx refuses its configuration: {checked.stderr.strip()}")
+            pid_file = self._folder / "nginx.pid"
+            pid_file.unlink(missing_ok=True)  # the check leaves one
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -126,7 +128,7 @@ class Gateway:
             self._log = threading.Thread(target=copy_lines, args=(reader,))
             self._log.start()
         deadline = time.monotonic() + 10
-        while not (self._folder / "nginx.pid").exists():
+        while not pid_file.exists():  # it is written when nginx listens
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)
@@ -203,6 +205,8 @@ class Gateway:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
                 self._process.terminate()
                 self._process.wait()
+            with suppress(ProcessLookupError):  # workers outlive a master that was killed
+                os.killpg(self._process.pid, signal.SIGKILL)
         if self._log is not None:
             self._log.join()
         if self._folder != Path():

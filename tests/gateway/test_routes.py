@@ -71,7 +71,6 @@ PREDICTIONS: dict[str, dict[str, Any]] = {
 def test_predict(gateway: Served, form: str) -> None:
     answer = requests.post(f"{gateway.url}/predict", **PREDICTIONS[form], timeout=TIMEOUT)
     assert best(answer) == "red"
-    assert answer.reason == "OK"
     assert answer.headers["X-Model-Version"] == answer.json()["metadata"]["version"] == "1.0"
     assert answer.headers["X-Request-ID"] == answer.json()["metadata"]["request_id"]
 
@@ -185,7 +184,7 @@ def test_nothing_else_is_reachable(gateway: Served, path: str, method: str) -> N
     elif method == "POST" and answer.status_code == 405:
         assert answer.headers["Allow"] == "GET, HEAD"
     else:
-        check_error(answer, 400 if "%00" in path and "?" not in path else 404)
+        check_error(answer, 400 if path.startswith("/..") else 404)
 
 
 @pytest.mark.parametrize(

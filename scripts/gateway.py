@@ -179,7 +179,11 @@ class Gateway:
                 self._clients = read_keys(self._settings.keys_file)
             self._write()
         except SetupError as exc:
-            print(f"error: {exc}; all stays as it was", file=sys.stderr, flush=True)
+            print(
+                f"error: {exc}; the keys stay as they were, as do the replicas",
+                file=sys.stderr,
+                flush=True,
+            )
             return
         self._process.send_signal(signal.SIGHUP)
 

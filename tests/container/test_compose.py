@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from scripts import healthcheck
 from scripts.gateway_settings import GatewaySettings
 from scripts.options import parse_serve
 from scripts.torchserve import read_address, read_config
@@ -89,6 +90,16 @@ def test_commands_are_those_of_the_code(name: str) -> None:
         assert (script, options) == ("scripts/gateway.py", [])
 
 
+def test_the_gateways_health_check_is_an_option_of_the_script(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    exec_form, python, script, *options = SERVICES["gateway"]["healthcheck"]["test"]
+    assert (exec_form, python, script) == ("CMD", "python", "scripts/healthcheck.py")
+    with pytest.raises(SystemExit):
+        healthcheck.main([*options, "--help"])
+    assert all(option in capsys.readouterr().out for option in options)
+
+
 @each_of_ours
 def test_variables_are_known_to_the_code(name: str) -> None:
     check_variables(SERVICES[name]["environment"])
@@ -109,7 +120,7 @@ def test_addresses_are_those_that_services_listen_on(monkeypatch: pytest.MonkeyP
     assert gateway["GATEWAY_MANAGEMENT"] == f"replica:{listens['management'].port}"
     (port,) = SERVICES["gateway"]["ports"]
     assert port.endswith(f":{GatewaySettings.port}:{GatewaySettings.port}")
-    assert f":{GatewaySettings.port}/health" in SERVICES["gateway"]["healthcheck"]["test"][-1]
+    assert "GATEWAY_PORT" not in gateway
 
     prometheus = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-compose.yml").read_text())
     (job,) = prometheus["scrape_configs"]

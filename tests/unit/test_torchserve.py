@@ -16,13 +16,13 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import torchserve
+from scripts.ports import check_ports
 from scripts.torchserve import (
     CONFIG,
     CONFIG_KEYS,
     MODEL_CONFIG_KEYS,
     Address,
     TorchServe,
-    check_ports,
     find_java,
     read_address,
     read_config,

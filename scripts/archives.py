@@ -18,17 +18,24 @@ from typing import Any
 
 import yaml
 
-from handler.errors import InvalidSettings, SetupError
+from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.settings import Settings
-from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number, usable_gpus
+from scripts.options import DEFAULT_VERSION
+from scripts.torchserve import (
+    CONFIG_FILE,
+    MODEL_CONFIG_KEYS,
+    ROOT,
+    dump_config,
+    read_config,
+    read_number,
+    usable_gpus,
+)
 from scripts.tuned import find_tuned
 
 HANDLER = ROOT / "handler"
 SCRIPTS = ROOT / "scripts"
-CONFIG_FILE = "model-config.yaml"
-MODEL_VERSION = "1.0"
 LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
 SEED = 0  # of untrained weights
 
@@ -36,12 +43,11 @@ SEED = 0  # of untrained weights
 def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     """The archive of a model, where the same inputs as now have made it.
 
-    Where its configuration alone differs, the new one is put in. None where there is any doubt:
-    scripts/package.py then makes the archive, or says what is wrong. Raises InvalidSettings where
-    settings do not go together with an archive that is up to date, and SetupError where it cannot
-    be written.
+    Its configuration, which is put in when it is served, may be another. None where there is any
+    doubt: scripts/package.py then makes the archive, or says what is wrong. Raises InvalidSettings
+    where settings do not go together with an archive that is up to date.
     """
-    archive = store / f"{model}.mar"
+    archive = archive_path(model, options, store)
     card = read_card(archive)
     if card is None:
         return None
@@ -66,8 +72,26 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     if not current:
         return None
     check_limits(settings, config, card.labels, read_config())
-    configure(archive, config)
     return archive
+
+
+def archive_path(model: str, options: Namespace, store: Path) -> Path:
+    """Where the archive of a model is: versions that are not the default have it in the name."""
+    other = options.version != DEFAULT_VERSION
+    return store / (f"{model}-{options.version}.mar" if other else f"{model}.mar")
+
+
+def read_target(archive: Path) -> str:
+    """The name and version, as MODEL/VERSION, that an archive is served under.
+
+    Raises InvalidModel where it is no archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
+            return f"{model['modelName']}/{model['modelVersion']}"
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as exc:
+        raise InvalidModel(f"{archive} cannot be read as a model archive") from exc
 
 
 def _expected_weights(model: str, choice: str | None, card: ModelCard) -> WeightsFacts | None:
@@ -117,7 +141,7 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
     labels = Path(options.labels) if options.labels else None
     inputs = {
         "code": {path.name: path.read_text("utf-8") for path in _code()},
-        "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
+        "model": [model, options.version, options.recipe, weights.name, weights.sha256],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
         "int8": _calibration_facts(options),
         "config": has_openvino(config),
@@ -158,11 +182,6 @@ def read_digest(archive: Path) -> str | None:
     """What an existing archive was made from; None where there is none or it is damaged."""
     card = read_card(archive)
     return card.inputs_sha256 if card else None
-
-
-def dump_config(config: dict[str, Any]) -> str:
-    """A configuration as the YAML that an archive holds."""
-    return str(yaml.safe_dump(config, sort_keys=False))
 
 
 def has_openvino(config: dict[str, Any]) -> bool:
@@ -208,6 +227,34 @@ def model_config(model: str, options: Namespace) -> dict[str, Any]:
     if tuned := find_tuned(model, options):
         handler |= asdict(tuned.handler)
         options = tuned.fill_in(options)
+    return _under_options(config | {"handler": handler}, options, asked)
+
+
+def given_config(archive: Path, options: Namespace) -> dict[str, Any]:
+    """The configuration of an archive that is given: its own, the options of this start.
+
+    Raises InvalidModel for an archive of others', InvalidSettings where its own settings, those of
+    the start and its labels do not go together.
+    """
+    card = read_card(archive)
+    if card is None:
+        raise InvalidModel(f"{archive} is damaged, or was not made by scripts/package.py")
+    with zipfile.ZipFile(archive) as content:
+        config = yaml.safe_load(content.read(CONFIG_FILE))
+    config = _under_options(config, options, options)
+    settings = Settings.load(config["handler"])
+    if not (card.weights.trained or settings.allow_untrained):
+        raise InvalidSettings(
+            f"{archive.name} is untrained, and allow_untrained is false (CLASSIFIER_ENV is "
+            f"{settings.env})"
+        )
+    check_limits(settings, config, card.labels, read_config())
+    return config
+
+
+def _under_options(config: dict[str, Any], options: Namespace, asked: Namespace) -> dict[str, Any]:
+    """A configuration with options over it; `asked` are those that were given, not tuned."""
+    config, handler = dict(config), dict(config["handler"])
     if options.batch_size:
         config["batchSize"] = options.batch_size
     if options.max_batch_delay_ms:

@@ -10,14 +10,17 @@ from typing import Any
 
 import requests
 
+from handler.errors import SetupError
+from scripts.gateway_settings import GatewaySettings
+
 TIMEOUT_SECONDS = 5
 
 
-def get(url: str, timeout: float) -> requests.Response:
+def get(url: str, timeout: float, verify: bool = True) -> requests.Response:
     """GET on a connection of its own, past any proxy of the environment."""
     with requests.Session() as session:
         session.trust_env = False
-        return session.get(url, timeout=timeout)
+        return session.get(url, timeout=timeout, verify=verify)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
     )
+    parser.add_argument(
+        "--gateway",
+        action="store_true",
+        help="ask the gateway that the GATEWAY_ variables describe for its /health instead",
+    )
     args = parser.parse_args(argv)
+    if args.gateway:
+        return check_gateway()
     try:
         models = args.models or registered_models(args.management)
         states = {model: describe(args.management, model) for model in models}
@@ -39,6 +49,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     for model, state in states.items():
         print(f"{model}: {summary(state)}")
     return 0 if all(is_ready(state) for state in states.values()) else 1
+
+
+def check_gateway() -> int:
+    """0 where the gateway says that all models are ready."""
+    try:
+        url = f"{GatewaySettings.load().url}/health"
+        # On loopback, under whatever name its certificate has.
+        response = get(url, timeout=TIMEOUT_SECONDS, verify=False)
+    except SetupError as exc:
+        print(exc)
+        return 1
+    except requests.RequestException as exc:
+        print(f"{url} does not answer: {type(exc).__name__}")
+        return 1
+    print(response.text)
+    return 0 if response.ok else 1
 
 
 def registered_models(management: str) -> list[str]:

@@ -85,12 +85,23 @@ def _for_people(facts: dict[str, Any]) -> str:
     cause = facts.pop("cause", None)
     if event == "request":
         words = _request(facts)
+    elif event == "gateway":
+        words = _gateway(facts)
     else:
         message = facts.pop("message", None)
         pairs = [f"{name}={value}" for name, value in facts.items() if value not in (None, "")]
         words = " ".join([f"{event}: {message}" if message else event, *pairs])
     head = f"{time:%H:%M:%S}.{time.microsecond // 1000:03} {level:<7} {words}"
     return "\n".join([head, *(cause or "").splitlines()])
+
+
+def _gateway(facts: dict[str, Any]) -> str:
+    """Status, what was asked for, by whom, and the id under which to look for more."""
+    client = facts["client"] or facts["address"]
+    return (
+        f"{facts['status']} {facts['method']} {facts['path']}  {facts['seconds'] * 1000:.1f} ms  "
+        f"{client}  {facts['request_id']}"
+    )
 
 
 def _request(facts: dict[str, Any]) -> str:

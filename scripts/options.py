@@ -1,9 +1,11 @@
 """Command-line options. Standard library only: --help and mistakes need no set-up."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 
 DEFAULT_MODEL = "mobilenet_v2"
+DEFAULT_VERSION = "1.0"
 RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (1, 10_000)}
 
 
@@ -12,6 +14,15 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser("./scripts/serve", "Package models and serve them with TorchServe.")
     add_model_options(parser)
     _add_tuned(parser)
+    parser.add_argument(
+        "--archive",
+        action="append",
+        dest="archives",
+        metavar="FILE|DIR",
+        help="an archive to serve as it is, or all in a folder; in place of the default model, or "
+        "beside --model, such as another version of it; repeatable (default: none)",
+        default=argparse.SUPPRESS,
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host",
@@ -38,6 +49,19 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="one JSON object a line, or lines for people (default: text at a terminal, else json)",
         default=argparse.SUPPRESS,
     )
+    gateway = parser.add_argument_group("gateway")
+    gateway.add_argument(
+        "--gateway",
+        action="store_true",
+        help="start nginx in front of TorchServe as well; GATEWAY_ variables are its settings",
+    )
+    gateway.add_argument(
+        "--gateway-port",
+        metavar="PORT",
+        type=number(1, 65535),
+        help="(default: GATEWAY_PORT, 8000)",
+        default=argparse.SUPPRESS,
+    )
     parser.add_argument(
         "--torch",
         default="auto",
@@ -46,8 +70,12 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "and PyTorch's own index answers, else the default build",
     )
     args = parser.parse_args(argv)
-    for name in ("host", "port", "management_port", "metrics_port", "log_format"):
+    optional = "host port management_port metrics_port log_format gateway_port"
+    for name in optional.split():
         setattr(args, name, getattr(args, name, None))
+    args.archives = getattr(args, "archives", [])
+    if args.gateway_port and not args.gateway:
+        parser.error("--gateway-port goes with --gateway")
     check_model_options(parser, args)
     return args
 
@@ -57,6 +85,13 @@ def parse_package(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser("scripts/package.py", "Make model_store/{model}.mar.")
     add_model_options(parser)
     _add_tuned(parser)
+    parser.add_argument(
+        "--version",
+        type=_version,
+        help="of the archive; another than the default makes {model}-{version}.mar, which "
+        "./scripts/serve --archive serves beside",
+        default=DEFAULT_VERSION,
+    )
     args = parser.parse_args(argv)
     check_model_options(parser, args)
     return args
@@ -182,13 +217,19 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what cannot go together."""
+    args.version = getattr(args, "version", DEFAULT_VERSION)
     optional = """
         models weights recipe labels device_ids calibration workers_per_gpu batch_size
         max_batch_delay_ms tuned
     """
     for name in optional.split():
         setattr(args, name, getattr(args, name, None))
-    args.models = list(dict.fromkeys(args.models or [DEFAULT_MODEL]))
+    default = [] if getattr(args, "archives", None) else [DEFAULT_MODEL]
+    args.models = list(dict.fromkeys(args.models or default))
+    if not args.models:
+        for name in "weights recipe labels calibration tuned".split():
+            if getattr(args, name):
+                parser.error(f"--{name} is for making an archive, and --archive has one made")
     if args.device == "cpu" and (args.device_ids or args.workers_per_gpu):
         parser.error("--device-ids and --workers-per-gpu are for GPUs, and --device is cpu")
     own = args.weights not in (None, "pretrained", "untrained")
@@ -241,6 +282,14 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
     return share
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", text):
+        raise argparse.ArgumentTypeError(
+            f"must be at most 32 letters, digits, dots, dashes and underscores, got {text!r}"
+        )
+    return text
 
 
 def _host(text: str) -> str:

@@ -32,14 +32,12 @@ from handler.networks import (
 )
 from handler.settings import Settings
 from scripts.archives import (
-    CONFIG_FILE,
     HANDLER,
     LIBRARIES,
-    MODEL_VERSION,
+    archive_path,
     check_limits,
     configure,
     digest,
-    dump_config,
     find_current,
     has_openvino,
     model_config,
@@ -50,7 +48,7 @@ from scripts.calibration import read_calibration
 from scripts.conversion import to_openvino
 from scripts.options import parse_package
 from scripts.quantization import check_images, import_nncf, quantize
-from scripts.torchserve import read_config, read_path
+from scripts.torchserve import CONFIG_FILE, dump_config, read_config, read_path
 from scripts.tuned import describe_differences
 from scripts.weights import (
     DownloadFailed,
@@ -88,6 +86,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     """
     current = find_current(model, options, out_dir)
     if current is not None:
+        configure(current, model_config(model, options))
         return current
     recipe = get_recipe(model, options.recipe)
     transform = input_transform(recipe)
@@ -103,7 +102,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         import_nncf()
         calibration = read_calibration(Path(options.calibration), transform, settings)
         check_images(calibration.images, calibration.labels)
-    archive = out_dir / f"{model}.mar"
+    archive = archive_path(model, options, out_dir)
     source = choose_weights(model, recipe, options.weights)
     if not source.facts.trained and not settings.allow_untrained:
         raise InvalidSettings(
@@ -152,6 +151,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
             made = _archive(
                 Path(folder),
                 model,
+                options.version,
                 card,
                 state,
                 {OPENVINO_FILE: converted, INT8_FILE: int8},
@@ -217,6 +217,7 @@ def check_precision(settings: Settings, options: Namespace, for_openvino: bool) 
 def _archive(
     folder: Path,
     model: str,
+    version: str,
     card: ModelCard,
     state: dict[str, torch.Tensor],
     converted: Mapping[str, openvino.Model | None],
@@ -241,7 +242,7 @@ def _archive(
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),
         *("--model-name", model),
-        *("--version", MODEL_VERSION),
+        *("--version", version),
         *("--handler", package_dir / "image_classifier.py"),
         *("--serialized-file", folder / WEIGHTS_FILE),
         *("--extra-files", stage),

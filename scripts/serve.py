@@ -1,13 +1,14 @@
 """Package the models, start TorchServe in the foreground, say when it is ready, stop it cleanly."""
 
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from threading import Event
 
 import requests
@@ -15,18 +16,28 @@ import requests
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import count_gpus
 from scripts import healthcheck
-from scripts.archives import check_device_ids, find_current, model_config
+from scripts.archives import (
+    archive_path,
+    check_device_ids,
+    find_current,
+    given_config,
+    model_config,
+    read_target,
+)
+from scripts.banner import announce
+from scripts.gateway import Gateway, GatewayEnded
+from scripts.gateway_settings import GatewaySettings
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
+from scripts.ports import check_ports
 from scripts.torchserve import (
     ROOT,
-    Address,
+    Addresses,
     TorchServe,
     check_gpus,
-    check_ports,
     find_java,
     gpu_environment,
-    read_address,
+    read_addresses,
     read_config,
     read_number,
     read_path,
@@ -37,66 +48,58 @@ from scripts.tuned import describe_differences
 READY_SECONDS = 300
 POLL_SECONDS = 0.1
 MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
-EXAMPLE = ROOT / "examples" / "clock.jpg"
 
 
 class StartFailed(Exception):
     """TorchServe is up and a model is not; its log has the cause."""
 
 
+@dataclass(frozen=True)
+class Service:
+    """What is about to run, checked."""
+
+    server: TorchServe
+    gateway: Gateway | None
+    addresses: Addresses
+    served: list[str]  # MODEL or MODEL/VERSION, as the management port calls them
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = parse_serve(argv)
+    log = Log(args.log_format or default_form())
     for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half made is cleaned up
         signal.signal(number, signal.default_int_handler)
     try:
-        config = read_config()
-        check_server_settings(config)
-        inference = read_address(config, "inference", args.host, args.port)
-        management = read_address(config, "management", None, args.management_port)
-        metrics = read_address(config, "metrics", None, args.metrics_port)
-        environ = listen(config, inference, management, metrics)
-        if warning := check_gpus(args.device, count_gpus(), os.environ):
-            print(warning, file=sys.stderr)
-        gpus = usable_gpus(config)
-        environ |= gpu_environment(args.device, gpus, os.environ)
-        for model in args.models:
-            check_device_ids(model_config(model, args), gpus)
-        java = find_java()
-        store = read_path(config, "model_store")
-        stale = [model for model in args.models if not find_current(model, args, store)]
-        if stale and (status := package_apart(package_argv(args, stale))):
-            return status  # it has said why
-        for model in args.models:
-            for line in describe_differences(model, args):
-                if model not in stale:  # for those, packaging has said it
-                    print(line, file=sys.stderr)
+        service = prepare(args, log)
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    environ["TS_MODEL_STORE"] = str(store)
 
-    log = Log(args.log_format or default_form())
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
-    archives = [store / f"{model}.mar" for model in args.models]
-    server = TorchServe(java, config, archives, environ)
+    server, gateway = service.server, service.gateway
     try:
         server.start(log.relay)
-        wait_until_ready(server, management, args.models, stop)
+        wait_until_ready(server, service.addresses.management.url, service.served, stop)
         if not stop.is_set():
-            announce(log, args, inference, management, metrics, time.monotonic() - started)
+            if gateway:
+                gateway.start()
+            seconds = time.monotonic() - started
+            announce(log, service.served, service.addresses, gateway, seconds)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
+            if gateway:
+                gateway.check()
         log.event("INFO", "stopping")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    except (StartFailed, requests.RequestException) as exc:
+    except (StartFailed, GatewayEnded, requests.RequestException) as exc:
         log.event("ERROR", "failed", message=str(exc))
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
@@ -104,9 +107,72 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a second Ctrl-C is obeyed at once
+        if gateway:
+            gateway.stop()  # first: what it has taken in is answered
         server.stop()
     log.event("INFO", "stopped")
     return 0
+
+
+def prepare(args: Namespace, log: Log) -> Service:
+    """Check and make all that is needed before Java starts, archives included.
+
+    Raises SetupError, KeyboardInterrupt, and SystemExit where packaging has said what is wrong.
+    """
+    config = read_config()
+    check_server_settings(config)
+    addresses = read_addresses(config, args)
+    environ = listen(config, addresses)
+    if warning := check_gpus(args.device, count_gpus(), os.environ):
+        print(warning, file=sys.stderr)
+    gpus = usable_gpus(config)
+    environ |= gpu_environment(args.device, gpus, os.environ)
+    for model in args.models:
+        check_device_ids(model_config(model, args), gpus)
+    java = find_java()
+    store = read_path(config, "model_store")
+    given = find_archives(args)
+    served = [*args.models, *given.values()]
+    gateway = make_gateway(args, served, config, addresses, log) if args.gateway else None
+    stale = [model for model in args.models if not find_current(model, args, store)]
+    if stale and (status := package_apart(package_argv(args, stale))):
+        raise SystemExit(status)
+    for model in args.models:
+        for line in describe_differences(model, args):
+            if model not in stale:  # for those, packaging has said it
+                print(line, file=sys.stderr)
+    archives = {archive_path(name, args, store): model_config(name, args) for name in args.models}
+    archives |= {archive: given_config(archive, args) for archive in given}
+    return Service(TorchServe(java, config, archives, environ), gateway, addresses, served)
+
+
+def make_gateway(
+    args: Namespace,
+    served: Sequence[str],
+    config: dict[str, str],
+    addresses: Addresses,
+    log: Log,
+) -> Gateway:
+    """The gateway to what is served here, where GATEWAY_ variables say nothing else.
+
+    Raises SetupError.
+    """
+    here = {
+        "GATEWAY_UPSTREAMS": addresses.inference.url.removeprefix("http://"),
+        "GATEWAY_MANAGEMENT": addresses.management.url.removeprefix("http://"),
+        "GATEWAY_MODELS": ",".join(dict.fromkeys(name.partition("/")[0] for name in served)),
+        "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
+    }
+    port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
+    gateway = Gateway(GatewaySettings.load(here | os.environ | port), log)
+    check_ports(
+        {
+            "predictions (--port)": addresses.inference.pair,
+            "management (--management-port)": addresses.management.pair,
+            "the gateway (--gateway-port)": gateway.address,
+        }
+    )
+    return gateway
 
 
 def check_server_settings(config: dict[str, str]) -> None:
@@ -125,13 +191,12 @@ def check_server_settings(config: dict[str, str]) -> None:
         raise InvalidSettings("enable_envvars_config must be true: the options are passed that way")
 
 
-def listen(
-    config: dict[str, str], inference: Address, management: Address, metrics: Address
-) -> dict[str, str]:
+def listen(config: dict[str, str], addresses: Addresses) -> dict[str, str]:
     """Check the five ports, and give the variables that make TorchServe use them.
 
     Raises SetupError for a port that is taken.
     """
+    inference, management, metrics = addresses.inference, addresses.management, addresses.metrics
     grpc = {
         purpose: (
             config.get(f"grpc_{purpose}_address", "127.0.0.1"),
@@ -141,9 +206,9 @@ def listen(
     }
     check_ports(
         {
-            "predictions (--port)": (inference.host, inference.port),
-            "management (--management-port)": (management.host, management.port),
-            "metrics (--metrics-port)": (metrics.host, metrics.port),
+            "predictions (--port)": inference.pair,
+            "management (--management-port)": management.pair,
+            "metrics (--metrics-port)": metrics.pair,
             "gRPC predictions (follows --port)": grpc["inference"],
             "gRPC management (follows --management-port)": grpc["management"],
         }
@@ -156,6 +221,26 @@ def listen(
         "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
         "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
     }
+
+
+def find_archives(args: Namespace) -> dict[Path, str]:
+    """The archives of `--archive` with the MODEL/VERSION that each is served under.
+
+    Raises SetupError for one that is missing, or has a version that is served already.
+    """
+    targets = {f"{model}/{args.version}" for model in args.models}
+    found: dict[Path, str] = {}
+    for name in args.archives:
+        path = Path(name)
+        archives = sorted(path.glob("*.mar")) if path.is_dir() else [path]
+        if not archives:
+            raise SetupError(f"--archive: there is no .mar file in {path}")
+        for archive in archives:
+            found[archive] = target = read_target(archive)
+            if target in targets:
+                raise SetupError(f"--archive: {archive} is {target}, which is served already")
+            targets.add(target)
+    return found
 
 
 def package_apart(argv: Sequence[str]) -> int:
@@ -190,7 +275,7 @@ def ending(server: TorchServe) -> str:
 
 
 def wait_until_ready(
-    server: TorchServe, management: Address, models: Sequence[str], stop: Event
+    server: TorchServe, management: str, models: Sequence[str], stop: Event
 ) -> None:
     """Return when every model has its workers READY, or `stop` is set. Raises StartFailed."""
     deadline = time.monotonic() + READY_SECONDS
@@ -199,7 +284,7 @@ def wait_until_ready(
         if server.exit_status() is not None:
             raise StartFailed(ending(server))
         try:
-            states = {model: healthcheck.describe(management.url, model) for model in models}
+            states = {model: healthcheck.describe(management, model) for model in models}
         except requests.RequestException:
             states = {}
         if states and all(map(healthcheck.is_ready, states.values())):
@@ -212,64 +297,6 @@ def wait_until_ready(
                 raise StartFailed(f"{model} does not load: its workers end again and again")
         if time.monotonic() > deadline:
             raise StartFailed(f"not ready within {READY_SECONDS} s")
-
-
-def announce(
-    log: Log,
-    args: Namespace,
-    inference: Address,
-    management: Address,
-    metrics: Address,
-    seconds: float,
-) -> None:
-    """Say that the service is ready, in the log or to the people at the terminal."""
-    if log.form == "json":
-        log.event(
-            "INFO",
-            "ready",
-            message=f"Ready after {seconds:.1f} s.",
-            models=args.models,
-            predictions=inference.url,
-            management=management.url,
-            metrics=metrics.url,
-        )
-    if log.form == "text" or sys.stderr.isatty():
-        text = banner(args, inference, management, metrics, seconds) + "\n"
-        log.text(text) if log.form == "text" else sys.stderr.write(text)
-
-
-def banner(
-    args: Namespace, inference: Address, management: Address, metrics: Address, seconds: float
-) -> str:
-    """What people need next, with lines that work when pasted."""
-    example = shlex.quote(os.path.relpath(EXAMPLE))
-    lines = []
-    for model in args.models:
-        info = healthcheck.describe(management.url, model, "?customized=true", timeout=30) or {}
-        facts = info["customizedMetadata"]
-        workers = info["minWorkers"]
-        top_k = min(3, facts["classes"])
-        predict = f"{inference.url}/predictions/{model}"
-        described = f"{management.url}/models/{model}"
-        lines += [
-            f"{model} is ready: {workers} worker{'s' if workers > 1 else ''} on {facts['device']}, "
-            f"{facts['engine']}, weights {facts['weights']['name']}",
-            "",
-            f"  predict   curl {predict} -T {example}",
-            f"  top {top_k}     curl {predict} -F file=@{example} -F top_k={top_k}",
-            f"  info      curl '{described}?customized=true'",
-            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
-            "",
-        ]
-    lines += [f"  metrics   curl {metrics.url}/metrics", "  stop      Ctrl-C"]
-    for address, purpose in (
-        (inference, "predictions"),
-        (management, "management"),
-        (metrics, "metrics"),
-    ):
-        if address.host not in ("127.0.0.1", "localhost"):
-            lines.append(f"  {purpose} are open to the network on {address.host}: see Security")
-    return "\n".join(["", *lines, "", f"Ready after {seconds:.1f} s.", ""])
 
 
 if __name__ == "__main__":

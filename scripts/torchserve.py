@@ -4,18 +4,20 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
+import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import IO
+from typing import IO, Any
 
 import ts
+import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
@@ -23,6 +25,7 @@ from handler.machine import count_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
+CONFIG_FILE = "model-config.yaml"  # in an archive
 SERVER_HOME = Path(ts.__file__).parent.parent
 FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
 CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_archive.py
@@ -82,9 +85,22 @@ class Address:
         return f"http://{host}:{self.port}"
 
     @property
+    def pair(self) -> tuple[str, int]:
+        return self.host, self.port
+
+    @property
     def grpc_port(self) -> int:
         """1010 below, as 7070 is to 8080; above where there is no room below."""
         return self.port - 1010 if self.port - 1010 >= 1024 else self.port + 1010
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where TorchServe listens."""
+
+    inference: Address
+    management: Address
+    metrics: Address
 
 
 def read_config(path: Path = CONFIG) -> dict[str, str]:
@@ -128,31 +144,21 @@ def read_address(config: dict[str, str], key: str, host: str | None, port: int |
     return Address(host or match[1], port or int(match[2]))
 
 
+def read_addresses(config: dict[str, str], options: Namespace) -> Addresses:
+    """The addresses of config.properties under the options of ./scripts/serve."""
+    return Addresses(
+        read_address(config, "inference", options.host, options.port),
+        read_address(config, "management", None, options.management_port),
+        read_address(config, "metrics", None, options.metrics_port),
+    )
+
+
 def read_number(config: dict[str, str], key: str, default: int) -> int:
     """A number of config.properties. Raises InvalidSettings where it is none."""
     value = config.get(key, str(default))
     if not value.isascii() or not value.isdigit():
         raise InvalidSettings(f"{key} must be a whole number, got {value!r}")
     return int(value)
-
-
-def check_ports(addresses: dict[str, tuple[str, int]]) -> None:
-    """Raise SetupError for the first port that is taken; `addresses` has what each is for."""
-    seen: dict[int, str] = {}
-    for purpose, (host, port) in addresses.items():
-        if not 1 <= port <= 65535:
-            raise SetupError(f"port {port} for {purpose} is out of range")
-        if port in seen:
-            raise SetupError(f"port {port} is wanted for {seen[port]} and for {purpose}")
-        seen[port] = purpose
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except OSError as exc:
-                raise SetupError(
-                    f"{host}:{port} for {purpose} cannot be used: {exc.strerror or exc}"
-                ) from exc
 
 
 def find_java() -> Path:
@@ -221,13 +227,41 @@ def make_folder() -> str:
     return folder
 
 
+def dump_config(config: dict[str, Any]) -> str:
+    """A model's configuration as the YAML that an archive holds."""
+    return str(yaml.safe_dump(config, sort_keys=False))
+
+
+def unpack(archive: Path, config: dict[str, Any] | None, folder: Path) -> Path:
+    """Lay an archive out in `folder`, with this configuration in place of its own unless None.
+
+    TorchServe takes such a folder as it takes an archive, and does not unpack it again.
+    Raises SetupError.
+    """
+    unpacked = folder / archive.stem
+    try:
+        unpacked.mkdir(parents=True)
+        with zipfile.ZipFile(archive) as content:
+            content.extractall(unpacked)
+        if config is not None:
+            (unpacked / CONFIG_FILE).write_text(dump_config(config), "utf-8")
+    except (OSError, zipfile.BadZipFile) as exc:
+        raise SetupError(f"{archive} cannot be unpacked in {folder}: {exc}") from exc
+    return unpacked
+
+
 class TorchServe:
     """One TorchServe with its workers, in a process group and a folder of their own."""
 
     def __init__(
-        self, java: Path, config: dict[str, str], archives: list[Path], environ: dict[str, str]
+        self,
+        java: Path,
+        config: dict[str, str],
+        archives: Mapping[Path, dict[str, Any] | None],
+        environ: dict[str, str],
     ) -> None:
-        """`environ` has the TS_ variables that go over config.properties."""
+        """`archives` has the configuration of each model, None for the one in the archive;
+        `environ` the TS_ variables that go over config.properties."""
         self._java = java
         self._config = config
         self._archives = archives
@@ -244,6 +278,9 @@ class TorchServe:
         its PID file, and stays around as a process.
         """
         self._folder = make_folder()
+        # What is served is a copy: no start changes an archive, or is changed by another start.
+        store = Path(self._folder, "store")
+        models = [unpack(archive, config, store) for archive, config in self._archives.items()]
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
             self._java,
@@ -256,15 +293,16 @@ class TorchServe:
             "org.pytorch.serve.ModelServer",
             *("--python", sys.executable),
             *("-f", CONFIG),
-            *("-s", self._archives[0].parent),
+            *("-s", store),
             "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
-            *("-m", *(f"{archive.stem}={archive.name}" for archive in self._archives)),
+            *("-m", *(model.name for model in models)),  # served under the names in them
         ]
         environ = os.environ | {
             "TEMP": self._folder,
             "TMPDIR": self._folder,
             "LOG_LOCATION": self._folder,
             "METRICS_LOCATION": self._folder,
+            "TS_MODEL_STORE": str(store),
             # The handler reads JSON itself; TorchServe's worker would log a traceback for each
             # malformed body. Workers see this variable, not the key of config.properties.
             "TS_DECODE_INPUT_REQUEST": "false",

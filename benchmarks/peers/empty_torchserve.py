@@ -15,7 +15,7 @@ from model_archiver.model_packaging import generate_model_archive
 
 from benchmarks.peers.classifier import PORT
 from scripts.serve import listen
-from scripts.torchserve import Address, TorchServe, find_java, read_config
+from scripts.torchserve import Address, Addresses, TorchServe, find_java, read_config
 
 
 def make_archive(folder: Path, model_config: Path) -> Path:
@@ -41,9 +41,9 @@ def main() -> int:
     folder = Path.cwd()
     archive = make_archive(folder, Path(os.environ["BENCHMARK_MODEL_DIR"]) / "model-config.yaml")
     config = read_config()
-    addresses = [Address("127.0.0.1", PORT + offset) for offset in range(3)]
-    environ = listen(config, *addresses) | {"TS_MODEL_STORE": str(folder), "TS_NUMBER_OF_GPU": "0"}
-    server = TorchServe(find_java(), config, [archive], environ)
+    addresses = Addresses(*(Address("127.0.0.1", PORT + offset) for offset in range(3)))
+    environ = listen(config, addresses) | {"TS_NUMBER_OF_GPU": "0"}
+    server = TorchServe(find_java(), config, {archive: None}, environ)
     try:
         server.start()
         while not stop.wait(0.2) and server.exit_status() is None:

@@ -127,3 +127,28 @@ def test_somebody_else_answers(
     web.answers["/models"] = web.answers["/models/birds"] = answer
     assert check(web, *models) == 1
     assert f"{web.url} does not answer: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("status", "exit_status"), [(200, 0), (503, 1)])
+def test_the_gateway_is_asked_where_its_variables_say(
+    web: Web,
+    status: int,
+    exit_status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    web.answers["/health"] = web.text('{"status": "what it says"}', status)
+    monkeypatch.setenv("GATEWAY_PORT", web.url.rpartition(":")[2])
+    assert main(["--gateway"]) == exit_status
+    assert "what it says" in capsys.readouterr().out
+
+
+def test_a_gateway_that_does_not_answer(
+    closed_port: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GATEWAY_PORT", str(closed_port))
+    assert main(["--gateway"]) == 1
+    assert f":{closed_port}/health does not answer: ConnectionError" in capsys.readouterr().out
+    monkeypatch.setenv("GATEWAY_PORT", "0")
+    assert main(["--gateway"]) == 1
+    assert "GATEWAY_PORT must be 1 to 65535" in capsys.readouterr().out

@@ -29,6 +29,7 @@ MODEL_DEFAULTS = {
     "batch_size": None,
     "max_batch_delay_ms": None,
     "tuned": None,
+    "version": "1.0",
 }
 SERVER_DEFAULTS = {
     "host": None,
@@ -36,6 +37,9 @@ SERVER_DEFAULTS = {
     "management_port": None,
     "metrics_port": None,
     "log_format": None,
+    "gateway": False,
+    "gateway_port": None,
+    "archives": [],
     "torch": "auto",
 }
 
@@ -252,3 +256,15 @@ def test_packaging_is_told_all_that_it_understands(argv: str) -> None:
     server = "--host 0.0.0.0 --port 1 --management-port 2 --metrics-port 3 --torch cpu"
     args = parse_serve([*argv.split(), *server.split()])
     assert parse_package(package_argv(args, args.models)) == parse_package(argv.split())
+
+
+def test_given_archives_take_the_place_of_the_default_model() -> None:
+    assert parse_serve(["--archive", "a.mar", "--archive", "b"]).models == []
+    given = parse_serve(["--archive", "a.mar", "--model", "resnet50", "--weights", "w.pth"])
+    assert (given.models, given.archives) == (["resnet50"], ["a.mar"])
+
+
+def test_a_given_archive_is_not_made(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_serve(["--archive", "a.mar", "--weights", "w.pth"])
+    assert "--weights is for making an archive" in capsys.readouterr().err

@@ -31,13 +31,15 @@ from scripts.archives import (
     check_limits,
     file_facts,
     find_current,
+    given_config,
     model_config,
     read_card,
     read_digest,
     untrained_facts,
 )
-from scripts.options import parse_package
+from scripts.options import parse_package, parse_serve
 from scripts.package import main, package
+from scripts.serve import find_archives
 from scripts.torchserve import MODEL_CONFIG_KEYS
 from scripts.weights import DownloadFailed
 from tests.drawing import encode, noise, plain
@@ -218,7 +220,7 @@ def digest(
     config: dict[str, Any] | None = None,
     architecture: str = MODEL,
 ) -> str:
-    given = Namespace(recipe=recipe, labels=labels, calibration=None)
+    given = Namespace(recipe=recipe, labels=labels, calibration=None, version="1.0")
     return archives.digest(model, given, config or {"batchSize": 8}, untrained_facts(architecture))
 
 
@@ -267,7 +269,7 @@ def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
     seen = set()
     for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-        given = Namespace(recipe=None, labels=None, calibration=None)
+        given = Namespace(recipe=None, labels=None, calibration=None, version="1.0")
         seen.add(archives.digest(MODEL, given, {}, file_facts(tmp_path / name)))
     assert len(seen) == 3
 
@@ -408,10 +410,9 @@ def test_the_same_inputs_make_nothing_new(archive: Path) -> None:
     assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
-@pytest.mark.parametrize("by", [package, find_current])
-def test_a_changed_option_is_put_into_the_archive(archive: Path, built: Path, by: Any) -> None:
+def test_a_changed_option_is_put_into_the_archive(archive: Path, built: Path) -> None:
     given = options("--batch-size", "3")
-    assert by(MODEL, given, archive.parent) == archive
+    assert package(MODEL, given, archive.parent) == archive
     with zipfile.ZipFile(archive) as new, zipfile.ZipFile(built) as old:
         assert new.namelist() == old.namelist()
         differ = [name for name in new.namelist() if new.read(name) != old.read(name)]
@@ -428,7 +429,7 @@ def test_an_archive_that_cannot_be_written_is_an_error(
 
     monkeypatch.setattr(archives.tempfile, "TemporaryDirectory", refuse)
     with pytest.raises(SetupError, match=r"mar cannot be written: no space left"):
-        current(archive, "--batch-size", "3")
+        package(MODEL, options("--batch-size", "3"), archive.parent)
 
 
 def test_a_damaged_archive_is_made_again(archive: Path, built: Path) -> None:
@@ -477,8 +478,12 @@ def current(archive: Path, *argv: str) -> Path | None:
     return find_current(MODEL, options(*argv), archive.parent)
 
 
-def test_an_archive_is_known_again(archive: Path) -> None:
+def test_an_archive_is_known_again_and_left_alone(archive: Path) -> None:
+    before = archive.stat()
     assert current(archive) == archive
+    assert current(archive, "--batch-size", "3") == archive
+    after = archive.stat()
+    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
 
 
 @pytest.mark.parametrize(
@@ -585,6 +590,61 @@ def test_an_archive_is_known_again_without_torch(archive: Path) -> None:
         check=False,
     )
     assert done.stdout == "set()\n", done.stderr
+
+
+# --- Archives that are given
+
+
+def test_a_given_archive_is_served_under_the_options_of_the_start(archive: Path) -> None:
+    with zipfile.ZipFile(archive) as content:
+        own = yaml.safe_load(content.read("model-config.yaml"))
+    given = parse_serve(["--archive", str(archive), "--workers", "3", "--device", "cpu"])
+    config = given_config(archive, given)
+    assert config == own | {
+        "minWorkers": 3,
+        "maxWorkers": 3,
+        "deviceType": "cpu",
+        "handler": own["handler"] | {"device": "cpu"},
+    }
+
+
+def test_workers_of_a_given_archive_are_those_of_this_machine(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "available_cores", lambda: 7)
+    given = parse_serve(["--archive", str(archive), "--device", "cpu"])
+    assert given_config(archive, given)["minWorkers"] == 7
+
+
+def test_a_given_archive_is_held_against_the_settings(
+    archive: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = parse_serve(["--archive", str(archive), "--batch-size", "1024"])
+    with pytest.raises(InvalidSettings, match="max_response_size"):
+        given_config(archive, given)
+    monkeypatch.setenv("CLASSIFIER_ENV", "production")
+    with pytest.raises(InvalidSettings, match=r"mar is untrained.* production"):
+        given_config(archive, parse_serve(["--archive", str(archive)]))
+
+
+def test_a_given_archive_of_others_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "other.mar", "w") as content:
+        content.writestr("MAR-INF/MANIFEST.json", "{}")
+    given = parse_serve(["--archive", str(tmp_path / "other.mar")])
+    with pytest.raises(InvalidModel, match=r"other\.mar is damaged, or was not made by"):
+        given_config(tmp_path / "other.mar", given)
+
+
+def test_a_folder_stands_for_its_archives(archive: Path, tmp_path: Path) -> None:
+    given = parse_serve(["--archive", str(archive.parent)])
+    assert find_archives(given) == {archive: f"{MODEL}/1.0"}
+    for other in (["--archive", str(archive)], ["--model", MODEL]):
+        given = parse_serve(["--archive", str(archive.parent), *other])
+        with pytest.raises(SetupError, match=f"{MODEL}/1.0, which is served already"):
+            find_archives(given)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SetupError, match=r"no \.mar file in .*empty"):
+        find_archives(parse_serve(["--archive", str(tmp_path / "empty")]))
 
 
 # --- Own weights and labels
@@ -718,7 +778,11 @@ def test_an_int8_model_is_packaged_with_its_report_and_served(
 def test_digest_changes_with_the_calibration(calibration: Path, tmp_path: Path) -> None:
     def digest_of(folder: Path, agreement: float = 0.97) -> str:
         given = Namespace(
-            recipe=None, labels=None, calibration=str(folder), minimum_agreement=agreement
+            recipe=None,
+            labels=None,
+            calibration=str(folder),
+            minimum_agreement=agreement,
+            version="1.0",
         )
         return archives.digest(MODEL, given, {}, untrained_facts(MODEL))
 

@@ -16,13 +16,13 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import torchserve
+from scripts.ports import check_ports
 from scripts.torchserve import (
     CONFIG,
     CONFIG_KEYS,
     MODEL_CONFIG_KEYS,
     Address,
     TorchServe,
-    check_ports,
     find_java,
     read_address,
     read_config,
@@ -338,7 +338,11 @@ def server_of(
     folder: Path, java: str, config: dict[str, str] | None = None, **environ: str
 ) -> TorchServe:
     """Of two archives, with a script in place of Java."""
-    archives = [folder / "store" / "birds.mar", folder / "store" / "fish.mar"]
+    archives = {folder / "birds.mar": {"batchSize": 3}, folder / "fish.mar": None}
+    for archive in archives:
+        with zipfile.ZipFile(archive, "w") as content:
+            content.writestr("MAR-INF/MANIFEST.json", "{}")
+            content.writestr("model-config.yaml", "batchSize: 1\n")
     return TorchServe(script(folder / "java", java), config or {}, archives, environ)
 
 
@@ -352,9 +356,27 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert f" -XX:SharedArchiveFile={torchserve.CLASS_ARCHIVE} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
     assert f" -f {CONFIG} " in command
-    assert f" -s {tmp_path / 'store'} " in command
+    assert re.search(r" -s \S+/torchserve-\w+/store ", command)
     assert " -ncs " in command
-    assert command.endswith(" -m birds=birds.mar fish=fish.mar\n")
+    assert command.endswith(" -m birds fish\n")
+
+
+def test_what_is_served_is_a_copy_with_the_configuration_of_the_start(
+    tmp_path: Path, pipe: Pipe
+) -> None:
+    java = f"cat store/*/model-config.yaml >{pipe.path}; exec sleep 600"
+    with running(server_of(tmp_path, java)):
+        assert pipe.rest() == "batchSize: 3\nbatchSize: 1\n"
+    with zipfile.ZipFile(tmp_path / "birds.mar") as content:
+        assert content.read("model-config.yaml") == b"batchSize: 1\n"
+
+
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
+    server = server_of(tmp_path, "exit 0")
+    (tmp_path / "fish.mar").write_bytes(b"no zip")
+    with pytest.raises(SetupError, match=r"fish\.mar cannot be unpacked"):
+        server.start()
+    server.stop()
 
 
 def test_environment_of_java(tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,130 @@
+"""What deploy/container-test counts and forwards: a check that could not fail would say nothing."""
+
+import http.client
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.container.known import ROOT
+
+SCRIPT = ROOT / "deploy" / "container-test"
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    loader = SourceFileLoader("container_test", str(SCRIPT))
+    spec = spec_from_loader(loader.name, loader)
+    assert spec
+    module = module_from_spec(spec)
+    sys.modules[loader.name] = module  # its dataclasses look for it there
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def outcomes_of(script: Any, listener: socket.socket, *answers: bytes) -> list[str]:
+    """What becomes of a request for each answer, and of one more, on one connection."""
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for answer in answers:
+                data = b""
+                while not data.endswith(b"body"):
+                    data += connection.recv(4096)
+                connection.sendall(answer)
+            connection.recv(1)  # the beginning of a request that gets no answer
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    load = script.Load(container=None)
+    connection = http.client.HTTPConnection(*listener.getsockname(), timeout=10)
+    outcomes = []
+    for _ in range(len(answers) + 1):
+        reused = connection.sock is not None
+        if not reused:
+            connection.connect()
+        outcomes.append(load.request(connection, b"body", {}, reused))
+    connection.close()
+    thread.join()
+    return outcomes
+
+
+def test_an_answer_is_counted_and_a_connection_closed_between_two_requests_apart(
+    script: Any, listener: socket.socket
+) -> None:
+    assert outcomes_of(script, listener, ANSWER) == ["answered", "closed while idle"]
+
+
+def test_a_first_request_without_an_answer_is_lost(script: Any, listener: socket.socket) -> None:
+    assert outcomes_of(script, listener) == ["lost"]
+
+
+def test_half_an_answer_is_lost(script: Any, listener: socket.socket) -> None:
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(4096)
+            connection.sendall(ANSWER[:-2])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    connection = http.client.HTTPConnection(*listener.getsockname(), timeout=10)
+    connection.connect()
+    assert script.Load(container=None).request(connection, b"body", {}, False) == "lost"
+    connection.close()
+    thread.join()
+
+
+def test_another_status_is_no_answer(script: Any, listener: socket.socket) -> None:
+    refused = ANSWER.replace(b"200 OK", b"503 Unavailable")
+    assert outcomes_of(script, listener, refused)[0] == "status 503"
+
+
+def test_pips_configuration_is_forwarded(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels, index = tmp_path / "wheels", tmp_path / "index" / "simple"
+    bundle = tmp_path / "bundle.crt"
+    wheels.mkdir()
+    index.mkdir(parents=True)
+    bundle.touch()
+    listed = (
+        f":env:.cert='{bundle}'\nglobal.find-links='{wheels} /nowhere'\n"
+        f"global.extra-index-url='file://{index} https://example.org/simple'\n"
+    )
+    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
+    monkeypatch.setattr(script, "run", lambda *_, **__: listed)
+    conf = tmp_path / "pip.conf"
+    assert script.pip_mounts(tmp_path) == [
+        f"{bundle}:{bundle}:ro",
+        f"{wheels}:{wheels}:ro",
+        f"{index.parent}:{index.parent}:ro",
+        f"{conf}:/etc/pip.conf:ro",
+    ]
+    assert conf.read_text().splitlines() == [
+        "[global]",
+        f"cert = {bundle}",
+        f"find-links = {wheels} /nowhere",
+        f"extra-index-url = file://{index} https://example.org/simple",
+    ]
+
+
+def test_help_needs_nothing() -> None:
+    done = subprocess.run([SCRIPT, "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "--weights" in done.stdout

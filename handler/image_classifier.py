@@ -277,6 +277,8 @@ class ImageClassifier(BaseHandler):
             # The phrase stays empty: TorchServe loses step with the worker over non-ASCII ones.
             self.context.set_response_status(row.status, "", index)
             self.context.set_response_content_type(index, "application/json")
+            # Which version it was, and that it was us: TorchServe's own errors do not have it.
+            self.context.set_response_header(index, "X-Model-Version", self.version)
             answers.append(encode(answer))
             row.seconds["postprocess"] = perf_counter() - started
         return answers

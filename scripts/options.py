@@ -32,6 +32,19 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help=f"{purpose} (default: config.properties, {default})",
             default=argparse.SUPPRESS,
         )
+    gateway = parser.add_argument_group("gateway")
+    gateway.add_argument(
+        "--gateway",
+        action="store_true",
+        help="start nginx in front of TorchServe as well; GATEWAY_ variables are its settings",
+    )
+    gateway.add_argument(
+        "--gateway-port",
+        metavar="PORT",
+        type=number(1, 65535),
+        help="(default: GATEWAY_PORT, 8000)",
+        default=argparse.SUPPRESS,
+    )
     parser.add_argument(
         "--torch",
         default="auto",
@@ -40,8 +53,10 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "and PyTorch's own index answers, else the default build",
     )
     args = parser.parse_args(argv)
-    for name in ("host", "port", "management_port", "metrics_port"):
+    for name in ("host", "port", "management_port", "metrics_port", "gateway_port"):
         setattr(args, name, getattr(args, name, None))
+    if args.gateway_port and not args.gateway:
+        parser.error("--gateway-port goes with --gateway")
     check_model_options(parser, args)
     return args
 

@@ -15,6 +15,8 @@ import requests
 from handler.errors import InvalidSettings, SetupError
 from scripts import healthcheck
 from scripts.archives import find_current
+from scripts.gateway import Gateway, GatewayEnded
+from scripts.gateway_settings import GatewaySettings
 from scripts.options import package_argv, parse_serve
 from scripts.torchserve import (
     ROOT,
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         inference = read_address(config, "inference", args.host, args.port)
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
-        environ = listen(config, inference, management, metrics)
+        gateway = make_gateway(args, config, inference, management) if args.gateway else None
+        environ = listen(config, inference, management, metrics, gateway)
         java = find_java()
         store = read_path(config, "model_store")
         stale = [model for model in args.models if not find_current(model, args, store)]
@@ -78,25 +81,48 @@ def main(argv: Sequence[str] | None = None) -> int:
         server.start()
         wait_until_ready(server, management, args.models, stop)
         if not stop.is_set():
+            if gateway:
+                gateway.start()
             seconds = time.monotonic() - started
-            print(banner(args, inference, management, metrics, seconds), flush=True)
+            print(banner(args, inference, management, metrics, seconds, gateway), flush=True)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
+            if gateway:
+                gateway.check()
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # nobody reads our output any more
         return 1
-    except (StartFailed, requests.RequestException) as exc:
+    except (StartFailed, GatewayEnded, requests.RequestException) as exc:
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
     finally:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a second Ctrl-C is obeyed at once
+        if gateway:
+            gateway.stop()  # first: what it has taken in is answered
         server.stop()
     return 0
+
+
+def make_gateway(
+    args: Namespace, config: dict[str, str], inference: Address, management: Address
+) -> Gateway:
+    """The gateway to what is served here, where GATEWAY_ variables say nothing else.
+
+    Raises SetupError.
+    """
+    here = {
+        "GATEWAY_UPSTREAMS": inference.url.removeprefix("http://"),
+        "GATEWAY_MANAGEMENT": management.url.removeprefix("http://"),
+        "GATEWAY_MODELS": ",".join(args.models),
+        "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
+    }
+    port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
+    return Gateway(GatewaySettings.load(here | os.environ | port))
 
 
 def check_server_settings(config: dict[str, str]) -> None:
@@ -116,9 +142,13 @@ def check_server_settings(config: dict[str, str]) -> None:
 
 
 def listen(
-    config: dict[str, str], inference: Address, management: Address, metrics: Address
+    config: dict[str, str],
+    inference: Address,
+    management: Address,
+    metrics: Address,
+    gateway: Gateway | None = None,
 ) -> dict[str, str]:
-    """Check the five ports, and give the variables that make TorchServe use them.
+    """Check the five ports, and the gateway's, and give the variables that make TorchServe use them.
 
     Raises SetupError for a port that is taken.
     """
@@ -136,6 +166,7 @@ def listen(
             "metrics (--metrics-port)": (metrics.host, metrics.port),
             "gRPC predictions (follows --port)": grpc["inference"],
             "gRPC management (follows --management-port)": grpc["management"],
+            **({"the gateway (--gateway-port)": gateway.address} if gateway else {}),
         }
     )
     return {
@@ -205,7 +236,12 @@ def wait_until_ready(
 
 
 def banner(
-    args: Namespace, inference: Address, management: Address, metrics: Address, seconds: float
+    args: Namespace,
+    inference: Address,
+    management: Address,
+    metrics: Address,
+    seconds: float,
+    gateway: Gateway | None = None,
 ) -> str:
     """What people need next, with lines that work when pasted."""
     example = shlex.quote(os.path.relpath(EXAMPLE))
@@ -225,6 +261,16 @@ def banner(
             f"  top {top_k}     curl {predict} -F file=@{example} -F top_k={top_k}",
             f"  info      curl '{described}?customized=true'",
             f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
+            "",
+        ]
+    if gateway:
+        url, key = gateway.url, "-H 'X-API-Key: KEY' " if gateway.has_keys else ""
+        lines += [
+            f"The gateway is {url}/",
+            "",
+            f"  predict   curl {key}{url}/predict -F file=@{example}",
+            f"  health    curl {url}/health",
+            f"  info      curl {key}{url}/info",
             "",
         ]
     lines += [f"  metrics   curl {metrics.url}/metrics", "  stop      Ctrl-C"]

@@ -139,7 +139,7 @@ def check_ports(addresses: dict[str, tuple[str, int]]) -> None:
         if port in seen:
             raise SetupError(f"port {port} is wanted for {seen[port]} and for {purpose}")
         seen[port] = purpose
-        with socket.socket() as probe:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((host, port))

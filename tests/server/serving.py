@@ -83,7 +83,7 @@ def free_ports() -> dict[str, int]:
 
 def environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """No network, no weights of the user's, no setting of the user's, archives in `folder`."""
-    dropped = ("CLASSIFIER_", "TS_", "PYTHONPATH")
+    dropped = ("CLASSIFIER_", "GATEWAY_", "TS_", "PYTHONPATH")
     kept = {
         name: value
         for name, value in os.environ.items()

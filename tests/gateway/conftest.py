@@ -1,0 +1,58 @@
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from handler.errors import SetupError
+from scripts.gateway import find_nginx
+from tests.gateway.running import free_port
+from tests.server.conftest import colour_weights
+from tests.server.serving import Server, serving
+
+__all__ = ["colour_weights"]  # a fixture here as well
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nginx() -> str:
+    """The real one; without it there is nothing to test."""
+    try:
+        return find_nginx()[0]
+    except SetupError as exc:
+        if os.environ.get("REQUIRE_EVERYTHING"):
+            pytest.fail(str(exc))
+        pytest.skip(str(exc))
+
+
+@dataclass
+class Served:
+    """A gateway that ./scripts/serve has started, and its one TorchServe."""
+
+    url: str
+    server: Server
+
+
+@pytest.fixture(scope="session")
+def colours(colour_weights: tuple[Path, Path]) -> list[str]:
+    """Options of ./scripts/serve for the model that knows three colours."""
+    weights, labels = map(str, colour_weights)
+    return ["--weights", weights, "--labels", labels, "--device", "cpu", "--workers", "2"]
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Archives, which all servers of these tests share: packaging takes seconds."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="session")
+def gateway(
+    tmp_path_factory: pytest.TempPathFactory, nginx: str, colours: list[str], store: Path
+) -> Iterator[Served]:
+    """./scripts/serve --gateway with default settings, but no rate limit: tests are fast clients."""
+    port = free_port()
+    env = {"TS_MODEL_STORE": str(store), "GATEWAY_RATE": "0"}
+    options = [*colours, "--gateway", "--gateway-port", str(port)]
+    with serving(tmp_path_factory.mktemp("served"), *options, env=env) as server:
+        yield Served(f"http://127.0.0.1:{port}", server)

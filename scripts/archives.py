@@ -18,17 +18,17 @@ from typing import Any
 
 import yaml
 
-from handler.errors import InvalidSettings, SetupError
+from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.settings import Settings
+from scripts.options import DEFAULT_VERSION
 from scripts.torchserve import MODEL_CONFIG_KEYS, ROOT, read_config, read_number
 from scripts.tuned import find_tuned
 
 HANDLER = ROOT / "handler"
 SCRIPTS = ROOT / "scripts"
 CONFIG_FILE = "model-config.yaml"
-MODEL_VERSION = "1.0"
 LIBRARIES = ("torch", "torchvision", "openvino", "torch-model-archiver")
 SEED = 0  # of untrained weights
 
@@ -41,7 +41,7 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     settings do not go together with an archive that is up to date, and SetupError where it cannot
     be written.
     """
-    archive = store / f"{model}.mar"
+    archive = archive_path(model, options, store)
     card = read_card(archive)
     if card is None:
         return None
@@ -68,6 +68,25 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     check_limits(settings, config, card.labels, read_config())
     configure(archive, config)
     return archive
+
+
+def archive_path(model: str, options: Namespace, store: Path) -> Path:
+    """Where the archive of a model is: versions that are not the default have it in the name."""
+    other = options.version != DEFAULT_VERSION
+    return store / (f"{model}-{options.version}.mar" if other else f"{model}.mar")
+
+
+def read_target(archive: Path) -> str:
+    """The name and version, as MODEL/VERSION, that an archive is served under.
+
+    Raises InvalidModel where it is no archive.
+    """
+    try:
+        with zipfile.ZipFile(archive) as content:
+            model = json.loads(content.read("MAR-INF/MANIFEST.json"))["model"]
+            return f"{model['modelName']}/{model['modelVersion']}"
+    except (OSError, zipfile.BadZipFile, KeyError, ValueError, TypeError) as exc:
+        raise InvalidModel(f"{archive} cannot be read as a model archive") from exc
 
 
 def _expected_weights(model: str, choice: str | None, card: ModelCard) -> WeightsFacts | None:
@@ -117,7 +136,7 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
     labels = Path(options.labels) if options.labels else None
     inputs = {
         "code": {path.name: path.read_text("utf-8") for path in _code()},
-        "model": [model, MODEL_VERSION, options.recipe, weights.name, weights.sha256],
+        "model": [model, options.version, options.recipe, weights.name, weights.sha256],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
         "int8": _calibration_facts(options),
         "config": has_openvino(config),

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 
@@ -112,6 +113,8 @@ class Gateway:
             )
             if checked.returncode != 0:
                 raise SetupError(f"nginx refuses its configuration: {checked.stderr.strip()}")
+            pid_file = self._folder / "nginx.pid"
+            pid_file.unlink(missing_ok=True)  # the check leaves one
             self._process = subprocess.Popen(
                 self._command(),
                 stdin=subprocess.DEVNULL,
@@ -123,7 +126,7 @@ class Gateway:
             self._log = threading.Thread(target=copy_lines, args=(reader,))
             self._log.start()
         deadline = time.monotonic() + 10
-        while not (self._folder / "nginx.pid").exists():
+        while not pid_file.exists():  # it is written when nginx listens
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)
@@ -188,6 +191,8 @@ class Gateway:
             except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
                 self._process.terminate()
                 self._process.wait()
+            with suppress(ProcessLookupError):  # workers outlive a master that was killed
+                os.killpg(self._process.pid, signal.SIGKILL)
         if self._log is not None:
             self._log.join()
         if self._folder != Path():
@@ -338,7 +343,7 @@ def listen(settings: GatewaySettings) -> str:
 
 
 def tls(settings: GatewaySettings) -> str:
-    """TLS 1.2 with forward secrecy and 1.3; Mozilla's "intermediate" list without its DHE suites."""
+    """TLS 1.3, and 1.2 with forward secrecy: Mozilla's "intermediate" list without DHE."""
     if not settings.tls_certificate:
         return ""
     ciphers = ":".join(

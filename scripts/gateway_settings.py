@@ -173,7 +173,7 @@ class GatewaySettings:
                 answers = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
             except OSError as exc:
                 raise SetupError(f"{PREFIX}{name.upper()}: {host} is not found: {exc}") from exc
-            found |= {f"{address[0]}:{address[1]}": None for *_, address in answers}
+            found |= {f"{address[0]!s}:{port}": None for *_, address in answers}
         return list(found)
 
 

@@ -1,9 +1,11 @@
 """Command-line options. Standard library only: --help and mistakes need no set-up."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 
 DEFAULT_MODEL = "mobilenet_v2"
+DEFAULT_VERSION = "1.0"
 RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (1, 10_000)}
 
 
@@ -12,6 +14,15 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser("./scripts/serve", "Package models and serve them with TorchServe.")
     add_model_options(parser)
     _add_tuned(parser)
+    parser.add_argument(
+        "--archive",
+        action="append",
+        dest="archives",
+        metavar="FILE",
+        help="one more archive of model_store to serve as it is, such as another version of a "
+        "model; repeatable (default: none)",
+        default=argparse.SUPPRESS,
+    )
     server = parser.add_argument_group("server")
     server.add_argument(
         "--host",
@@ -55,6 +66,7 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("host", "port", "management_port", "metrics_port", "gateway_port"):
         setattr(args, name, getattr(args, name, None))
+    args.archives = getattr(args, "archives", [])
     if args.gateway_port and not args.gateway:
         parser.error("--gateway-port goes with --gateway")
     check_model_options(parser, args)
@@ -66,6 +78,13 @@ def parse_package(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _parser("scripts/package.py", "Make model_store/{model}.mar.")
     add_model_options(parser)
     _add_tuned(parser)
+    parser.add_argument(
+        "--version",
+        type=_version,
+        help="of the archive; another than the default makes {model}-{version}.mar, which "
+        "./scripts/serve --archive serves beside",
+        default=DEFAULT_VERSION,
+    )
     args = parser.parse_args(argv)
     check_model_options(parser, args)
     return args
@@ -174,6 +193,7 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
 
 def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what was not given, and refuse what cannot go together."""
+    args.version = getattr(args, "version", DEFAULT_VERSION)
     optional = "models weights recipe labels calibration batch_size max_batch_delay_ms tuned"
     for name in optional.split():
         setattr(args, name, getattr(args, name, None))
@@ -220,6 +240,14 @@ def _share(text: str) -> float:
     if not 0 <= share <= 1:
         raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
     return share
+
+
+def _version(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", text):
+        raise argparse.ArgumentTypeError(
+            f"must be at most 32 letters, digits, dots, dashes and underscores, got {text!r}"
+        )
+    return text
 
 
 def _host(text: str) -> str:

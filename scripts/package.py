@@ -35,7 +35,7 @@ from scripts.archives import (
     CONFIG_FILE,
     HANDLER,
     LIBRARIES,
-    MODEL_VERSION,
+    archive_path,
     check_limits,
     configure,
     digest,
@@ -103,7 +103,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         import_nncf()
         calibration = read_calibration(Path(options.calibration), transform, settings)
         check_images(calibration.images, calibration.labels)
-    archive = out_dir / f"{model}.mar"
+    archive = archive_path(model, options, out_dir)
     source = choose_weights(model, recipe, options.weights)
     if not source.facts.trained and not settings.allow_untrained:
         raise InvalidSettings(
@@ -152,6 +152,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
             made = _archive(
                 Path(folder),
                 model,
+                options.version,
                 card,
                 state,
                 {OPENVINO_FILE: converted, INT8_FILE: int8},
@@ -212,6 +213,7 @@ def check_precision(settings: Settings, options: Namespace, for_openvino: bool) 
 def _archive(
     folder: Path,
     model: str,
+    version: str,
     card: ModelCard,
     state: dict[str, torch.Tensor],
     converted: Mapping[str, openvino.Model | None],
@@ -236,7 +238,7 @@ def _archive(
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),
         *("--model-name", model),
-        *("--version", MODEL_VERSION),
+        *("--version", version),
         *("--handler", package_dir / "image_classifier.py"),
         *("--serialized-file", folder / WEIGHTS_FILE),
         *("--extra-files", stage),

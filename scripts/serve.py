@@ -8,13 +8,14 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from pathlib import Path
 from threading import Event
 
 import requests
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import healthcheck
-from scripts.archives import find_current
+from scripts.archives import archive_path, find_current, read_target
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings
 from scripts.options import package_argv, parse_serve
@@ -52,10 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         inference = read_address(config, "inference", args.host, args.port)
         management = read_address(config, "management", None, args.management_port)
         metrics = read_address(config, "metrics", None, args.metrics_port)
+        environ = listen(config, inference, management, metrics)
         gateway = make_gateway(args, config, inference, management) if args.gateway else None
-        environ = listen(config, inference, management, metrics, gateway)
         java = find_java()
         store = read_path(config, "model_store")
+        beside = find_archives(args, store)
         stale = [model for model in args.models if not find_current(model, args, store)]
         if stale and (status := package_apart(package_argv(args, stale))):
             return status  # it has said why
@@ -75,16 +77,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop = Event()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
-    archives = [store / f"{model}.mar" for model in args.models]
-    server = TorchServe(java, config, archives, environ)
+    archives = [archive_path(model, args, store) for model in args.models]
+    served = [*args.models, *beside.values()]
+    server = TorchServe(java, config, [*archives, *beside], environ)
     try:
         server.start()
-        wait_until_ready(server, management, args.models, stop)
+        wait_until_ready(server, management, served, stop)
         if not stop.is_set():
             if gateway:
                 gateway.start()
             seconds = time.monotonic() - started
-            print(banner(args, inference, management, metrics, seconds, gateway), flush=True)
+            print(banner(served, inference, management, metrics, seconds, gateway), flush=True)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
@@ -122,7 +125,15 @@ def make_gateway(
         "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
     }
     port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
-    return Gateway(GatewaySettings.load(here | os.environ | port))
+    gateway = Gateway(GatewaySettings.load(here | os.environ | port))
+    check_ports(
+        {
+            "predictions (--port)": (inference.host, inference.port),
+            "management (--management-port)": (management.host, management.port),
+            "the gateway (--gateway-port)": gateway.address,
+        }
+    )
+    return gateway
 
 
 def check_server_settings(config: dict[str, str]) -> None:
@@ -142,13 +153,9 @@ def check_server_settings(config: dict[str, str]) -> None:
 
 
 def listen(
-    config: dict[str, str],
-    inference: Address,
-    management: Address,
-    metrics: Address,
-    gateway: Gateway | None = None,
+    config: dict[str, str], inference: Address, management: Address, metrics: Address
 ) -> dict[str, str]:
-    """Check the five ports, and the gateway's, and give the variables that make TorchServe use them.
+    """Check the five ports, and give the variables that make TorchServe use them.
 
     Raises SetupError for a port that is taken.
     """
@@ -166,7 +173,6 @@ def listen(
             "metrics (--metrics-port)": (metrics.host, metrics.port),
             "gRPC predictions (follows --port)": grpc["inference"],
             "gRPC management (follows --management-port)": grpc["management"],
-            **({"the gateway (--gateway-port)": gateway.address} if gateway else {}),
         }
     )
     return {
@@ -177,6 +183,24 @@ def listen(
         "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
         "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
     }
+
+
+def find_archives(args: Namespace, store: Path) -> dict[Path, str]:
+    """The archives of `--archive` with the MODEL/VERSION that each is served under.
+
+    Raises SetupError for one that is not in `store`, or has a version that is served already.
+    """
+    targets = {f"{model}/{args.version}" for model in args.models}
+    found: dict[Path, str] = {}
+    for name in args.archives:
+        archive = (store / Path(name).name).resolve()
+        if archive.parent != store or not archive.is_file():
+            raise SetupError(f"--archive: {archive.name} is not in {store}")
+        found[archive] = target = read_target(archive)
+        if target in targets:
+            raise SetupError(f"--archive: {archive.name} is {target}, which is served already")
+        targets.add(target)
+    return found
 
 
 def package_apart(argv: Sequence[str]) -> int:
@@ -236,7 +260,7 @@ def wait_until_ready(
 
 
 def banner(
-    args: Namespace,
+    served: Sequence[str],
     inference: Address,
     management: Address,
     metrics: Address,
@@ -246,7 +270,7 @@ def banner(
     """What people need next, with lines that work when pasted."""
     example = shlex.quote(os.path.relpath(EXAMPLE))
     lines = []
-    for model in args.models:
+    for model in served:
         info = healthcheck.describe(management.url, model, "?customized=true", timeout=30) or {}
         facts = info["customizedMetadata"]
         workers = info["minWorkers"]

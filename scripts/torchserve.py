@@ -211,7 +211,7 @@ class TorchServe:
             *("-f", CONFIG),
             *("-s", self._archives[0].parent),
             "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
-            *("-m", *(f"{archive.stem}={archive.name}" for archive in self._archives)),
+            *("-m", *(archive.name for archive in self._archives)),  # with the names in them
         ]
         environ = os.environ | {
             "TEMP": self._folder,

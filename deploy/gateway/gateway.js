@@ -28,14 +28,10 @@ let original = '';
 
 // Errors that the handler has not made (it names its model's version) get another body.
 function reshapeHeaders(r) {
-    r.status = r.status; // with the usual words: TorchServe's status line has none
     if (r.status < 400 || r.headersOut['X-Model-Version']) {
         return;
     }
     reshaped = true;
-    if (r.status === 507) { // TorchServe's word for a worker that was killed
-        r.status = 500;
-    }
     delete r.headersOut['Content-Length'];
     r.headersOut['Content-Type'] = 'application/json';
 }

@@ -50,7 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gateway(
     tmp_path_factory: pytest.TempPathFactory, nginx: str, colours: list[str], store: Path
 ) -> Iterator[Served]:
-    """./scripts/serve --gateway with default settings, but no rate limit: tests are fast clients."""
+    """./scripts/serve --gateway with its defaults, but no rate limit: tests are fast clients."""
     port = free_port()
     env = {"TS_MODEL_STORE": str(store), "GATEWAY_RATE": "0"}
     options = [*colours, "--gateway", "--gateway-port", str(port)]

@@ -1,9 +1,185 @@
-"""The real gateway in a process of its own, and clients that load it."""
+"""The real gateway in a process of its own, always ended, and clients that load it."""
 
+import json
+import os
+import signal
 import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.server.serving import ROOT, Server, environment
+
+COMMAND = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
+START_SECONDS = 30
+STOP_SECONDS = 60
 
 
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass
+class Gateway:
+    """A running gateway and what it prints: the log on stdout, the rest on stderr."""
+
+    process: subprocess.Popen[bytes]
+    port: int
+    stdout: Path
+    stderr: Path
+    scheme: str = "http"
+
+    @property
+    def url(self) -> str:
+        return f"{self.scheme}://127.0.0.1:{self.port}"
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The log so far, without a line that is being written."""
+        text = self.stdout.read_text("utf-8")
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+
+    def line(self, request_id: str) -> dict[str, Any]:
+        """The line of one request, which is written when its answer has been sent."""
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for line in self.lines():
+                if line["request_id"] == request_id:
+                    return line
+            time.sleep(0.05)
+        raise AssertionError(f"no line of {request_id} in the log")
+
+    def stop(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(STOP_SECONDS)
+
+
+def settings(servers: Sequence[Server], **more: str) -> dict[str, str]:
+    """GATEWAY_ variables for these TorchServes; without a rate limit, unless one is given."""
+    return {
+        "GATEWAY_UPSTREAMS": ",".join(f"127.0.0.1:{server.ports['port']}" for server in servers),
+        "GATEWAY_MANAGEMENT": ",".join(
+            f"127.0.0.1:{server.ports['management-port']}" for server in servers
+        ),
+        "GATEWAY_RATE": "0",
+    } | {f"GATEWAY_{name.upper()}": value for name, value in more.items()}
+
+
+def refused(folder: Path, env: dict[str, str], *options: str) -> str:
+    """What scripts/gateway.py says when it does not start; it must end with 2, on one line."""
+    done = subprocess.run(
+        [*COMMAND, *options],
+        env=environment(folder, env),
+        capture_output=True,
+        text=True,
+        timeout=START_SECONDS,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    assert not done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    return lines[0]
+
+
+@contextmanager
+def running(folder: Path, env: dict[str, str], scheme: str = "http") -> Iterator[Gateway]:
+    """Start scripts/gateway.py, wait until it listens, and end it afterwards."""
+    port = int(env.get("GATEWAY_PORT", free_port()))
+    paths = folder / f"gateway-{port}.out", folder / f"gateway-{port}.err"
+    with paths[0].open("wb") as stdout, paths[1].open("wb") as stderr:
+        process = subprocess.Popen(
+            COMMAND,
+            env=environment(folder, env | {"GATEWAY_PORT": str(port)}),
+            stdout=stdout,
+            stderr=stderr,
+        )
+    gateway = Gateway(process, port, *paths, scheme)
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while "Gateway on" not in gateway.stderr.read_text():
+            assert process.poll() is None, gateway.stderr.read_text()
+            assert time.monotonic() < deadline, gateway.stderr.read_text()
+            time.sleep(0.02)
+        yield gateway
+    finally:
+        if process.poll() is None:
+            gateway.stop()
+        process.kill()
+
+
+@dataclass
+class Load:
+    """Clients that send one request after another, until they are told to stop."""
+
+    url: str
+    body: bytes
+    clients: int = 8
+    statuses: Counter[int] = field(default_factory=Counter)
+    failures: list[str] = field(default_factory=list)
+    answered: set[str] = field(default_factory=set)  # ids
+    versions: Counter[str] = field(default_factory=Counter)
+    ended: threading.Event = field(default_factory=threading.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __enter__(self) -> "Load":
+        self._threads = [threading.Thread(target=self._ask) for _ in range(self.clients)]
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait(self, count: int, seconds: float = 240) -> None:
+        """Until so many requests have ended, well or not."""
+        deadline = time.monotonic() + seconds
+        while self.total < count:
+            assert time.monotonic() < deadline, f"{self.total} of {count} in time"
+            time.sleep(0.02)
+
+    @property
+    def total(self) -> int:
+        return self.statuses.total() + len(self.failures)
+
+    def _ask(self) -> None:
+        with requests.Session() as session:
+            session.trust_env = False
+            while not self.ended.is_set():
+                try:
+                    answer = session.post(self.url, data=self.body, timeout=60)
+                except requests.RequestException as exc:
+                    with self.lock:
+                        self.failures.append(repr(exc))
+                    if not isinstance(exc, requests.Timeout):
+                        self.ended.wait(0.05)
+                    continue
+                with self.lock:
+                    self.statuses[answer.status_code] += 1
+                    self.answered.add(answer.headers["X-Request-ID"])
+                    if answer.status_code != 200 and len(self.failures) < 100:
+                        self.failures.append(answer.text[:300])
+
+
+def wait_for(condition: Any, seconds: float = 30) -> None:
+    """Until `condition()` is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

@@ -27,12 +27,16 @@ MODEL_DEFAULTS = {
     "batch_size": None,
     "max_batch_delay_ms": None,
     "tuned": None,
+    "version": "1.0",
 }
 SERVER_DEFAULTS = {
     "host": None,
     "port": None,
     "management_port": None,
     "metrics_port": None,
+    "gateway": False,
+    "gateway_port": None,
+    "archives": [],
     "torch": "auto",
 }
 

@@ -186,7 +186,7 @@ def digest(
     config: dict[str, Any] | None = None,
     architecture: str = MODEL,
 ) -> str:
-    given = Namespace(recipe=recipe, labels=labels, calibration=None)
+    given = Namespace(recipe=recipe, labels=labels, calibration=None, version="1.0")
     return archives.digest(model, given, config or {"batchSize": 8}, untrained_facts(architecture))
 
 
@@ -235,7 +235,7 @@ def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
     seen = set()
     for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-        given = Namespace(recipe=None, labels=None, calibration=None)
+        given = Namespace(recipe=None, labels=None, calibration=None, version="1.0")
         seen.add(archives.digest(MODEL, given, {}, file_facts(tmp_path / name)))
     assert len(seen) == 3
 
@@ -686,7 +686,11 @@ def test_an_int8_model_is_packaged_with_its_report_and_served(
 def test_digest_changes_with_the_calibration(calibration: Path, tmp_path: Path) -> None:
     def digest_of(folder: Path, agreement: float = 0.97) -> str:
         given = Namespace(
-            recipe=None, labels=None, calibration=str(folder), minimum_agreement=agreement
+            recipe=None,
+            labels=None,
+            calibration=str(folder),
+            minimum_agreement=agreement,
+            version="1.0",
         )
         return archives.digest(MODEL, given, {}, untrained_facts(MODEL))
 

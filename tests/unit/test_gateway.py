@@ -1,0 +1,192 @@
+"""Settings and keys of the gateway: what is refused, and that nothing is nginx's syntax."""
+
+import hashlib
+import re
+import socket
+from pathlib import Path
+
+import pytest
+
+from handler.errors import InvalidSettings, SetupError
+from scripts import gateway
+from scripts.gateway import render
+from scripts.gateway_settings import RANGES, Client, GatewaySettings, read_keys
+
+DIGEST = hashlib.sha256(b"key").hexdigest()
+
+
+def load(**variables: str) -> GatewaySettings:
+    return GatewaySettings.load({f"GATEWAY_{name.upper()}": v for name, v in variables.items()})
+
+
+def rendered(tmp_path: Path, clients: list[Client] | None = None, **variables: str) -> str:
+    return render(load(**variables), clients or [], tmp_path, "/dev/fd/9", "/m.so")
+
+
+def test_defaults() -> None:
+    settings = GatewaySettings.load({"PATH": "/bin"})
+    assert settings == GatewaySettings()
+    assert settings.url == "http://127.0.0.1:8000"
+
+
+INJECTIONS = ["1; }", "a\nb", 'a"b', "$uri", "a{b", "a b", "'x'", "a;b", "\\", "${model}", "é", ""]
+
+
+@pytest.mark.parametrize("value", INJECTIONS)
+@pytest.mark.parametrize(
+    "name",
+    "host port upstreams management models split tls_certificate tls_key rate burst max_concurrent "
+    "max_concurrent_per_client max_body_bytes client_timeout_seconds response_timeout_seconds "
+    "metrics_allow keys".split(),
+)
+def test_nothing_is_nginx_syntax(name: str, value: str) -> None:
+    if not value and name in ("split", "keys", "tls_certificate", "tls_key"):
+        pytest.skip("empty is the default")
+    with pytest.raises(InvalidSettings) as error:
+        load(**{name: value})
+    assert "\n" not in str(error.value)
+    assert f"GATEWAY_{name.upper()}" in str(error.value)
+
+
+@pytest.mark.parametrize("name", RANGES)
+def test_ranges(name: str) -> None:
+    low, high = RANGES[name]
+    for value in (low, high):
+        assert getattr(load(**{name: str(value)}), name) == value
+    for value in (low - 1, high + 1):
+        rule = f"GATEWAY_{name.upper()} must be {low} to {high}, got {value}"
+        with pytest.raises(InvalidSettings, match=re.escape(rule)):
+            load(**{name: str(value)})
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"rate": "1.5"}, ["GATEWAY_RATE", "whole number", "'1.5'"]),
+        ({"port": "0x50"}, ["GATEWAY_PORT", "whole number", "'0x50'"]),
+        ({"host": "localhost"}, ["GATEWAY_HOST", "IP address", "'localhost'"]),
+        ({"host": "fe80::1%eth0;"}, ["GATEWAY_HOST"]),
+        ({"upstreams": "a:1,,b:2"}, ["GATEWAY_UPSTREAMS"]),
+        ({"upstreams": "http://a:1"}, ["GATEWAY_UPSTREAMS", "HOST:PORT"]),
+        ({"management": "a:70000"}, ["GATEWAY_MANAGEMENT", "'a:70000'"]),
+        ({"models": "../m"}, ["GATEWAY_MODELS", "'../m'"]),
+        ({"split": "1.0=90,2.0=5"}, ["GATEWAY_SPLIT", "100"]),
+        ({"split": "1.0=50,1.0=50"}, ["GATEWAY_SPLIT"]),
+        ({"split": "1.0=99.5,2.0=0.5"}, ["GATEWAY_SPLIT", "whole"]),
+        ({"tls_certificate": __file__}, ["GATEWAY_TLS_KEY"]),
+        ({"keys": "/nowhere"}, ["GATEWAY_KEYS", "'/nowhere'"]),
+        ({"metrics_allow": "10.0.0.1/8"}, ["GATEWAY_METRICS_ALLOW"]),
+        ({"host": "0.0.0.0"}, ["GATEWAY_KEYS=off", "--new-key"]),
+        ({"host": "192.0.2.1"}, ["GATEWAY_KEYS=off", "192.0.2.1"]),
+    ],
+)
+def test_mistakes_are_named(variables: dict[str, str], words: list[str]) -> None:
+    with pytest.raises(InvalidSettings) as error:
+        load(**variables)
+    for word in words:
+        assert word in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["GATEWAY_PROT", "GATEWAY_port", "GATEWAY_"])
+def test_unknown_names_are_refused(name: str) -> None:
+    with pytest.raises(InvalidSettings, match=f"{name} is unknown; known: GATEWAY_HOST"):
+        GatewaySettings.load({name: "1"})
+
+
+def test_other_addresses_need_keys_or_off(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("")
+    for host in ("0.0.0.0", "::", "192.0.2.1"):
+        assert load(host=host, keys="off").keys_file is None
+        assert load(host=host, keys=str(keys)).keys_file == keys
+    for host in ("127.0.0.1", "127.9.9.9", "::1"):
+        assert load(host=host).keys_file is None
+
+
+def test_names_stand_for_all_their_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(host: str, port: int, *_: object) -> list[tuple[object, ...]]:
+        return [(0, 0, 0, "", (f"10.0.0.{i}", port)) for i in (1, 2, 1)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    assert load(upstreams="torchserve:8080").addresses("upstreams") == [
+        "10.0.0.1:8080",
+        "10.0.0.2:8080",
+    ]
+
+
+def test_a_name_that_is_not_found() -> None:
+    with pytest.raises(SetupError, match=r"GATEWAY_UPSTREAMS: nowhere\.invalid is not found"):
+        load(upstreams="nowhere.invalid:1").addresses("upstreams")
+
+
+def test_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    other = hashlib.sha256(b"other").hexdigest()
+    file.write_text(f"# who\n\nalice {DIGEST} # since May\n  bob\t{other}  disabled\n")
+    assert read_keys(file) == [Client("alice", DIGEST), Client("bob", other, disabled=True)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "alice",
+        "alice key-in-clear",
+        f"alice {DIGEST[:-1]}",
+        f"alice {DIGEST.upper()}",
+        f"alice {DIGEST} disable",
+        f"alice {DIGEST} disabled now",
+        f'a"b {DIGEST}',
+        f"a;b {DIGEST}",
+        f"{'a' * 65} {DIGEST}",
+        f"alice {DIGEST}\nbob {DIGEST}",
+    ],
+)
+def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"# first\n{line}\n")
+    with pytest.raises(InvalidSettings, match=r"line [23]") as error:
+        read_keys(file)
+    assert "key-in-clear" not in str(error.value)
+    assert DIGEST not in str(error.value)
+
+
+def test_new_key_is_the_line_of_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gateway.main(["--new-key", "alice"]) == 0
+    key, line = (text.partition(": ")[2].strip() for text in capsys.readouterr().out.splitlines())
+    assert len(key) >= 43  # 256 bits
+    (tmp_path / "keys").write_text(line)
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    assert read_keys(tmp_path / "keys") == [Client("alice", digest)]
+    assert gateway.main(["--new-key", "a b"]) == 2
+
+
+def test_every_name_of_the_template_is_filled_in(tmp_path: Path) -> None:
+    assert not re.search(r"\$\{", rendered(tmp_path))
+    assert not re.search(r"\$\{", rendered(tmp_path, split="1.0=90,2.0=10", rate="0"))
+
+
+def test_a_retry_goes_to_the_others(tmp_path: Path) -> None:
+    config = rendered(tmp_path, upstreams="127.0.0.1:1,127.0.0.1:2,127.0.0.1:3")
+    assert '"1 127.0.0.1:2" others_1;' in config
+    line = next(line for line in config.splitlines() if "upstream others_1 " in line)
+    assert re.findall(r"server (\S+)", line) == ["127.0.0.1:1", "127.0.0.1:3"]
+
+
+def test_a_path_that_nginx_would_take_apart_is_refused(tmp_path: Path) -> None:
+    for name in ('a"b', "a$b", "a\nb", "a\\b"):
+        with pytest.raises(SetupError, match="a path may not have"):
+            rendered(tmp_path / name)
+
+
+@pytest.mark.parametrize("found", ["", "nginx"])
+def test_without_nginx_or_its_module_the_packages_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: str
+) -> None:
+    if found:
+        program = tmp_path / found
+        program.write_text("#!/bin/sh\necho --modules-path=/nowhere >&2\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if found else str(tmp_path))
+    monkeypatch.setattr(gateway, "PLACES", ())
+    with pytest.raises(SetupError, match="apt-get install nginx libnginx-mod-http-js"):
+        gateway.find_nginx()

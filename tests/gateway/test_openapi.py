@@ -30,6 +30,7 @@ def of_this_model() -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     schemas["TopK"]["maximum"] = len(LABELS)
     schemas["JsonTopK"]["anyOf"][1]["pattern"] = f"^[1-{len(LABELS)}]$"
+    del schemas["Form"]["properties"]["filename"]  # which goes with one image only
     for path in document["paths"].values():
         for operation in path.values():
             if isinstance(operation, dict) and "parameters" in operation:

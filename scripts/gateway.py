@@ -26,6 +26,7 @@ from threading import Event
 from handler.errors import SetupError
 from handler.machine import available_cores
 from scripts.gateway_settings import NAME, Client, GatewaySettings, read_keys
+from scripts.ports import check_ports
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy" / "gateway"
@@ -97,6 +98,7 @@ class Gateway:
 
     def start(self) -> None:
         """Check the configuration and start nginx. Raises SetupError."""
+        check_ports({"the gateway (GATEWAY_PORT)": self.address})
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._folder.chmod(0o711)  # nginx's workers have another user where its master is root
         shutil.copytree(DEPLOY, self._folder / "pages")  # which may not reach into our home
@@ -112,7 +114,10 @@ class Gateway:
                 pass_fds=[writer],
             )
             if checked.returncode != 0:
-                raise SetupError(f"nginx refuses its configuration: {checked.stderr.strip()}")
+                reason = checked.stderr.splitlines()[0].partition(": ")[
+                    2
+                ]  # without time and process
+                raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
             self._process = subprocess.Popen(

@@ -19,11 +19,11 @@ from scripts.archives import archive_path, find_current, read_target
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings
 from scripts.options import package_argv, parse_serve
+from scripts.ports import check_ports
 from scripts.torchserve import (
     ROOT,
     Address,
     TorchServe,
-    check_ports,
     find_java,
     read_address,
     read_config,

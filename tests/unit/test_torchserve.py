@@ -16,13 +16,13 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import torchserve
+from scripts.ports import check_ports
 from scripts.torchserve import (
     CONFIG,
     CONFIG_KEYS,
     MODEL_CONFIG_KEYS,
     Address,
     TorchServe,
-    check_ports,
     find_java,
     read_address,
     read_config,
@@ -354,7 +354,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert f" -f {CONFIG} " in command
     assert f" -s {tmp_path / 'store'} " in command
     assert " -ncs " in command
-    assert command.endswith(" -m birds=birds.mar fish=fish.mar\n")
+    assert command.endswith(" -m birds.mar fish.mar\n")
 
 
 def test_environment_of_java(tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,6 +52,7 @@ class Cuda(Engine):
         try:
             if self._on_gpu:
                 torch.cuda.set_device(device)
+                self._pool = torch.cuda.graph_pool_handle()
             model = PixelsToProbabilities(folded, transform, DTYPES[precision])
             model = model.to(device).to(memory_format=torch.channels_last)
             self._model = model.eval().requires_grad_(False)
@@ -82,8 +83,6 @@ class Cuda(Engine):
                 wanted = self._model(images)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        if not hasattr(self, "_pool"):
-            self._pool = torch.cuda.graph_pool_handle()
         with torch.cuda.graph(graph, pool=self._pool):
             output = self._model(images)
 

@@ -132,15 +132,24 @@ def test_only_what_was_due_in_the_measured_time_counts() -> None:
         answer("cat", "dog", confidence=0.5),
         {"cat": 0.5, "dog": 0.25},
         [{"class": "cat", "confidence": 0.5}, {"class": "dog", "confidence": 0.25}],
+        {"status": "success", "results": [answer("cat", "dog", confidence=0.5), answer("cow")]},
     ],
-    ids=["ours", "stock", "list"],
+    ids=["ours", "stock", "list", "several"],
 )
 def test_answers_in_every_shape(document: Any) -> None:
     assert read_predictions(document) == [("cat", 0.5), ("dog", 0.25)]
 
 
 @pytest.mark.parametrize(
-    "document", [None, 3, "cat", {"code": 503, "type": "x"}, {"predictions": [{"class": "cat"}]}]
+    "document",
+    [
+        None,
+        3,
+        "cat",
+        {"code": 503, "type": "x"},
+        {"predictions": [{"class": "cat"}]},
+        {"status": "partial", "results": [answer("cat"), {"status": "error", "code": 400}]},
+    ],
 )
 def test_no_answer(document: Any) -> None:
     assert read_predictions(document) == []

@@ -93,7 +93,7 @@ class Gateway:
         self._nginx, self._module = find_nginx()
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._resolved: tuple[float, list[str]] = (-RESOLVE_SECONDS, [])
-        self._seen = self._stamp()
+        self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
         self._folder = Path()
@@ -116,9 +116,7 @@ class Gateway:
                 pass_fds=[writer],
             )
             if checked.returncode != 0:
-                reason = checked.stderr.splitlines()[0].partition(": ")[
-                    2
-                ]  # without time and process
+                _, _, reason = checked.stderr.splitlines()[0].partition(": ")  # time, process
                 raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
@@ -176,6 +174,9 @@ class Gateway:
         if (status := self._process.poll()) is not None:
             raise GatewayEnded(f"nginx ended with status {status}")
         stamp = self._stamp()
+        if stamp != self._changed:  # and may still be changing: editors empty a file first
+            self._changed = stamp
+            return
         if stamp == self._seen:
             return
         self._seen = stamp

@@ -77,17 +77,22 @@ def test_every_model_option(parse: Parse) -> None:
         "calibration": "photos",
         "minimum_agreement": 0.9,
         "tuned": "t.yaml",
+        "version": "1.0",
     }
 
 
 def test_every_server_option() -> None:
     argv = "--host 0.0.0.0 --port 1 --management-port 2 --metrics-port 65535 --torch cpu".split()
+    argv += "--gateway --gateway-port 4 --archive a.mar --archive b.mar".split()
     given = vars(parse_serve(argv))
     assert {name: given[name] for name in SERVER_DEFAULTS} == {
         "host": "0.0.0.0",
         "port": 1,
         "management_port": 2,
         "metrics_port": 65535,
+        "gateway": True,
+        "gateway_port": 4,
+        "archives": ["a.mar", "b.mar"],
         "torch": "cpu",
     }
 
@@ -203,7 +208,8 @@ def test_help_shows_every_option_with_its_default(
     text = capsys.readouterr().out.partition("show this help")[2]
     entries = [f"--{entry}" for entry in re.split(r"\n  --", text)[1:]]
     without = [entry.split()[0] for entry in entries if "(default: " not in entry]
-    assert len(entries) == len(vars(parse([])))
+    # packaging has --version; for serving it is always the default
+    assert len(entries) == len(vars(parse([]))) - (parse is parse_serve)
     assert without == []
 
 
@@ -247,3 +253,17 @@ def test_a_given_archive_is_not_made(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         parse_serve(["--archive", "a.mar", "--weights", "w.pth"])
     assert "--weights is for making an archive" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["2.0", "2024-05-01_b", "a" * 32])
+def test_version_of_an_archive(version: str) -> None:
+    assert parse_package(["--version", version]).version == version
+
+
+@pytest.mark.parametrize("version", ["", "1/0", "..", "a b", "é", "a" * 33])
+def test_a_version_that_is_no_name(version: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert repr(version) in mistake(parse_package, ["--version", version], capsys)
+
+
+def test_the_gateways_port_goes_with_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "--gateway" in mistake(parse_serve, ["--gateway-port", "1"], capsys)

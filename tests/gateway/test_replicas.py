@@ -30,7 +30,7 @@ def versions(tmp_path_factory: pytest.TempPathFactory, colours: list[str], store
     command = [sys.executable, str(ROOT / "scripts" / "package.py"), *colours, "--version", "2.0"]
     env = environment(tmp_path_factory.mktemp("packaging"), {"TS_MODEL_STORE": str(store)})
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=180)
-    return "mobilenet_v2-2.0.mar"
+    return str(store / "mobilenet_v2-2.0.mar")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def replicas(
 ) -> Iterator[list[Server]]:
     with ExitStack() as stack:
         env = {"TS_MODEL_STORE": str(store)}
-        options = [*colours, "--archive", versions]
+        options = ["--model", "mobilenet_v2", *colours, "--archive", versions]
         yield [
             stack.enter_context(serving(tmp_path_factory.mktemp("replica"), *options, env=env))
             for _ in range(2)

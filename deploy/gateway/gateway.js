@@ -13,13 +13,6 @@ function keyHash(r) {
     return key ? crypto.createHash('sha256').update(key).digest('hex') : '';
 }
 
-// TorchServe takes web forms apart (curl --data-binary calls every file one), and a million fields
-// keep it busy for minutes: a form is a body like any other.
-function bodyType(r) {
-    const type = r.headersIn['Content-Type'] || '';
-    return /^\s*application\/x-www-form-urlencoded/i.test(type) ? 'application/octet-stream' : type;
-}
-
 // --- errors
 
 // Of this answer; each request has a copy of this module to itself.
@@ -114,4 +107,4 @@ async function info(r) {
     });
 }
 
-export default { keyHash, bodyType, reshapeHeaders, reshapeBody, health, info };
+export default { keyHash, reshapeHeaders, reshapeBody, health, info };

@@ -201,6 +201,22 @@ def test_a_dripped_head_is_bounded_in_time(gateway: Served, tmp_path: Path) -> N
         assert time.monotonic() - started < 15
 
 
+@pytest.mark.parametrize("parts", [1000, 2000, 250_000])
+def test_a_flood_of_form_parts_does_not_reach_torchserves_parser(
+    gateway: Served, parts: int
+) -> None:
+    """TorchServe alone takes half a minute for the last of these."""
+    part = b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\n\r\n'
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    body = part * parts + b"--x--\r\n"
+    answer = requests.post(f"{gateway.url}/predict", data=body, headers=headers, timeout=TIMEOUT)
+    if parts > 100_000:
+        check_error(answer, 413, "ImageTooLarge")
+    else:
+        check_error(answer, 400, "MalformedRequest" if parts <= 1024 else "UnreadableImage")
+    assert answer.elapsed.total_seconds() < 10
+
+
 # --- keys
 
 KEYS = {"alice": "alices-key", "bob": "bobs-key", "carol": "carols-key"}

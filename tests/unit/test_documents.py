@@ -10,9 +10,11 @@ import pytest
 
 from handler import errors
 from handler.settings import PREFIX, Settings
+from scripts.gateway_settings import GatewaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+GATEWAY = (ROOT / "docs" / "gateway.md").read_text("utf-8")
 
 
 @pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
@@ -32,6 +34,17 @@ def test_readme_lists_every_setting_with_its_default(spec: object) -> None:
 def test_readme_lists_no_other_setting() -> None:
     named = set(re.findall(rf"{PREFIX}(\w+)", README))
     assert named <= {spec.name.upper() for spec in fields(Settings)}
+
+
+@pytest.mark.parametrize("spec", fields(GatewaySettings), ids=lambda spec: spec.name)
+def test_every_setting_of_the_gateway_is_listed_with_its_default(spec: object) -> None:
+    default = f"`{spec.default}`" if spec.default != "" else ""
+    assert f"| `GATEWAY_{spec.name.upper()}` | {default}".rstrip() in GATEWAY
+
+
+def test_no_other_setting_of_the_gateway_is_named() -> None:
+    named = set(re.findall(r"GATEWAY_(\w+)", README + GATEWAY))
+    assert named <= {spec.name.upper() for spec in fields(GatewaySettings)}
 
 
 def test_readme_lists_every_error_under_its_status() -> None:
@@ -67,7 +80,7 @@ def test_readme_links_lead_somewhere() -> None:
         if target.startswith("#"):
             assert target[1:] in anchors
         else:
-            assert (ROOT / target).exists()
+            assert (ROOT / target.partition("#")[0]).exists()
 
 
 def test_every_line_of_config_properties_is_explained() -> None:

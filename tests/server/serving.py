@@ -116,6 +116,7 @@ def serving(
             time.sleep(0.1)
         yield server
     finally:
+        process = server.process  # a test may have started another in its place
         started: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             started = psutil.Process(process.pid).children(recursive=True)

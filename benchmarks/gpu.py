@@ -10,6 +10,7 @@ tables; the last line is one JSON object. `--device cpu` goes the same way witho
 
 import argparse
 import asyncio
+import gc
 import json
 import sys
 import tempfile
@@ -38,7 +39,10 @@ from scripts.benchmark import BOUNDARY, Expectations, Load, Picture, measure
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
 PLOT_FILE = "gpu.png"
-TOLERANCE = 0.003  # of any probability, against torch on the CPU in fp32
+# Of any probability, against torch on the CPU in fp32. 16 bits are off by 0.1 in single images
+# (bf16, MobileNetV2, measured on a CPU): there, the best class must mostly stay.
+TOLERANCE = 0.003
+MINIMUM_AGREEMENT = 0.97
 IN_FLIGHT = 2  # forward passes that are under way at once
 DECODED_TOGETHER = 64  # images
 
@@ -126,7 +130,10 @@ class Bench(Run):
             "decoding": self.measure_decoding(),
         }
         report["conditions"].pop("workers")  # many, and each with its figures
-        del engine  # the memory is wanted by others
+        del engine  # the memory is wanted by the processes that follow
+        gc.collect()
+        if self.args.device == "cuda":
+            torch.cuda.empty_cache()
         say("handler in one process")
         runs, failed = self.run_inprocess(self.args.precision, self.args.batches, processes=1)
         report["handler"] = runs
@@ -167,10 +174,16 @@ class Bench(Run):
             "gpu_decoder_drawn_levels": gpu.differences(),
             "decoder_of_auto": chosen.name,
         }
-        found["passed"] = found["engine"]["largest_difference"] <= TOLERANCE
+        full = engine.precision == "fp32"
+        found["passed"] = (
+            found["engine"]["largest_difference"] <= TOLERANCE
+            if full
+            else found["engine"]["same_best_class"] >= MINIMUM_AGREEMENT
+        )
         rows = [{"what": name, **found[name]} for name in ("engine", "engine_and_gpu_decoder")]
         show(rows, ("what", "largest_difference", "same_best_class"), digits=5)
-        say(f"within {TOLERANCE}: {'yes' if found['passed'] else 'NO'}")
+        bar = f"within {TOLERANCE}" if full else f"same best class in {MINIMUM_AGREEMENT:.0%}"
+        say(f"{bar}: {'yes' if found['passed'] else 'NO'}")
         if not self.card.weights.trained:
             say("(untrained weights give all classes much the same: this says little)")
         say(f"GPU decoder, levels of 255: {found['gpu_decoder_levels']}; auto: {chosen.name}")

@@ -9,6 +9,10 @@ import sys
 from types import ModuleType
 from typing import cast
 
+from handler.gpus import restore_visible
+
+restore_visible()  # what follows asks CUDA for its devices already, and CUDA reads them once
+
 _UNUSED = {"openvino.torch", "onnxruntime", "torch_tensorrt"} - set(sys.modules)
 
 # None in the place of a module makes its import fail (importlib's documented way to forbid one).

@@ -145,23 +145,20 @@ class GpuDecoder(Decoder):
 
     def _decode(self, chunk: Sequence[Decoding]) -> list[Decoding]:
         """Decode a chunk, each image by itself where one is refused; gives what the CPU gets."""
-        try:
-            encoded = [decoding.encoded for decoding in chunk if decoding.encoded]
-            pictures = self.decode_together(encoded)
-        except Exception:  # a damaged image, one of a kind that nvJPEG has not, no memory
-            if len(chunk) > 1:
-                return [left for decoding in chunk for left in self._decode([decoding])]
-            with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will find
-                torch.cuda.empty_cache()
-            self._cpu.decode(encoded[0], chunk[0])
-            return [chunk[0]]
-        else:
-            for decoding, picture in zip(chunk, pictures, strict=True):
-                decoding.picture = picture
+        encoded = [decoding.encoded for decoding in chunk if decoding.encoded]
+        # A damaged image, one of a kind that nvJPEG has not, no memory: what follows is outside of
+        # the exception, whose frames hold the chunk's pixels on the GPU.
+        with suppress(Exception):
+            for decoding, picture in zip(chunk, self.decode_together(encoded), strict=True):
+                decoding.picture, decoding.encoded = picture, None
             return []
-        finally:
-            for decoding in chunk:
-                decoding.encoded = None
+        if len(chunk) > 1:
+            return [left for decoding in chunk for left in self._decode([decoding])]
+        with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will find
+            torch.cuda.empty_cache()
+        chunk[0].encoded = None
+        self._cpu.decode(encoded[0], chunk[0])
+        return [chunk[0]]
 
     def decode_together(self, images: Sequence[Encoded]) -> list[Picture]:
         """Raises whatever nvJPEG raises for the first image that it refuses."""

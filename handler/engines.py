@@ -82,6 +82,7 @@ def exact_fp32(device: str) -> None:
     """Let a GPU compute fp32 in fp32: torch's default for convolutions is TF32, of 10 bits."""
     if device != "cpu":
         torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")  # TorchServe's base handler says "high"
 
 
 class TorchEager(Engine):
@@ -101,6 +102,10 @@ class TorchEager(Engine):
         self.max_forward = max_forward
         exact_fp32(device)
         self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
+
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Images may lie on the CPU or on the GPU."""
+        return lambda: self.probabilities(torch.stack([image.to(self.device) for image in images]))
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

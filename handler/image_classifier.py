@@ -16,7 +16,7 @@ from importlib.metadata import version
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from threading import Timer
+from threading import Thread, Timer
 from time import perf_counter, time
 from typing import Any
 
@@ -32,7 +32,7 @@ from handler.cache import Result, ResultCache
 from handler.decoders import Decoding, choose_decoder
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
-from handler.gpus import open_gauges, restore_visible
+from handler.gpus import open_gauges
 from handler.headers import read_queue_seconds, read_traceparent
 from handler.images import PixelBudget, open_image, read_picture
 from handler.logs import log_line, set_level
@@ -74,7 +74,6 @@ class ImageClassifier(BaseHandler):
         Raises RuntimeError where the worker cannot start: TorchServe reports no other kind.
         """
         started = perf_counter()
-        restore_visible()  # before CUDA is asked for anything
         self.context = context
         config = context.model_yaml_config or {}
         model_dir = Path(context.system_properties["model_dir"])
@@ -331,7 +330,9 @@ class ImageClassifier(BaseHandler):
         self._failure("the GPU is lost", *request_ids, exc=exc, event="gpu_lost")
 
         def end() -> None:
-            self.metrics.flush()
+            flush = Thread(target=self.metrics.flush, daemon=True)
+            flush.start()
+            flush.join(LEAVE_SECONDS)  # NVML may hang with the GPU
             os._exit(1)
 
         timer = Timer(LEAVE_SECONDS, end)

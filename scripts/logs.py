@@ -51,6 +51,8 @@ class Log:
                 sys.stdout.buffer.flush()
             except BrokenPipeError:  # the service is worth more than its log
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            except OSError:  # a full disk: lines are lost, but Java must not wait for its reader
+                pass
 
 
 def default_form() -> str:

@@ -199,18 +199,19 @@ def check_precision(settings: Settings, options: Namespace, for_openvino: bool) 
     """Raise InvalidSettings for a precision that cannot be packaged, or served here."""
     if options.calibration and not for_openvino:
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
-    if settings.engine == "openvino" and choose_device(settings, gpu_id=None) != "cpu":
+    on_cpu = choose_device(settings, gpu_id=None) == "cpu"
+    if settings.engine == "openvino" and not on_cpu:
         raise InvalidSettings("engine is openvino, which runs on a CPU: --device cpu")
-    if choose_device(settings, gpu_id=None) == "cpu":
+    if on_cpu:
         if settings.engine == "cuda":
             raise InvalidSettings("engine is cuda, which runs on a GPU, and there is none here")
         if settings.precision == "fp16":
             raise InvalidSettings("precision is fp16, which only GPUs compute in")
-    if settings.precision == "int8" and not for_openvino:
+    if settings.precision == "int8" and not (for_openvino and on_cpu):
         raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
     if settings.precision == "int8" and not options.calibration:
         raise InvalidSettings("precision is int8, which needs images: --calibration DIR")
-    if settings.precision == "bf16" and for_openvino and not has_bf16():
+    if settings.precision == "bf16" and for_openvino and on_cpu and not has_bf16():
         raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
 
 

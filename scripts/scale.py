@@ -10,6 +10,7 @@ from typing import Any
 
 import requests
 
+from handler.errors import SetupError
 from scripts.archives import workers_for
 from scripts.autoscaler import Autoscaler, Watcher
 from scripts.options import RANGES, number
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.watch:
             return run_watch(args, model)
         return scale(args, model)
-    except UnknownModel as exc:
+    except (UnknownModel, SetupError) as exc:
         print(f"error: {exc}", file=sys.stderr)
     except requests.HTTPError as exc:
         answer = " ".join(exc.response.text.split())
@@ -62,7 +63,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         metavar="N|auto",
         type=lambda text: text if text == "auto" else workers(text),
-        help="auto: what ./scripts/serve --workers auto gives on this machine",
+        help="auto: what ./scripts/serve --workers auto gives on this machine and all visible GPUs",
     )
     parser.add_argument(
         "--management", default="http://127.0.0.1:8081", help="address (%(default)s)"

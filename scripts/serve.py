@@ -107,9 +107,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(
             signal.SIGINT, signal.default_int_handler
         )  # a second Ctrl-C is obeyed at once
-        if gateway:
-            gateway.stop()  # first: what it has taken in is answered
-        server.stop()
+        try:
+            if gateway:
+                gateway.stop()  # first: what it has taken in is answered
+        finally:
+            server.stop()
     log.event("INFO", "stopped")
     return 0
 
@@ -122,7 +124,10 @@ def prepare(args: Namespace, log: Log) -> Service:
     config = read_config()
     check_server_settings(config)
     addresses = read_addresses(config, args)
-    environ = listen(config, addresses)
+    given = find_archives(args)
+    served = [*args.models, *given.values()]
+    gateway = make_gateway(args, served, config, addresses, log) if args.gateway else None
+    environ = listen(config, addresses, gateway)
     if warning := check_gpus(args.device, count_gpus(), os.environ):
         print(warning, file=sys.stderr)
     gpus = usable_gpus(config)
@@ -131,9 +136,6 @@ def prepare(args: Namespace, log: Log) -> Service:
         check_device_ids(model_config(model, args), gpus)
     java = find_java()
     store = read_path(config, "model_store")
-    given = find_archives(args)
-    served = [*args.models, *given.values()]
-    gateway = make_gateway(args, served, config, addresses, log) if args.gateway else None
     stale = [model for model in args.models if not find_current(model, args, store)]
     if stale and (status := package_apart(package_argv(args, stale))):
         raise SystemExit(status)
@@ -164,15 +166,7 @@ def make_gateway(
         "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
     }
     port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
-    gateway = Gateway(GatewaySettings.load(here | os.environ | port), log)
-    check_ports(
-        {
-            "predictions (--port)": addresses.inference.pair,
-            "management (--management-port)": addresses.management.pair,
-            "the gateway (--gateway-port)": gateway.address,
-        }
-    )
-    return gateway
+    return Gateway(GatewaySettings.load(here | os.environ | port), log)
 
 
 def check_server_settings(config: dict[str, str]) -> None:
@@ -191,8 +185,10 @@ def check_server_settings(config: dict[str, str]) -> None:
         raise InvalidSettings("enable_envvars_config must be true: the options are passed that way")
 
 
-def listen(config: dict[str, str], addresses: Addresses) -> dict[str, str]:
-    """Check the five ports, and give the variables that make TorchServe use them.
+def listen(
+    config: dict[str, str], addresses: Addresses, gateway: Gateway | None = None
+) -> dict[str, str]:
+    """Check the ports, and give the variables that make TorchServe use its five.
 
     Raises SetupError for a port that is taken.
     """
@@ -212,6 +208,7 @@ def listen(config: dict[str, str], addresses: Addresses) -> dict[str, str]:
             "gRPC predictions (follows --port)": grpc["inference"],
             "gRPC management (follows --management-port)": grpc["management"],
         }
+        | ({"the gateway (--gateway-port)": gateway.address} if gateway else {})
     )
     return {
         "TS_INFERENCE_ADDRESS": f"http://{inference.host}:{inference.port}",

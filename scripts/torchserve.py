@@ -238,16 +238,15 @@ def unpack(archive: Path, config: dict[str, Any] | None, folder: Path) -> Path:
     TorchServe takes such a folder as it takes an archive, and does not unpack it again.
     Raises SetupError.
     """
-    unpacked = folder / archive.stem
     try:
-        unpacked.mkdir(parents=True)
+        folder.mkdir(parents=True)
         with zipfile.ZipFile(archive) as content:
-            content.extractall(unpacked)
+            content.extractall(folder)
         if config is not None:
-            (unpacked / CONFIG_FILE).write_text(dump_config(config), "utf-8")
+            (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
     except (OSError, zipfile.BadZipFile) as exc:
         raise SetupError(f"{archive} cannot be unpacked in {folder}: {exc}") from exc
-    return unpacked
+    return folder
 
 
 class TorchServe:
@@ -280,7 +279,10 @@ class TorchServe:
         self._folder = make_folder()
         # What is served is a copy: no start changes an archive, or is changed by another start.
         store = Path(self._folder, "store")
-        models = [unpack(archive, config, store) for archive, config in self._archives.items()]
+        models = [
+            unpack(archive, config, store / f"{number}-{archive.stem}")  # two may have one name
+            for number, (archive, config) in enumerate(self._archives.items())
+        ]
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
         command = [
             self._java,

@@ -390,6 +390,8 @@ def start_and_axes(
         for name in ("workers", "batch_size", "max_batch_delay_ms")
         if getattr(args, name) not in (None, "auto")
     }
+    if args.workers_per_gpu:
+        given["workers"] = workers
     start = Configuration(
         engine=engines[0][0],
         precision=engines[0][1],

@@ -12,6 +12,7 @@ import pytest
 from scripts import gateway
 from scripts.gateway import Gateway
 from scripts.gateway_settings import GatewaySettings
+from scripts.logs import Log
 from tests.gateway.running import free_port
 
 DEADLINE_SECONDS = 20
@@ -69,7 +70,8 @@ def test_the_gateway_follows_a_name(nginx: str, port: int, monkeypatch: pytest.M
     monkeypatch.setattr(gateway, "RESOLVE_SECONDS", 0)
     listening = free_port()
     served = Gateway(
-        GatewaySettings(port=listening, upstreams=f"replica:{port}", management=f"replica:{port}")
+        GatewaySettings(port=listening, upstreams=f"replica:{port}", management=f"replica:{port}"),
+        Log("json"),
     )
     try:
         served.start()

@@ -1,5 +1,6 @@
 """GPUs: which ones TorchServe and its workers are told of, and what NVML says about one."""
 
+import os
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -210,3 +211,19 @@ def test_gauges_of_this_gpu() -> None:
     assert values[MEMORY_TOTAL] == pytest.approx(total, rel=0.1)
     assert 0 < values[MEMORY_USED] <= values[MEMORY_TOTAL]
     assert 0 <= values.get(UTILIZATION, 0) <= 1
+
+
+def test_cuda_is_not_asked_before_the_users_own_devices_are_back() -> None:
+    """TorchServe's base handler asks while it is imported, and CUDA reads the variable once."""
+    code = (
+        "import os, torch\n"
+        "seen = []\n"
+        f"torch.cuda.is_available = lambda: seen.append(os.environ['{VISIBLE}']) or False\n"
+        "import handler.image_classifier\n"
+        "print(*seen)\n"
+    )
+    environ = os.environ | {VISIBLE: "0", WORKERS_VISIBLE: "GPU-1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.splitlines()[-1].split()) == {"GPU-1"}

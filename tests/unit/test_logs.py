@@ -168,3 +168,24 @@ def test_text_is_for_terminals(terminal: bool) -> None:
     os.close(theirs)
     assert os.read(ours, 100).strip() == b"text"
     os.close(ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
+def test_the_disk_is_full_and_the_process_is_read_on() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from scripts.logs import Log\n"
+        "talker = [sys.executable, '-c', 'for _ in range(20_000): print(\"x\" * 50)']\n"
+        "process = subprocess.Popen(talker, stdout=subprocess.PIPE)\n"
+        "Log('json').relay(process.stdout)\n"
+        "sys.stderr.write(f'ended {process.wait(10)}')\n"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert b"ended 0" in done.stderr

@@ -358,7 +358,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert f" -f {CONFIG} " in command
     assert re.search(r" -s \S+/torchserve-\w+/store ", command)
     assert " -ncs " in command
-    assert command.endswith(" -m birds fish\n")
+    assert command.endswith(" -m 0-birds 1-fish\n")
 
 
 def test_what_is_served_is_a_copy_with_the_configuration_of_the_start(

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
+from typing import NamedTuple
 
 from handler.errors import SetupError
 from handler.machine import available_cores
@@ -81,6 +82,19 @@ def new_key(name: str) -> int:
     return 0
 
 
+class Replicas(NamedTuple):
+    """Where the replicas are, as IP:PORT each, in order."""
+
+    upstreams: tuple[str, ...]
+    management: tuple[str, ...]
+
+    @classmethod
+    def find(cls, settings: GatewaySettings) -> "Replicas":
+        """Look their names up. Raises SetupError."""
+        upstreams, management = map(settings.addresses, ("upstreams", "management"))
+        return cls(tuple(sorted(upstreams)), tuple(sorted(management)))
+
+
 class GatewayEnded(Exception):
     """nginx was up and is no more; its log has the cause."""
 
@@ -97,7 +111,8 @@ class Gateway:
         self._output = output
         self._nginx, self._module = find_nginx()
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
-        self._resolved: tuple[float, list[str]] = (-RESOLVE_SECONDS, [])
+        self._replicas = Replicas.find(settings)
+        self._looked = time.monotonic()
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -154,29 +169,34 @@ class Gateway:
             self._output.relay(output)
 
     def _write(self) -> None:
-        config = render(self._settings, self._clients, self._folder, self._access_log, self._module)
+        config = render(
+            self._settings,
+            self._replicas,
+            self._clients,
+            self._folder,
+            self._access_log,
+            self._module,
+        )
         path = self._folder / "nginx.conf"
         path.with_suffix(".new").write_text(config, "utf-8")
         path.with_suffix(".new").replace(path)
 
     def _stamp(self) -> tuple[object, ...]:
         """What changes with the keys file, and with the replicas."""
-        addresses = self._addresses()
+        replicas = self._find_replicas()
         try:
             stat = self._settings.keys_file.stat() if self._settings.keys_file else None
         except OSError:
-            return (0, *addresses)
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, *addresses) if stat else (*addresses,)
+            return (0, replicas)
+        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, replicas) if stat else (replicas,)
 
-    def _addresses(self) -> list[str]:
-        """The replicas, as they were last found."""
-        looked, found = self._resolved
-        if time.monotonic() - looked >= RESOLVE_SECONDS:
+    def _find_replicas(self) -> Replicas:
+        """The replicas, as they were last found: a name that fails holds nothing else up."""
+        if time.monotonic() - self._looked >= RESOLVE_SECONDS:
             with suppress(SetupError):
-                settings = self._settings
-                found = sorted(settings.addresses("upstreams") + settings.addresses("management"))
-            self._resolved = (time.monotonic(), found)
-        return found
+                self._replicas = Replicas.find(self._settings)
+            self._looked = time.monotonic()
+        return self._replicas
 
     def check(self) -> None:
         """To be called again and again: take in a keys file, or replicas, that have changed.
@@ -199,11 +219,7 @@ class Gateway:
                 self._clients = read_keys(self._settings.keys_file)
             self._write()
         except SetupError as exc:
-            print(
-                f"error: {exc}; the keys stay as they were, as do the replicas",
-                file=sys.stderr,
-                flush=True,
-            )
+            print(f"error: {exc}; the keys stay as they were", file=sys.stderr, flush=True)
             return
         self._process.send_signal(signal.SIGHUP)
 
@@ -257,14 +273,14 @@ def stop_seconds(settings: GatewaySettings) -> int:
 
 def render(
     settings: GatewaySettings,
+    replicas: Replicas,
     clients: Sequence[Client],
     folder: Path,
     access_log: str,
     module: str,
 ) -> str:
     """nginx.conf out of its template. Raises SetupError."""
-    upstreams = settings.addresses("upstreams")
-    management = settings.addresses("management")
+    upstreams, management = replicas
     weights = settings.weights()
     first, *_ = settings.model_names
     targets = [
@@ -309,6 +325,7 @@ def render(
         "max_body_bytes": settings.max_body_bytes,
         "client_timeout_seconds": settings.client_timeout_seconds,
         "response_timeout_seconds": settings.response_timeout_seconds,
+        "info_seconds": len(management) * settings.response_timeout_seconds + 1,
         "metrics_allow": lines(f"{network} 1;" for network in settings.metrics_networks()),
         "listen": listen(settings),
         "tls": tls(settings),

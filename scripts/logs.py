@@ -67,7 +67,7 @@ def now() -> str:
 def to_json(line: bytes) -> bytes:
     """Our own lines as they are, any other as the message of an event `java`."""
     if line.startswith(b'{"time": "') and line.endswith(b"}"):
-        return line
+        return line if line.isascii() else line.decode("utf-8", "replace").encode()
     message = line.decode("utf-8", "replace")
     level = "WARNING" if "warning" in message.lower() else "INFO"
     return json.dumps({"time": now(), "level": level, "event": "java", "message": message}).encode()

@@ -8,11 +8,14 @@ import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 
+from scripts.banner import banner
+from scripts.torchserve import Address, Addresses
 from tests.gateway.conftest import Served
 from tests.gateway.running import running, settings
 from tests.server.colours import encoded
@@ -155,6 +158,10 @@ def test_errors_of_the_handler_pass_unchanged(gateway: Served, kind: str) -> Non
         "/predictions/..%2fmodels",
         "/predictions/mobilenet_v2/..;/models",
         "/predictions/mobilenet_v2%0d%0aX:%20y",
+        "/predictions/mobilenet_v2%0a",
+        "/predictions/mobilenet_v2/1.0%0a",
+        "/v1/models/mobilenet_v2:predict%0a",
+        "/predict%0a",
         "/v1/models/mobilenet_v2:explain",
         "/v2/models/mobilenet_v2/explain",
         "/explanations/mobilenet_v2",
@@ -424,9 +431,20 @@ def test_the_log(gateway: Served, tmp_path: Path) -> None:
 
 
 def test_the_banners_lines_work(gateway: Served) -> None:
-    lines = [line for line in gateway.server.text().splitlines() if f"curl {gateway.url}" in line]
+    names = ("port", "management-port", "metrics-port")
+    addresses = Addresses(*(Address("127.0.0.1", gateway.server.ports[name]) for name in names))
+    front: Any = SimpleNamespace(url=gateway.url, has_keys=False)
+    text = banner([gateway.server.model], addresses, front, 1.0)
+    lines = [line for line in text.splitlines() if f"curl {gateway.url}" in line]
     assert len(lines) == 3
     for line in lines:
         command = "curl" + line.partition("curl")[2] + " --silent --show-error --fail"
         done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=True)
         assert json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("version", ["1.0 HTTP/1.1", "1.0 /../../models", "1.0\t2", "../1.0", "-"])
+def test_a_version_is_a_name_or_nothing(gateway: Served, version: str) -> None:
+    headers = {"X-Model-Version": version}
+    answer = requests.post(f"{gateway.url}/predict", data=RED, headers=headers, timeout=TIMEOUT)
+    check_error(answer, 404, "NotFound")

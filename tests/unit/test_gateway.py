@@ -10,7 +10,7 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import gateway
-from scripts.gateway import render
+from scripts.gateway import Replicas, render
 from scripts.gateway_settings import RANGES, Client, GatewaySettings, read_keys
 
 DIGEST = hashlib.sha256(b"key").hexdigest()
@@ -21,7 +21,9 @@ def load(**variables: str) -> GatewaySettings:
 
 
 def rendered(tmp_path: Path, clients: list[Client] | None = None, **variables: str) -> str:
-    return render(load(**variables), clients or [], tmp_path, "/dev/fd/9", "/m.so")
+    settings = load(**variables)
+    replicas = Replicas.find(settings)
+    return render(settings, replicas, clients or [], tmp_path, "/dev/fd/9", "/m.so")
 
 
 def test_defaults() -> None:

@@ -38,7 +38,9 @@ def test_text_for_people(tmp_path: Path, colour_weights: tuple[Path, Path]) -> N
     clock = r"\d\d:\d\d:\d\d\.\d{3}"
     assert re.fullmatch(rf"{clock} INFO    200 mobilenet_v2 1\.0 .* ms \(.*\) .* blue .*", good[0])
     assert any(" 400 mobilenet_v2 1.0 " in line and "UnreadableImage" in line for line in log)
-    assert [line.split()[-1] for line in log[-2:]] == ["stopping", "stopped"]
+    last_words = [line.split()[-1] for line in log if line]
+    assert "stopping" in last_words  # TorchServe may have something to say after it
+    assert last_words[-1] == "stopped"
     assert not any("{" in line for line in log)
 
 

@@ -66,7 +66,7 @@ LABEL org.opencontainers.image.title="classifier" \
 # What is deleted under /usr/local are the installers of python:slim.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-js \
+    && apt-get install --yes --no-install-recommends nginx libnginx-mod-http-lua lua-cjson \
     && rm -rf /var/lib/apt/lists/* /var/log/* \
         /usr/local/lib/python3*/site-packages/* /usr/local/lib/python3*/ensurepip \
         /usr/local/bin/pip* /usr/local/bin/wheel \

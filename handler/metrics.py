@@ -66,6 +66,7 @@ class Family:
 
 
 REQUESTS = "classifier_requests_total"
+PROBES = "classifier_probes_total"
 IMAGES = "classifier_images_total"
 TOP_CLASSES = "classifier_top_class_total"
 CACHE_LOOKUPS = "classifier_cache_lookups_total"
@@ -87,6 +88,9 @@ LAST_FLUSH = "classifier_worker_last_flush_timestamp_seconds"
 FAMILIES = {
     REQUESTS: Family(
         "counter", (*MODEL, "status"), "requests, by HTTP status of the answer", STATUSES
+    ),
+    PROBES: Family(
+        "counter", (*MODEL, "status"), "health checks, by HTTP status of the answer", ("200",)
     ),
     IMAGES: Family("counter", (*MODEL, "outcome"), "images, by success or error type", OUTCOMES),
     TOP_CLASSES: Family(

@@ -4,12 +4,9 @@ Settings are environment variables GATEWAY_…, listed in docs/gateway.md.
 """
 
 import argparse
-import grp
 import hashlib
 import os
-import pwd
 import re
-import resource
 import secrets
 import shutil
 import signal
@@ -18,26 +15,24 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Event
-from typing import NamedTuple
 
 from handler.errors import SetupError
-from handler.machine import available_cores
-from scripts.gateway_settings import NAME, Client, GatewaySettings, read_keys
+from scripts.gateway_config import DEPLOY, Replicas, render, stop_seconds
+from scripts.gateway_settings import NAME, GatewaySettings, read_keys
+from scripts.gateway_watch import Watch
 from scripts.logs import Log, default_form
 from scripts.ports import check_ports
 
 ROOT = Path(__file__).resolve().parent.parent
-DEPLOY = ROOT / "deploy" / "gateway"
-PACKAGES = "nginx libnginx-mod-http-js"  # Debian's and Ubuntu's names
-MODULE = "ngx_http_js_module.so"
+PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
+MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs the first
 PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
 POLL_SECONDS = 0.2
 RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
-MAX_STOP_SECONDS = 30
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,19 +77,6 @@ def new_key(name: str) -> int:
     return 0
 
 
-class Replicas(NamedTuple):
-    """Where the replicas are, as IP:PORT each, in order."""
-
-    upstreams: tuple[str, ...]
-    management: tuple[str, ...]
-
-    @classmethod
-    def find(cls, settings: GatewaySettings) -> "Replicas":
-        """Look their names up. Raises SetupError."""
-        upstreams, management = map(settings.addresses, ("upstreams", "management"))
-        return cls(tuple(sorted(upstreams)), tuple(sorted(management)))
-
-
 class GatewayEnded(Exception):
     """nginx was up and is no more; its log has the cause."""
 
@@ -109,10 +91,11 @@ class Gateway:
         """
         self._settings = settings
         self._output = output
-        self._nginx, self._module = find_nginx()
+        self._nginx, self._modules = find_nginx()
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
+        self._watch = Watch(lambda: self._replicas.upstreams, settings.model_names, output)
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -155,6 +138,7 @@ class Gateway:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)
+        self._watch.start()
 
     def _command(self) -> list[str]:
         return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
@@ -172,18 +156,19 @@ class Gateway:
         config = render(
             self._settings,
             self._replicas,
+            self._watch.left_out(),
             self._clients,
             self._folder,
             self._access_log,
-            self._module,
+            self._modules,
         )
         path = self._folder / "nginx.conf"
         path.with_suffix(".new").write_text(config, "utf-8")
         path.with_suffix(".new").replace(path)
 
     def _stamp(self) -> tuple[object, ...]:
-        """What changes with the keys file, and with the replicas."""
-        replicas = self._find_replicas()
+        """What changes with the keys file, and with the replicas and whether they answer."""
+        replicas = (self._find_replicas(), tuple(self._watch.left_out()))
         try:
             stat = self._settings.keys_file.stat() if self._settings.keys_file else None
         except OSError:
@@ -238,6 +223,7 @@ class Gateway:
 
     def stop(self) -> None:
         """Close the listeners, let requests in flight be answered, and end."""
+        self._watch.stop()
         if self._process is not None:
             self._process.send_signal(signal.SIGQUIT)
             try:
@@ -253,173 +239,20 @@ class Gateway:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def find_nginx() -> tuple[str, str]:
-    """nginx and its JavaScript module. Raises SetupError that says how to get them."""
+def find_nginx() -> tuple[str, list[Path]]:
+    """nginx and what it has to load for Lua. Raises SetupError that says how to get them."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     nginx = shutil.which("nginx", path=path)
     if nginx is None:
         raise SetupError(f"the gateway needs nginx: apt-get install {PACKAGES}")
     built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
-    folder = re.search(r"--modules-path=(\S+)", built)
-    module = Path(folder[1] if folder else "/usr/lib/nginx/modules") / MODULE
-    if not module.is_file():
-        raise SetupError(f"the gateway needs nginx's {MODULE}: apt-get install {PACKAGES}")
-    return nginx, str(module)
-
-
-def stop_seconds(settings: GatewaySettings) -> int:
-    return min(settings.response_timeout_seconds, MAX_STOP_SECONDS)
-
-
-def render(
-    settings: GatewaySettings,
-    replicas: Replicas,
-    clients: Sequence[Client],
-    folder: Path,
-    access_log: str,
-    module: str,
-) -> str:
-    """nginx.conf out of its template. Raises SetupError."""
-    upstreams, management = replicas
-    weights = settings.weights()
-    first, *_ = settings.model_names
-    targets = [
-        *(f"{first}/{version}" for version in weights),
-        *(name for name in settings.model_names if name != first or not weights),
-    ]
-    described = {"/": f"{first}/{next(iter(weights))}" if weights else first}
-    described |= {f"{name}/": name for name in settings.model_names if name not in described}
-    described |= {
-        f"{name}/{version}": f"{first}/{version}" for version in weights for name in ("", first)
-    }
-    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
-    values = {
-        "js_module": module,
-        "user": nobody(),
-        "folder": quotable(folder),
-        "pages": quotable(folder / "pages"),
-        "script": quotable(folder / "pages" / "gateway.js"),
-        "access_log": access_log,
-        "worker_processes": min(available_cores(), 4),
-        "open_files": limit,
-        "connections": limit // 2,
-        "stop_seconds": stop_seconds(settings),
-        "health_targets": " ".join(targets),
-        "replicas": len(management),
-        "keys": keys_maps(settings, clients),
-        "model": first,
-        "split": split_map(weights),
-        "described": lines(f'"{asked}" "{told}";' for asked, told in described.items()),
-        "servers": lines(f"server {address} max_fails=1 fail_timeout=5s;" for address in upstreams),
-        "others": other_replicas(upstreams),
-        "others_of": lines(f'"1 {address}" others_{i};' for i, address in enumerate(upstreams)),
-        # A replica that is alone gets a second try itself: it may have other workers.
-        "retriable": '"~^50(0|2|3|7) " 1;' if len(upstreams) > 1 else '"~^50(0|7) " 1;',
-        "rate": max(settings.rate, 1),
-        "limit_rate": f"limit_req zone=rate burst={settings.burst} nodelay;"
-        if settings.rate
-        else "",
-        "rate_words": f"{settings.rate} a second, and " if settings.rate else "",
-        "max_concurrent": settings.max_concurrent,
-        "max_concurrent_per_client": settings.max_concurrent_per_client,
-        "max_body_bytes": settings.max_body_bytes,
-        "client_timeout_seconds": settings.client_timeout_seconds,
-        "response_timeout_seconds": settings.response_timeout_seconds,
-        "info_seconds": len(management) * settings.response_timeout_seconds + 1,
-        "metrics_allow": lines(f"{network} 1;" for network in settings.metrics_networks()),
-        "listen": listen(settings),
-        "tls": tls(settings),
-        "management": lines(
-            f"upstream management_{i} {{ server {address} max_fails=0; }}"
-            for i, address in enumerate(management)
-        ),
-    }
-    template = (DEPLOY / "nginx.conf.template").read_text("utf-8")
-    # A $name without braces is a variable of nginx's.
-    return re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), template)
-
-
-def lines(entries: Iterable[str]) -> str:
-    return "\n        ".join(entries)
-
-
-def keys_maps(settings: GatewaySettings, clients: Sequence[Client]) -> str:
-    """Who has which key: $client, a name, and $access: open, missing, disabled or granted."""
-    names = lines(f'"{client.sha256}" "{client.name}";' for client in clients)
-    access = lines(
-        f'"{client.sha256}" {"disabled" if client.disabled else "granted"};' for client in clients
-    )
-    if not settings.keys_file:
-        return 'map "" $client { default ""; }\n    map "" $access { default open; }'
-    return (
-        f'map $key_hash $client {{\n        default "";\n        {names}\n    }}\n'
-        f"    map $key_hash $access {{\n        default missing;\n        {access}\n    }}"
-    )
-
-
-def split_map(weights: dict[str, int]) -> str:
-    """$split_version: what a client that asks for no version gets, the same each time."""
-    if not weights:
-        return 'map "" $split_version { default ""; }'
-    given = {version: percent for version, percent in weights.items() if percent}
-    *some, last = given
-    shares = [f"{given[version]}% {version};" for version in some] + [f"* {last};"]
-    return f"split_clients $client_id $split_version {{\n        {lines(shares)}\n    }}"
-
-
-def other_replicas(upstreams: Sequence[str]) -> str:
-    """An upstream for each replica that has all others; the replica itself where it is alone."""
-    blocks = []
-    for i, address in enumerate(upstreams):
-        rest = [other for other in upstreams if other != address] or [address]
-        servers = " ".join(f"server {other} max_fails=1 fail_timeout=5s;" for other in rest)
-        blocks.append(f"upstream others_{i} {{ zone others_{i} 64k; {servers} }}")
-    return "\n    ".join(blocks)
-
-
-def listen(settings: GatewaySettings) -> str:
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{host}:{settings.port}" + (" ssl http2" if settings.tls_certificate else "")
-
-
-def tls(settings: GatewaySettings) -> str:
-    """TLS 1.3, and 1.2 with forward secrecy: Mozilla's "intermediate" list without DHE."""
-    if not settings.tls_certificate:
-        return ""
-    ciphers = ":".join(
-        f"ECDHE-{kind}-{cipher}"
-        for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
-        for kind in ("ECDSA", "RSA")
-    )
-    return "\n        ".join(
-        [
-            f'ssl_certificate "{quotable(Path(settings.tls_certificate).resolve())}";',
-            f'ssl_certificate_key "{quotable(Path(settings.tls_key).resolve())}";',
-            "ssl_protocols TLSv1.2 TLSv1.3;",
-            f"ssl_ciphers {ciphers};",
-            "ssl_prefer_server_ciphers off;",
-            "ssl_session_cache shared:tls:10m;",
-            "ssl_session_timeout 1d;",
-            "ssl_session_tickets off;",
-            'add_header Strict-Transport-Security "max-age=63072000" always;',
-        ]
-    )
-
-
-def nobody() -> str:
-    """Workers give up root's rights; anybody else's nginx keeps the ones it has."""
-    if os.geteuid() != 0:
-        return ""
-    user = pwd.getpwnam("nobody")
-    return f"user {user.pw_name} {grp.getgrgid(user.pw_gid).gr_name};"
-
-
-def quotable(path: Path) -> str:
-    """A path between double quotes in nginx.conf. Raises SetupError where it cannot be there."""
-    text = str(path)
-    if re.search(r'["\\$]', text) or not text.isprintable():
-        raise SetupError(f'a path may not have ", \\, $ or line ends in it, got {text!r}')
-    return text
+    found = re.search(r"--modules-path=(\S+)", built)
+    folder = Path(found[1] if found else "/usr/lib/nginx/modules")
+    modules = [folder / name for name in MODULES]
+    for module in modules:
+        if not module.is_file():
+            raise SetupError(f"the gateway needs nginx's {module.name}: apt-get install {PACKAGES}")
+    return nginx, modules
 
 
 if __name__ == "__main__":

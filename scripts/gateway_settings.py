@@ -24,6 +24,7 @@ RANGES = {
     "max_concurrent_per_client": (1, 100_000),
     "max_body_bytes": (1, 2**30),
     "client_timeout_seconds": (1, 3600),
+    "body_timeout_seconds": (1, 3600),
     "response_timeout_seconds": (1, 3600),
 }
 
@@ -57,6 +58,7 @@ class GatewaySettings:
     max_concurrent_per_client: int = 64
     max_body_bytes: int = 16 * 2**20  # as max_request_size in config.properties
     client_timeout_seconds: int = 10  # for the headers, and between two pieces of a body
+    body_timeout_seconds: int = 60  # for a whole body
     response_timeout_seconds: int = 60  # of a prediction
     metrics_allow: str = "127.0.0.1,::1"  # addresses or networks that may read /metrics
 

@@ -228,6 +228,6 @@ def test_serve_without_nginx_says_so_first(tmp_path: Path, colours: list[str]) -
     )
     assert done.returncode == 2
     assert done.stderr == (
-        "error: the gateway needs nginx: apt-get install nginx libnginx-mod-http-js\n"
+        "error: the gateway needs nginx: apt-get install nginx libnginx-mod-http-lua lua-cjson\n"
     )
     assert time.monotonic() - started < 60

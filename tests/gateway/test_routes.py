@@ -171,12 +171,14 @@ def test_errors_of_the_handler_pass_unchanged(gateway: Served, kind: str) -> Non
         "/ping",
         "/api-description",
         "/workflows",
-        "/replica/0/mobilenet_v2",
-        "/describe/0/mobilenet_v2",
+        "/_management/0/mobilenet_v2",
+        "/_describe/0/mobilenet_v2",
+        "/_first/torchserve/predictions/mobilenet_v2",
+        "/_second/others_0/predictions/mobilenet_v2",
         "/info/mobilenet_v2",
         "/_error",
         "/../scripts/gateway.py",
-        "/..%2fgateway.js",
+        "/..%2fgateway.lua",
         "/nginx.conf.template",
     ],
 )
@@ -230,7 +232,7 @@ def test_health(gateway: Served) -> None:
     assert requests.get(f"{gateway.url}/livez", timeout=TIMEOUT).json() == {"status": "alive"}
 
 
-def test_health_asks_management_once_a_second(tmp_path: Path) -> None:
+def test_health_asks_management_once_a_second(gateway: Served, tmp_path: Path) -> None:
     calls: list[float] = []
     under_way = [0, 0]  # now, most
 
@@ -258,12 +260,15 @@ def test_health_asks_management_once_a_second(tmp_path: Path) -> None:
         listener.bind(("127.0.0.1", 0))
         listener.listen(64)
         pool.submit(serve, listener)
-        env = {"GATEWAY_MANAGEMENT": f"127.0.0.1:{listener.getsockname()[1]}"}
-        with running(tmp_path, env) as gateway:
+        env = {
+            "GATEWAY_MANAGEMENT": f"127.0.0.1:{listener.getsockname()[1]}",
+            "GATEWAY_UPSTREAMS": f"127.0.0.1:{gateway.server.ports['port']}",
+        }
+        with running(tmp_path, env) as other:
             started = time.monotonic()
 
             def poll(_: int) -> int:
-                return requests.get(f"{gateway.url}/health", timeout=TIMEOUT).status_code
+                return requests.get(f"{other.url}/health", timeout=TIMEOUT).status_code
 
             statuses = set()
             while time.monotonic() - started < 3:

@@ -10,7 +10,7 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import gateway
-from scripts.gateway import Replicas, render
+from scripts.gateway_config import Replicas, render
 from scripts.gateway_settings import RANGES, Client, GatewaySettings, read_keys
 
 DIGEST = hashlib.sha256(b"key").hexdigest()
@@ -20,10 +20,15 @@ def load(**variables: str) -> GatewaySettings:
     return GatewaySettings.load({f"GATEWAY_{name.upper()}": v for name, v in variables.items()})
 
 
-def rendered(tmp_path: Path, clients: list[Client] | None = None, **variables: str) -> str:
+def rendered(
+    tmp_path: Path,
+    clients: list[Client] | None = None,
+    left_out: dict[str, str] | None = None,
+    **variables: str,
+) -> str:
     settings = load(**variables)
     replicas = Replicas.find(settings)
-    return render(settings, replicas, clients or [], tmp_path, "/dev/fd/9", "/m.so")
+    return render(settings, replicas, left_out or {}, clients or [], tmp_path, "/dev/fd/9", [])
 
 
 def test_defaults() -> None:
@@ -173,9 +178,44 @@ def test_every_name_of_the_template_is_filled_in(tmp_path: Path) -> None:
 
 def test_a_retry_goes_to_the_others(tmp_path: Path) -> None:
     config = rendered(tmp_path, upstreams="127.0.0.1:1,127.0.0.1:2,127.0.0.1:3")
-    assert '"1 127.0.0.1:2" others_1;' in config
+    assert '["127.0.0.1:2"] = "others_1"' in config
     line = next(line for line in config.splitlines() if "upstream others_1 " in line)
     assert re.findall(r"server (\S+)", line) == ["127.0.0.1:1", "127.0.0.1:3"]
+
+
+def servers(config: str, upstream: str) -> list[str]:
+    block = config.partition(f"upstream {upstream} {{")[2].partition("}")[0]
+    return re.findall(r"server (\S+)", block)
+
+
+def test_a_replica_that_does_not_answer_gets_no_request(tmp_path: Path) -> None:
+    upstreams = [f"127.0.0.1:{port}" for port in (1, 2, 3)]
+    some = dict.fromkeys(upstreams[:1], "does not answer")
+    config = rendered(tmp_path, left_out=some, upstreams=",".join(upstreams))
+    assert servers(config, "torchserve") == upstreams[1:]
+    assert servers(config, "others_1") == upstreams[2:]
+    assert 'left_out = { "127.0.0.1:1: does not answer" }' in config
+    assert r"replica=\"127.0.0.1:1\"} 0\n" in config
+    assert r"replica=\"127.0.0.1:2\"} 1\n" in config
+
+
+def test_if_no_replica_answers_all_are_tried(tmp_path: Path) -> None:
+    upstreams = [f"127.0.0.1:{port}" for port in (1, 2)]
+    config = rendered(
+        tmp_path, left_out=dict.fromkeys(upstreams, "?"), upstreams=",".join(upstreams)
+    )
+    assert servers(config, "torchserve") == upstreams
+
+
+@pytest.mark.parametrize(("replicas", "first", "second"), [(1, 60, 60), (2, 15, 45)])
+def test_a_second_try_keeps_within_the_time_that_a_request_has(
+    tmp_path: Path, replicas: int, first: int, second: int
+) -> None:
+    upstreams = ",".join(f"127.0.0.1:{port + 1}" for port in range(replicas))
+    config = rendered(tmp_path, upstreams=upstreams)
+    for name, seconds in (("_first", first), ("_second", second)):
+        block = config.partition(f'location ~ "^/{name}/')[2]
+        assert f"proxy_read_timeout {seconds}s;" in block.partition("header_filter")[0]
 
 
 def test_a_path_that_nginx_would_take_apart_is_refused(tmp_path: Path) -> None:
@@ -194,5 +234,5 @@ def test_without_nginx_or_its_module_the_packages_are_named(
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin" if found else str(tmp_path))
     monkeypatch.setattr(gateway, "PLACES", ())
-    with pytest.raises(SetupError, match="apt-get install nginx libnginx-mod-http-js"):
+    with pytest.raises(SetupError, match="apt-get install nginx libnginx-mod-http-lua lua-cjson"):
         gateway.find_nginx()

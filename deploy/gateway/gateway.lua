@@ -1,0 +1,292 @@
+-- What nginx's own directives cannot say: keys by their hash, bodies with a limit in time, a second
+-- try at another replica, health and info out of the answers of several replicas, and the errors of
+-- TorchServe in the form that the handler's have.
+local cjson = require "cjson.safe"
+local ffi = require "ffi"
+local semaphore = require "ngx.semaphore"
+
+local capture = ngx.location.capture
+local GRACE_SECONDS = 2 -- a body that has had so long may be given up for another one
+local UNFAIR = 4 -- times the bytes that another client has on their way
+local LEAST_BYTES = 65536 -- that a connection counts for
+local MAKE_SECONDS = 10 -- after which somebody else tries to make an answer
+
+-- OpenSSL's own, which nginx is linked with.
+ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
+local digest = ffi.new "unsigned char[32]"
+
+local gateway = {}
+local settings -- what scripts/gateway.py fills in, see nginx.conf.template
+
+function gateway.setup(values)
+    settings = values
+end
+
+-- --- requests
+
+-- The sha256 of the client's API key, in hex; "" without a key. Looking it up in a hash table tells
+-- a client nothing by how long it takes: that depends on the digest, and whoever could choose
+-- digests at will would have broken sha256.
+function gateway.key_hash()
+    local key = (ngx.var.http_authorization or ""):match "^[Bb][Ee][Aa][Rr][Ee][Rr] +(%S+)$"
+    key = key or ngx.var.http_x_api_key
+    if not key or key == "" then
+        return ""
+    end
+    ffi.C.SHA256(key, #key, digest)
+    return (ffi.string(digest, 32):gsub(".", function(byte)
+        return ("%02x"):format(byte:byte())
+    end))
+end
+
+-- Requests of this nginx worker whose bodies are still on their way, and the memory they may take.
+local arriving = {}
+local arriving_bytes = 0
+
+local function forget(entry)
+    if arriving[entry] then
+        arriving[entry] = nil
+        arriving_bytes = arriving_bytes - entry.bytes
+    end
+end
+
+-- The client that has most bytes on their way, how many, and its oldest request.
+local function heaviest()
+    local bytes, oldest, most = {}, {}, nil
+    for entry in pairs(arriving) do
+        local client = entry.client
+        bytes[client] = (bytes[client] or 0) + entry.bytes
+        if not oldest[client] or entry.since < oldest[client].since then
+            oldest[client] = entry
+        end
+        if not most or bytes[client] > bytes[most] then
+            most = client
+        end
+    end
+    return bytes, most, oldest[most]
+end
+
+-- Give up bodies that are slow, or of a client that has far more on their way than this one, until
+-- there is room. False if there is none: those that hold much lock nobody else out.
+local function make_room(client, needed)
+    while arriving_bytes + needed > settings.arriving_bytes and next(arriving) do
+        local bytes, most, victim = heaviest()
+        local slow = ngx.now() - victim.since >= GRACE_SECONDS
+        if not slow and bytes[most] < UNFAIR * ((bytes[client] or 0) + needed) then
+            return false
+        end
+        forget(victim)
+        victim.leave:post(1)
+    end
+    return true
+end
+
+-- Take in the whole body, before the request counts as one that is under way.
+function gateway.receive()
+    local client = ngx.var.client_id
+    local length = tonumber(ngx.var.http_content_length)
+    if ngx.var.http_transfer_encoding then
+        length = settings.max_body_bytes -- nobody knows
+    end
+    local bytes = math.max(length or 0, LEAST_BYTES)
+    if not make_room(client, bytes) then
+        return ngx.exit(429)
+    end
+    local entry = { client = client, bytes = bytes, since = ngx.now(), leave = semaphore.new() }
+    arriving[entry] = true
+    arriving_bytes = arriving_bytes + bytes
+    ngx.ctx.entry = entry
+    local watch = ngx.thread.spawn(function()
+        entry.leave:wait(settings.body_seconds) -- until it is posted, or time is up
+        return ngx.exit(408)
+    end)
+    ngx.req.read_body()
+    ngx.thread.kill(watch)
+    forget(entry)
+    return ngx.exec "@predict"
+end
+
+-- A request that ended before its body was there.
+function gateway.give_up()
+    if ngx.ctx.entry then
+        forget(ngx.ctx.entry)
+    end
+end
+
+-- --- predictions
+
+local function append(name, value)
+    local before = ngx.var[name]
+    ngx.var[name] = before == "" and value or before .. " : " .. value
+end
+
+local function ask(location, pool)
+    local tried = {}
+    local uri = location .. pool .. ngx.var.target
+    local reply = capture(uri, {
+        method = ngx.HTTP_POST,
+        args = ngx.var.args,
+        always_forward_body = true,
+        ctx = tried,
+    })
+    reply.address = tried.address or "" -- see gateway.note
+    reply.by_handler = reply.header["X-Model-Version"] ~= nil
+    append("tried_addresses", reply.address)
+    append("tried_statuses", tried.status or "")
+    append("tried_seconds", tried.seconds or "")
+    return reply
+end
+
+-- In the subrequest: what nginx knows of the upstream, for the request itself.
+function gateway.note()
+    local tried = ngx.ctx
+    tried.address = ngx.var.upstream_addr
+    tried.status = ngx.var.upstream_status
+    tried.seconds = ngx.var.upstream_header_time
+end
+
+-- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
+-- that the handler gives would come again, unless it is the GPU's; a worker that died (500, and 507
+-- after kill -9) has neighbours even in a replica that is alone.
+local function another_pool(reply)
+    local others = settings.others[reply.address] -- none after two tries
+    if reply.status == 507 or reply.status == 500 and not reply.by_handler then
+        return others
+    elseif settings.live > 1 and reply.status >= 502 and reply.status <= 504 then
+        return others
+    end
+end
+
+-- TorchServe's own status as a client of the gateway should see it.
+local SEEN_AS = { [502] = 503, [507] = 500 }
+
+function gateway.predict()
+    local reply = ask("/_first/", "torchserve")
+    local pool = another_pool(reply)
+    if pool then
+        reply = ask("/_second/", pool)
+    end
+    ngx.var.torchserve_id = reply.header["x-request-id"] or ""
+    ngx.var.version_answered = reply.header["X-Model-Version"] or ""
+    if reply.status >= 400 and not reply.by_handler then
+        ngx.status = SEEN_AS[reply.status] or reply.status
+        ngx.header["Content-Type"] = "application/json"
+        -- TorchServe's message, if it tells the client something.
+        local own = reply.status < 500 and (cjson.decode(reply.body) or {}).message
+        return ngx.print(cjson.encode {
+            status = "error",
+            code = ngx.status,
+            type = ngx.var.error_type,
+            message = own or ngx.var.error_message,
+        })
+    end
+    ngx.status = reply.status
+    ngx.header["Content-Type"] = reply.header["Content-Type"]
+    ngx.header["X-Model-Version"] = reply.header["X-Model-Version"]
+    ngx.header["Content-Length"] = #reply.body
+    ngx.print(reply.body)
+end
+
+-- --- health and info
+
+-- Give the answer that `make` made a moment ago, whoever asks. While one request makes a new one, the
+-- others get the last, or wait. In memory, so that a full disk does not make a service look ill.
+local function answer(name, seconds, make)
+    local answers = ngx.shared.answers
+    local text, status = answers:get(name)
+    while not text and not answers:add(name .. " is made", true, MAKE_SECONDS) do
+        text, status = answers:get(name .. " before")
+        if not text then
+            ngx.sleep(0.02)
+            text, status = answers:get(name)
+        end
+    end
+    if not text then
+        status, text = make()
+        answers:set(name, text, status == 200 and seconds or 1, status)
+        answers:set(name .. " before", text, 60, status)
+        answers:delete(name .. " is made")
+    end
+    ngx.status = status
+    ngx.header["Content-Type"] = "application/json"
+    ngx.print(text, "\n")
+end
+
+local function decoded(reply)
+    local content = reply.status == 200 and cjson.decode(reply.body)
+    return type(content) == "table" and type(content[1]) == "table" and content[1] or {}
+end
+
+local function is_ready(reply)
+    for _, worker in ipairs(decoded(reply).workers or {}) do
+        if worker.status == "READY" then
+            return true
+        end
+    end
+    return false
+end
+
+-- 200 if every model has a READY worker on at least one replica, and one at least answers when it
+-- is asked; else 503 with what is missing.
+local function make_health()
+    local asked = {}
+    for replica = 0, settings.management - 1 do
+        for _, target in ipairs(settings.targets) do
+            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
+        end
+    end
+    local replies = { ngx.location.capture_multi(asked) }
+    local missing, whole, found = {}, 0, {}
+    for replica = 0, settings.management - 1 do
+        local all = true
+        for i, target in ipairs(settings.targets) do
+            local ready = is_ready(replies[replica * #settings.targets + i])
+            found[target] = found[target] or ready
+            all = all and ready
+        end
+        whole = whole + (all and 1 or 0)
+    end
+    for _, target in ipairs(settings.targets) do
+        if not found[target] then
+            missing[#missing + 1] = target .. ": no replica has a READY worker"
+        end
+    end
+    local answering = settings.replicas - #settings.left_out
+    if answering == 0 then
+        missing[#missing + 1] = "no replica answers a prediction"
+    end
+    return #missing > 0 and 503 or 200, cjson.encode {
+        status = #missing > 0 and "unhealthy" or "healthy",
+        model = settings.targets[1]:match "[^/]+",
+        replicas = { ready = math.min(whole, answering), total = settings.management },
+        missing = #missing > 0 and missing or nil,
+        left_out = #settings.left_out > 0 and settings.left_out or nil,
+    }
+end
+
+function gateway.health()
+    answer("health", 1, make_health)
+end
+
+-- The handler's own description of the model, to the letter, from the first replica that gives one.
+function gateway.info()
+    local target = ngx.var.described
+    answer("info " .. target, 10, function()
+        for replica = 0, settings.management - 1 do
+            local reply = capture(("/_describe/%d/%s"):format(replica, target))
+            local text = reply.status == 200 and reply.body:match '"customizedMetadata":%s*(%b{})'
+            local facts = text and cjson.decode(text)
+            if facts and facts.model then
+                return 200, text
+            end
+        end
+        return 503, cjson.encode {
+            status = "error",
+            code = 503,
+            type = "Unavailable",
+            message = "no replica describes " .. target,
+        }
+    end)
+end
+
+return gateway

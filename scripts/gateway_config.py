@@ -1,0 +1,225 @@
+"""nginx.conf for the gateway: deploy/gateway/nginx.conf.template filled in with checked values."""
+
+import grp
+import os
+import pwd
+import re
+import resource
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from handler.errors import SetupError
+from handler.machine import available_cores
+from scripts.gateway_settings import Client, GatewaySettings
+
+DEPLOY = Path(__file__).resolve().parent.parent / "deploy" / "gateway"
+MAX_STOP_SECONDS = 30
+
+
+class Replicas(NamedTuple):
+    """Where the replicas are, as IP:PORT each, in order."""
+
+    upstreams: tuple[str, ...]
+    management: tuple[str, ...]
+
+    @classmethod
+    def find(cls, settings: GatewaySettings) -> "Replicas":
+        """Look their names up. Raises SetupError."""
+        upstreams, management = map(settings.addresses, ("upstreams", "management"))
+        return cls(tuple(sorted(upstreams)), tuple(sorted(management)))
+
+
+def stop_seconds(settings: GatewaySettings) -> int:
+    return min(settings.response_timeout_seconds, MAX_STOP_SECONDS)
+
+
+def render(
+    settings: GatewaySettings,
+    replicas: Replicas,
+    left_out: Mapping[str, str],
+    clients: Sequence[Client],
+    folder: Path,
+    access_log: str,
+    modules: Sequence[Path],
+) -> str:
+    """nginx.conf out of its template; `left_out` has replicas that get no requests, and why.
+
+    Raises SetupError.
+    """
+    upstreams, management = replicas
+    # If none answers, the question may be at fault: all are tried.
+    live = [address for address in upstreams if address not in left_out] or upstreams
+    weights = settings.weights()
+    first, *_ = settings.model_names
+    targets = [
+        *(f"{first}/{version}" for version in weights),
+        *(name for name in settings.model_names if name != first or not weights),
+    ]
+    described = {"/": f"{first}/{next(iter(weights))}" if weights else first}
+    described |= {f"{name}/": name for name in settings.model_names if name not in described}
+    described |= {
+        f"{name}/{version}": f"{first}/{version}" for version in weights for name in ("", first)
+    }
+    limit = min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536)
+    workers = min(available_cores(), 4)
+    body = settings.max_body_bytes
+    # A replica that does not answer must not use up all the time that a request has.
+    total = settings.response_timeout_seconds
+    first_seconds = max(1, total // 4) if len(live) > 1 else total
+    values = {
+        "modules": lines((f'load_module "{module}";' for module in modules), indent=0),
+        "user": nobody(),
+        "folder": quotable(folder),
+        "pages": quotable(folder / "pages"),
+        "lua": quotable(folder / "pages" / "?.lua"),
+        "access_log": access_log,
+        "worker_processes": workers,
+        "open_files": limit,
+        "connections": limit // 2,
+        "targets": ", ".join(f'"{target}"' for target in targets),
+        "replicas": len(upstreams),
+        "live": len(live),
+        "managements": len(management),
+        "left_out": ", ".join(f'"{address}: {why}"' for address, why in left_out.items()),
+        "arriving_bytes": max(body, settings.max_concurrent * body // 4 // workers),
+        "keys": keys_maps(settings, clients),
+        "model": first,
+        "split": split_map(weights),
+        "described": lines(f'"{asked}" "{told}";' for asked, told in described.items()),
+        "servers": lines(map(server, live)),
+        "others": other_replicas(upstreams, live),
+        "others_of": ", ".join(
+            f'["{address}"] = "others_{i}"' for i, address in enumerate(upstreams)
+        ),
+        "rate": max(settings.rate, 1),
+        "limit_rate": f"limit_req zone=rate burst={settings.burst} nodelay;"
+        if settings.rate
+        else "",
+        "rate_words": f"{settings.rate} a second, and " if settings.rate else "",
+        "max_concurrent": settings.max_concurrent,
+        "max_concurrent_per_client": settings.max_concurrent_per_client,
+        "max_body_bytes": body,
+        "client_timeout_seconds": settings.client_timeout_seconds,
+        "body_timeout_seconds": settings.body_timeout_seconds,
+        "response_timeout_seconds": total,
+        "first_seconds": first_seconds,
+        "second_seconds": max(1, total - first_seconds) if len(live) > 1 else total,
+        "metrics_allow": lines(f"{network} 1;" for network in settings.metrics_networks()),
+        "in_use": "".join(
+            rf"gateway_replica_in_use{{replica=\"{address}\"}} {int(address not in left_out)}\n"
+            for address in upstreams
+        ),
+        "listen": listen(settings, folder),
+        "tls_server": tls_server(settings, folder),
+        "management": lines(
+            f"upstream management_{i} {{ server {address} max_fails=0; }}"
+            for i, address in enumerate(management)
+        ),
+    }
+    return fill("nginx.conf.template", values)
+
+
+def fill(template: str, values: Mapping[str, object]) -> str:
+    """A template with its ${names} filled in; a $name without braces is a variable of nginx's."""
+    text = (DEPLOY / template).read_text("utf-8")
+    return re.sub(r"\$\{(\w+)\}", lambda name: str(values[name[1]]), text)
+
+
+def lines(entries: Iterable[str], indent: int = 8) -> str:
+    return ("\n" + indent * " ").join(entries)
+
+
+def server(address: str) -> str:
+    """A replica in an upstream: one that cannot be reached is left alone for a moment."""
+    return f"server {address} max_fails=1 fail_timeout=5s;"
+
+
+def keys_maps(settings: GatewaySettings, clients: Sequence[Client]) -> str:
+    """Who has which key: $client, a name, and $access: open, missing, disabled or granted."""
+    names = lines(f'"{client.sha256}" "{client.name}";' for client in clients)
+    access = lines(
+        f'"{client.sha256}" {"disabled" if client.disabled else "granted"};' for client in clients
+    )
+    if not settings.keys_file:
+        return 'map "" $client { default ""; }\n    map "" $access { default open; }'
+    return (
+        f'map $key_hash $client {{\n        default "";\n        {names}\n    }}\n'
+        f"    map $key_hash $access {{\n        default missing;\n        {access}\n    }}"
+    )
+
+
+def split_map(weights: dict[str, int]) -> str:
+    """$split_version: what a client that asks for no version gets, the same each time."""
+    if not weights:
+        return 'map "" $split_version { default ""; }'
+    given = {version: percent for version, percent in weights.items() if percent}
+    *some, last = given
+    shares = [f"{given[version]}% {version};" for version in some] + [f"* {last};"]
+    return f"split_clients $client_id $split_version {{\n        {lines(shares)}\n    }}"
+
+
+def other_replicas(upstreams: Sequence[str], live: Sequence[str]) -> str:
+    """An upstream for each replica that has all others; the replica itself if there are none."""
+    blocks = []
+    for i, address in enumerate(upstreams):
+        rest = [other for other in live if other != address] or [address]
+        servers = " ".join(map(server, rest))
+        blocks.append(f"upstream others_{i} {{ zone others_{i} 64k; {servers} }}")
+    return "\n    ".join(blocks)
+
+
+def listen(settings: GatewaySettings, folder: Path) -> str:
+    """Where requests arrive: from clients, or, with TLS, from the server that ends it."""
+    if settings.tls_certificate:
+        # The address of the client, from whom nobody else can say so.
+        return (
+            f'listen "unix:{quotable(folder)}/inside.sock";\n        '
+            "set_real_ip_from unix:;\n        real_ip_header X-Forwarded-For;"
+        )
+    return f"listen {address_of(settings)};"
+
+
+def address_of(settings: GatewaySettings) -> str:
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    return f"{host}:{settings.port}"
+
+
+def tls_server(settings: GatewaySettings, folder: Path) -> str:
+    """What ends TLS and HTTP/2: Lua's subrequests know HTTP/1 alone, and so do the servers behind.
+
+    TLS 1.3, and 1.2 with forward secrecy: Mozilla's "intermediate" list without DHE.
+    """
+    if not settings.tls_certificate:
+        return ""
+    ciphers = ":".join(
+        f"ECDHE-{kind}-{cipher}"
+        for cipher in ("AES128-GCM-SHA256", "AES256-GCM-SHA384", "CHACHA20-POLY1305")
+        for kind in ("ECDSA", "RSA")
+    )
+    values = {
+        "socket": f"{quotable(folder)}/inside.sock",
+        "address": address_of(settings),
+        "certificate": quotable(Path(settings.tls_certificate).resolve()),
+        "key": quotable(Path(settings.tls_key).resolve()),
+        "ciphers": ciphers,
+        "pages": quotable(folder / "pages"),
+        "timeout_seconds": settings.response_timeout_seconds + 5,  # the server behind is first
+    }
+    return fill("tls.conf.template", values)
+
+
+def nobody() -> str:
+    """Workers give up root's rights; anybody else's nginx keeps the ones it has."""
+    if os.geteuid() != 0:
+        return ""
+    user = pwd.getpwnam("nobody")
+    return f"user {user.pw_name} {grp.getgrgid(user.pw_gid).gr_name};"
+
+
+def quotable(path: Path) -> str:
+    """A path between double quotes in nginx.conf. Raises SetupError where it cannot be there."""
+    text = str(path)
+    if re.search(r'["\\$]', text) or not text.isprintable():
+        raise SetupError(f'a path may not have ", \\, $ or line ends in it, got {text!r}')
+    return text

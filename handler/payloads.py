@@ -49,7 +49,7 @@ def read_request(
 
     Raises a RequestError where the request as a whole cannot be answered.
     """
-    content_type = str(headers.get("x-body-type", headers.get("content-type", "")))
+    content_type = str(headers.get("x-body-type", headers.get("content-type", ""))).strip()
     parts = _parts(row, headers, content_type, settings)
     options = _options(parts)
     files = [part for part in parts if part.name not in OPTIONS]

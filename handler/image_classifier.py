@@ -54,6 +54,7 @@ LIBRARIES = (
     "numpy",
     "safetensors",
     "orjson",
+    "multipart",
 )
 LEAVE_SECONDS = 0.5  # for the last answers on their way out
 GPU_LOST = "the GPU is lost, and a new worker about to start; try again later"
@@ -358,18 +359,21 @@ class ImageClassifier(BaseHandler):
         """HTTP status and answer of one row."""
         if isinstance(row.request, RequestError):
             return row.request.status, failure(row.request)
-        results = [self._result(item, row, row.request) for item in row.items]
+        results = [
+            self._result(item, filename, row, row.request)
+            for item, filename in zip(row.items, row.request.filenames, strict=True)
+        ]
         if row.request.several:
             return several(results)
         return results[0].get("code", 200), results[0]
 
-    def _result(self, item: Item, row: Row, request: ImageRequest) -> Answer:
+    def _result(self, item: Item, filename: str | None, row: Row, request: ImageRequest) -> Answer:
         """The answer for one image of a row."""
         if item.error or item.probabilities is None:
             return failure(item.error or ModelFailed("the image was not classified"))
         item.predictions = best_classes(item.probabilities, request.top_k, self.card.labels)
         metadata = {
-            "filename": request.filename,
+            "filename": filename,
             "inference_time": round(row.seconds.get("inference", 0), 6),
             **self._identity(),
             "device": self.engine.device,

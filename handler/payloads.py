@@ -1,12 +1,12 @@
 """One row of a batch to images and options, whatever the form of its body.
 
 What arrives (ts/service.py, ts/protocol/otf_message_handler.py of TorchServe 0.12): a raw body is
-{"body": bytearray}; multipart is one entry for each part; `/{model}/predict?top_k=3` adds its query
-to either; JSON is already parsed and text already a str, unless decode_input_request is off;
-a broken multipart body is {}.
+{"body": bytearray}, and from the gateway every body is raw, its content type in X-Body-Type;
+multipart is one entry for each part; `/{model}/predict?top_k=3` adds its query to either; JSON is
+already parsed and text already a str, unless decode_input_request is off; a broken multipart body
+is {}.
 """
 
-import base64
 import json
 import re
 from collections.abc import Mapping
@@ -24,9 +24,11 @@ from handler.errors import (
     RequestError,
     TooManyImages,
 )
+from handler.forms import BLANKS, REPEATED, Part, decode_base64, read_boundary, read_form
 from handler.settings import Settings
 
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
+OPTIONS = ("top_k", "filename")
 MAX_FILENAME = 255
 
 
@@ -37,7 +39,7 @@ class ImageRequest:
     images: list[bytes | RequestError]  # encoded images in the order sent; a bad one fails alone
     several: bool  # whether the client asked in the form that gets a list of results
     top_k: int
-    filename: str | None = None
+    filenames: list[str | None]  # of the images, in the same order
 
 
 def read_request(
@@ -47,40 +49,93 @@ def read_request(
 
     Raises a RequestError where the request as a whole cannot be answered.
     """
-    content_type = str(headers.get("content-type", "")).lower()
-    fields = dict(row)
-    if set(fields) - {"top_k", "filename"} == {"body"}:
-        document = _json_document(fields["body"], content_type)
+    content_type = str(headers.get("x-body-type", headers.get("content-type", ""))).strip()
+    parts = _parts(row, headers, content_type, settings)
+    options = _options(parts)
+    files = [part for part in parts if part.name not in OPTIONS]
+    names = [part.name for part in files]
+    content_type = content_type.lower()
+    if names == ["body"]:
+        document = _json_document(files[0].value, content_type)
         if document is not None:
             # An option in the document is nearer to the image than the same one in the query.
-            query = {name: _text(fields.get(name)) for name in ("top_k", "filename")}
-            return _read_json(query | document, headers, classes, settings)
+            return _read_json(options | document, headers, classes, settings)
     if content_type.startswith("application/x-www-form-urlencoded"):
         raise MalformedRequest(
             "the body came as a web form; with curl use -T FILE or -F file=@FILE, "
             "or name the type with -H 'Content-Type: image/jpeg'"
         )
-    top_k = _top_k(_text(fields.pop("top_k", None)), headers, classes, settings)
-    filename = _filename(_text(fields.pop("filename", None)))
-    unknown = [name for name in fields if not IMAGE_PART.fullmatch(name)]
+    top_k = _top_k(options["top_k"], headers, classes, settings)
+    filename = _filename(options["filename"])
+    unknown = [name for name in names if not IMAGE_PART.fullmatch(name)]
     if unknown:
         raise MalformedRequest(
             f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, top_k, filename"
         )
-    if not fields and content_type.startswith("multipart/"):
+    if not files and content_type.startswith("multipart/"):
         raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
-    images: list[bytes | RequestError] = [_bytes(value) for value in fields.values()]
+    images: list[bytes | RequestError] = [
+        part.value if isinstance(part.value, RequestError) else _bytes(part.value) for part in files
+    ]
     if not images or images == [b""]:
         raise NoImage("the request has no image; send it as the body or as a part named 'file'")
     several = len(images) > 1
     _check_count(len(images), settings)
     if several and filename is not None:
         raise MalformedRequest("filename goes with one image, and the request has several")
-    return ImageRequest(images=images, several=several, top_k=top_k, filename=filename)
+    filenames = [part.filename and part.filename[:MAX_FILENAME] for part in files]
+    return ImageRequest(
+        images=images,
+        several=several,
+        top_k=top_k,
+        filenames=filenames if filename is None else [filename],
+    )
+
+
+def _parts(
+    row: Mapping[str, Any], headers: Mapping[str, Any], content_type: str, settings: Settings
+) -> list[Part]:
+    """A row's parts, in the order sent; a body that is a whole form is replaced by its parts."""
+    parts = []
+    for name, value in row.items():
+        if name == "body" and _is_form(value, headers, content_type):
+            parts += read_form(value, content_type, settings.max_images)
+        else:
+            parts.append(Part(name.partition(REPEATED)[0], value))
+    return parts
+
+
+def _is_form(body: Any, headers: Mapping[str, Any], content_type: str) -> bool:
+    """Whether a body is a form as the client sent it, and not a part called "body" of one.
+
+    TorchServe takes apart the forms that come under their own Content-Type, except those in
+    which it finds no boundary.
+    """
+    if not content_type.lower().startswith("multipart/") or not isinstance(body, bytes | bytearray):
+        return False
+    boundary = read_boundary(content_type).encode("latin-1", "replace")
+    whole = "x-body-type" in headers or not boundary or body.startswith(b"--" + boundary)
+    return whole and bool(body)
+
+
+def _options(parts: list[Part]) -> dict[str, str | None]:
+    """The options among the parts, as text; None for one that is not there."""
+    options: dict[str, str | None] = dict.fromkeys(OPTIONS)
+    for part in parts:
+        if part.name in OPTIONS:
+            if isinstance(part.value, RequestError):
+                raise part.value
+            text = _text(part.value)
+            if options[part.name] not in (None, text):
+                raise MalformedRequest(f"{part.name} came twice with two values; send it once")
+            options[part.name] = text
+    return options
 
 
 def _json_document(body: Any, content_type: str) -> dict[str, Any] | None:
     """The body as a JSON object, or None where it is not meant as JSON."""
+    if isinstance(body, RequestError):
+        return None
     if not isinstance(body, dict | list):
         data = _bytes(body)
         if not content_type.startswith("application/json") and not data.lstrip().startswith(b"{"):
@@ -118,7 +173,8 @@ def _read_json(
     images = [_decode_base64(entry, settings) for entry in entries]
     if not several and isinstance(images[0], RequestError):
         raise images[0]
-    return ImageRequest(images=images, several=several, top_k=top_k, filename=filename)
+    filenames = [filename] * len(images)
+    return ImageRequest(images=images, several=several, top_k=top_k, filenames=filenames)
 
 
 def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
@@ -131,16 +187,13 @@ def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
         kind, _, entry = entry.partition(",")
         if not kind.endswith(";base64"):
             return InvalidBase64("a data: URL must be of the form data:image/…;base64,…")
-    entry = "".join(entry.split())  # base64 often comes in lines
-    if len(entry) // 4 * 3 > settings.max_image_bytes + 2:  # + 2: padding
+    data = entry.encode("utf-8", "replace").translate(None, BLANKS)  # base64 often comes in lines
+    if len(data) // 4 * 3 > settings.max_image_bytes + 2:  # + 2: padding
         return ImageTooLarge(
-            f"the image has about {len(entry) // 4 * 3} bytes, "
+            f"the image has about {len(data) // 4 * 3} bytes, "
             f"the limit is {settings.max_image_bytes}"
         )
-    try:
-        return base64.b64decode(entry, validate=True)
-    except ValueError:
-        return InvalidBase64("the image is not valid base64")
+    return decode_base64(data)
 
 
 def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Settings) -> int:

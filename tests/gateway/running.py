@@ -44,10 +44,11 @@ class Gateway:
     def url(self) -> str:
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The log so far, without a line that is being written."""
+    def lines(self, event: str = "gateway") -> list[dict[str, Any]]:
+        """The requests in the log so far, or other events; no line that is being written."""
         text = self.stdout.read_text("utf-8")
-        return [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
+        return [line for line in lines if line["event"] == event]
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The line of one request, which is written when its answer has been sent."""

@@ -7,15 +7,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
+from requests.adapters import HTTPAdapter
 
 from tests.gateway.running import Load, free_port, kill, running, settings, wait_for
-from tests.gateway.test_limits import client
+from tests.gateway.test_limits import client, torchserve_that
 from tests.gateway.test_routes import check_error
 from tests.server.colours import encoded
 from tests.server.serving import ROOT, Server, environment, serving
@@ -148,6 +150,95 @@ def test_a_rolling_restart_fails_no_request(replicas: list[Server], tmp_path: Pa
                 load.wait(before + 100)
         assert load.failures == []
         assert load.statuses == {200: load.total}
+
+
+def java(server: Server) -> psutil.Process:
+    return next(
+        child
+        for child in psutil.Process(server.process.pid).children()
+        if Path(child.exe()).name == "java"
+    )
+
+
+def ask(session: requests.Session, url: str) -> tuple[int, float]:
+    """Status, 0 without an answer, and seconds."""
+    started = time.monotonic()
+    try:
+        status = session.post(url, data=SMALL, timeout=TIMEOUT).status_code
+    except requests.RequestException:
+        status = 0
+    return status, time.monotonic() - started
+
+
+def test_a_replica_that_hangs_takes_nothing_away(replicas: list[Server], tmp_path: Path) -> None:
+    """Of 20 requests a second for 20 s at most one in a hundred fails or takes over 5 s."""
+    hung = java(replicas[0])
+    address = f"127.0.0.1:{replicas[0].ports['port']}"
+    with (
+        running(tmp_path, settings(replicas, response_timeout_seconds="20")) as gateway,
+        ThreadPoolExecutor(64) as pool,
+        requests.Session() as session,
+    ):
+        session.trust_env = False
+        session.mount("http://", HTTPAdapter(pool_maxsize=64))
+        url = f"{gateway.url}/predict"
+        wait_for(lambda: health(gateway.url) == {"ready": 2, "total": 2})
+        asked = []
+        try:
+            hung.suspend()
+            for _ in range(400):
+                asked.append(pool.submit(ask, session, url))
+                time.sleep(0.05)
+            state = requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
+            assert state.status_code == 200
+            assert state.json()["replicas"] == {"ready": 1, "total": 2}
+            assert state.json()["left_out"] == [f"{address}: does not answer"]
+            answers = [answer.result() for answer in asked]
+        finally:
+            hung.resume()
+        bad = [answer for answer in answers if answer[0] != 200 or answer[1] > 5]
+        assert len(bad) <= 4, bad
+        assert [line["replica"] for line in gateway.lines("replica_left_out")] == [address]
+        wait_for(lambda: health(gateway.url) == {"ready": 2, "total": 2})
+        with Load(url, SMALL) as load:
+            load.wait(100)
+        assert load.failures == []
+        assert any(line.get("upstream") == address for line in gateway.lines()[-100:])
+
+
+def test_a_service_that_cannot_answer_is_not_healthy(tmp_path: Path) -> None:
+    """Its workers are READY, and every prediction fails."""
+    body = b'[{"workers": [{"status": "READY"}]}]'
+    head = b"HTTP/1.1 %s\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+    with ExitStack() as stack:
+        fine = stack.enter_context(torchserve_that(head % (b"200 OK", len(body)) + body))
+        failing = stack.enter_context(torchserve_that(head % (b"500 ", 2) + b"{}"))
+        env = {"GATEWAY_MANAGEMENT": fine, "GATEWAY_UPSTREAMS": failing}
+        gateway = stack.enter_context(running(tmp_path, env))
+
+        def state() -> requests.Response:
+            return requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
+
+        wait_for(lambda: state().status_code == 503)
+        why = f"{failing}: predictions of mobilenet_v2 fail with status 500"
+        assert state().json()["missing"] == ["no replica answers a prediction"]
+        assert state().json()["left_out"] == [why]
+        page = requests.get(f"{gateway.url}/metrics", timeout=TIMEOUT).text
+        assert f'gateway_replica_in_use{{replica="{failing}"}} 0' in page
+
+
+def test_a_failure_of_the_handler_is_not_tried_again(tmp_path: Path) -> None:
+    body = b'{"status":"error","code":500,"type":"ModelFailed","message":"the model failed"}'
+    head = b"HTTP/1.1 500 \r\nX-Model-Version: 1.0\r\ncontent-length: %d\r\n\r\n"
+    with ExitStack() as stack:
+        answer = head % len(body) + body
+        both = [stack.enter_context(torchserve_that(answer)) for _ in range(2)]
+        env = {"GATEWAY_UPSTREAMS": ",".join(both)}
+        gateway = stack.enter_context(running(tmp_path, env))
+        reply = requests.post(f"{gateway.url}/predict", data=SMALL, timeout=TIMEOUT)
+        assert (reply.status_code, reply.content) == (500, body)
+        line = gateway.line(reply.headers["X-Request-ID"])
+        assert line["upstream_status"] == "500"
 
 
 def test_all_replicas_dead_is_503_at_once(tmp_path: Path) -> None:

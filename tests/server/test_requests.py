@@ -1,11 +1,15 @@
 """Every request form, answer and error of the documented API, against the real server."""
 
 import base64
+import json
 import re
 import struct
+import subprocess
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -87,6 +91,84 @@ def test_several_parts_are_answered_in_order(server: Server) -> None:
     answer = post(server, files=files).json()
     assert answer["status"] == "success"
     assert [best(result) for result in answer["results"]] == ["blue", "red", "green"]
+
+
+def forward(server: Server, body: bytes, content_type: str) -> requests.Response:
+    """A body as the gateway sends it."""
+    headers = {"Content-Type": "application/octet-stream", "X-Body-Type": content_type}
+    return post(server, data=body, headers=headers)
+
+
+@pytest.mark.parametrize("by", ["torchserve", "handler"])
+def test_files_of_one_name_are_answered_in_order(server: Server, by: str) -> None:
+    """Whoever takes the form apart."""
+    labels = ("blue", "red", "green", "red")
+    names = ("file", "file", "image", "file")
+    files = [
+        (name, (f"{label}.jpg", encoded(label), "image/jpeg"))
+        for name, label in zip(names, labels, strict=True)
+    ]
+    form = requests.Request("POST", server.url, files=files, data={"top_k": "2"}).prepare()
+    assert isinstance(form.body, bytes)
+    if by == "torchserve":
+        response = post(server, data=form.body, headers=dict(form.headers))
+    else:
+        response = forward(server, form.body, form.headers["Content-Type"])
+    results = response.json()["results"]
+    assert [best(result) for result in results] == list(labels)
+    assert [len(result["predictions"]) for result in results] == [2] * 4
+    known = [f"{label}.jpg" if by == "handler" else None for label in labels]
+    assert [result["metadata"]["filename"] for result in results] == known
+
+
+def test_curls_list_of_files(server: Server, tmp_path: Path) -> None:
+    """-F file=@a,b is one part that is itself a form."""
+    for label in ("green", "blue"):
+        (tmp_path / label).write_bytes(encoded(label))
+    command = ["curl", "-sS", "--noproxy", "*", server.predictions, "-F", "file=@green,blue"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=TIMEOUT)
+    results = json.loads(answer.stdout)["results"]
+    assert [best(result) for result in results] == ["green", "blue"]
+
+
+@pytest.mark.parametrize(
+    ("header", "encode"),
+    [
+        ("Content-Transfer-Encoding: base64", base64.encodebytes),
+        ("Content-Type: image/jpeg; charset=binary", bytes),
+        ("Content-Type: image/jpeg;\r\n name=red.jpg", bytes),
+    ],
+)
+def test_forms_that_torchserve_cannot_read(
+    server: Server, header: str, encode: Callable[[bytes], bytes]
+) -> None:
+    """Sent to it as forms they are a 500 each, and their bytes stay in Java's memory."""
+    head = '--x\r\nContent-Disposition: form-data; name="file"; filename="röd.jpg"\r\n'
+    body = head.encode() + header.encode() + b"\r\n\r\n" + encode(encoded("red")) + b"\r\n--x--"
+    answer = forward(server, body, "multipart/form-data; boundary=x").json()
+    assert (best(answer), answer["metadata"]["filename"]) == ("red", "röd.jpg")
+
+
+def test_other_bodies_from_the_gateway(server: Server) -> None:
+    document = json.dumps({"image": b64(encoded("green")), "top_k": 1}).encode()
+    answer = forward(server, document, "application/json; charset=utf-8").json()
+    assert [best(answer), len(answer["predictions"])] == ["green", 1]
+    assert best(forward(server, encoded("blue"), "image/jpeg").json()) == "blue"
+    assert forward(server, b"a=b", "application/x-www-form-urlencoded").status_code == 400
+
+
+def test_form_that_was_cut_off(server: Server) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="file"\r\n\r\n' + encoded("red")
+    response = forward(server, body, "multipart/form-data; boundary=x")
+    assert (response.status_code, response.json()["type"]) == (400, "MalformedRequest")
+    assert "truncated" in response.json()["message"]
+
+
+def test_form_without_a_boundary(server: Server) -> None:
+    headers = {"Content-Type": "multipart/form-data"}
+    response = post(server, data=b"--x\r\n", headers=headers)
+    assert (response.status_code, response.json()["type"]) == (400, "MalformedRequest")
+    assert "multipart without a boundary" in response.json()["message"]
 
 
 def test_json_image(server: Server) -> None:

@@ -61,7 +61,7 @@ def outcome(row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest 
 )
 def test_raw_body(kind: type, headers: dict[str, str]) -> None:
     request = read({"body": kind(JPEG)}, headers)
-    assert request == ImageRequest(images=[JPEG], several=False, top_k=5)
+    assert request == ImageRequest(images=[JPEG], several=False, top_k=5, filenames=[None])
     assert type(request.images[0]) is bytes
 
 
@@ -99,7 +99,7 @@ def test_several_parts_stay_in_the_order_sent(parts: tuple[str, str]) -> None:
 def test_options_beside_a_part() -> None:
     row = {"top_k": bytearray(b"2"), "file": JPEG, "filename": bytearray("Käfer.jpg".encode())}
     assert read(row, MULTIPART) == ImageRequest(
-        images=[JPEG], several=False, top_k=2, filename="Käfer.jpg"
+        images=[JPEG], several=False, top_k=2, filenames=["Käfer.jpg"]
     )
 
 
@@ -144,7 +144,7 @@ def test_json_in_any_form(form: str, headers: dict[str, str]) -> None:
         "text": text,
     }[form]
     assert read({"body": body}, headers) == ImageRequest(
-        images=[JPEG], several=False, top_k=3, filename="a.jpg"
+        images=[JPEG], several=False, top_k=3, filenames=["a.jpg"]
     )
 
 
@@ -254,13 +254,13 @@ def test_filename_must_be_short_text(filename: Any) -> None:
 
 
 def test_longest_filename() -> None:
-    assert read({"file": JPEG, "filename": b"x" * 255}).filename == "x" * 255
+    assert read({"file": JPEG, "filename": b"x" * 255}).filenames == ["x" * 255]
 
 
 def test_filename_is_kept_as_sent() -> None:
     """It is only ever repeated in the answer, never opened."""
     name = "../../etc/passwd\n\u2028"
-    assert read({"body": {"image": b64(JPEG), "filename": name}}).filename == name
+    assert read({"body": {"image": b64(JPEG), "filename": name}}).filenames == [name]
 
 
 def test_filename_that_no_answer_could_repeat_is_refused() -> None:

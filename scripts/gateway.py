@@ -138,7 +138,7 @@ class Gateway:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)
-        self._watch.start()
+        self._watch.start(self._folder / "control.sock")
 
     def _command(self) -> list[str]:
         return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
@@ -156,7 +156,6 @@ class Gateway:
         config = render(
             self._settings,
             self._replicas,
-            self._watch.left_out(),
             self._clients,
             self._folder,
             self._access_log,
@@ -167,8 +166,8 @@ class Gateway:
         path.with_suffix(".new").replace(path)
 
     def _stamp(self) -> tuple[object, ...]:
-        """What changes with the keys file, and with the replicas and whether they answer."""
-        replicas = (self._find_replicas(), tuple(self._watch.left_out()))
+        """What changes with the keys file, and with the replicas."""
+        replicas = self._find_replicas()
         try:
             stat = self._settings.keys_file.stat() if self._settings.keys_file else None
         except OSError:

@@ -37,19 +37,13 @@ def stop_seconds(settings: GatewaySettings) -> int:
 def render(
     settings: GatewaySettings,
     replicas: Replicas,
-    left_out: Mapping[str, str],
     clients: Sequence[Client],
     folder: Path,
     access_log: str,
     modules: Sequence[Path],
 ) -> str:
-    """nginx.conf out of its template; `left_out` has replicas that get no requests, and why.
-
-    Raises SetupError.
-    """
+    """nginx.conf out of its template. Raises SetupError."""
     upstreams, management = replicas
-    # If none answers, the question may be at fault: all are tried.
-    live = [address for address in upstreams if address not in left_out] or upstreams
     weights = settings.weights()
     first, *_ = settings.model_names
     targets = [
@@ -66,7 +60,7 @@ def render(
     body = settings.max_body_bytes
     # A replica that does not answer must not use up all the time that a request has.
     total = settings.response_timeout_seconds
-    first_seconds = max(1, total // 4) if len(live) > 1 else total
+    first_seconds = max(1, total // 4) if len(upstreams) > 1 else total
     values = {
         "modules": lines((f'load_module "{module}";' for module in modules), indent=0),
         "user": nobody(),
@@ -78,19 +72,23 @@ def render(
         "open_files": limit,
         "connections": limit // 2,
         "targets": ", ".join(f'"{target}"' for target in targets),
-        "replicas": len(upstreams),
-        "live": len(live),
+        "replicas": ", ".join(
+            f'{{ name = "replica_{i}", address = "{address}" }}'
+            for i, address in enumerate(upstreams)
+        ),
         "managements": len(management),
-        "left_out": ", ".join(f'"{address}: {why}"' for address, why in left_out.items()),
         "arriving_bytes": max(body, settings.max_concurrent * body // 4 // workers),
         "keys": keys_maps(settings, clients),
         "model": first,
         "split": split_map(weights),
         "described": lines(f'"{asked}" "{told}";' for asked, told in described.items()),
-        "servers": lines(map(server, live)),
-        "others": other_replicas(upstreams, live),
-        "others_of": ", ".join(
-            f'["{address}"] = "others_{i}"' for i, address in enumerate(upstreams)
+        "upstreams": lines(
+            (
+                f"upstream replica_{i} {{ server {address}; keepalive 64; "
+                "keepalive_requests 1000000; }"
+                for i, address in enumerate(upstreams)
+            ),
+            indent=4,
         ),
         "rate": max(settings.rate, 1),
         "limit_rate": f"limit_req zone=rate burst={settings.burst} nodelay;"
@@ -104,12 +102,8 @@ def render(
         "body_timeout_seconds": settings.body_timeout_seconds,
         "response_timeout_seconds": total,
         "first_seconds": first_seconds,
-        "second_seconds": max(1, total - first_seconds) if len(live) > 1 else total,
+        "second_seconds": max(1, total - first_seconds) if len(upstreams) > 1 else total,
         "metrics_allow": lines(f"{network} 1;" for network in settings.metrics_networks()),
-        "in_use": "".join(
-            rf"gateway_replica_in_use{{replica=\"{address}\"}} {int(address not in left_out)}\n"
-            for address in upstreams
-        ),
         "listen": listen(settings, folder),
         "tls_server": tls_server(settings, folder),
         "management": lines(
@@ -128,11 +122,6 @@ def fill(template: str, values: Mapping[str, object]) -> str:
 
 def lines(entries: Iterable[str], indent: int = 8) -> str:
     return ("\n" + indent * " ").join(entries)
-
-
-def server(address: str) -> str:
-    """A replica in an upstream: one that cannot be reached is left alone for a moment."""
-    return f"server {address} max_fails=1 fail_timeout=5s;"
 
 
 def keys_maps(settings: GatewaySettings, clients: Sequence[Client]) -> str:
@@ -157,16 +146,6 @@ def split_map(weights: dict[str, int]) -> str:
     *some, last = given
     shares = [f"{given[version]}% {version};" for version in some] + [f"* {last};"]
     return f"split_clients $client_id $split_version {{\n        {lines(shares)}\n    }}"
-
-
-def other_replicas(upstreams: Sequence[str], live: Sequence[str]) -> str:
-    """An upstream for each replica that has all others; the replica itself if there are none."""
-    blocks = []
-    for i, address in enumerate(upstreams):
-        rest = [other for other in live if other != address] or [address]
-        servers = " ".join(map(server, rest))
-        blocks.append(f"upstream others_{i} {{ zone others_{i} 64k; {servers} }}")
-    return "\n    ".join(blocks)
 
 
 def listen(settings: GatewaySettings, folder: Path) -> str:

@@ -5,10 +5,13 @@ fails. So a replica is asked for a sign of life each second, and for a real pred
 """
 
 import base64
+import json
+import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import requests
 
@@ -59,6 +62,20 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
     return f"predictions of {model} fail with status {answer.status_code}" if failed else ""
 
 
+def tell(control: Path, left_out: Mapping[str, str]) -> bool:
+    """Hand nginx the replicas that get no requests; False if it does not take them now."""
+    body = json.dumps(left_out).encode()
+    head = f"POST /left_out HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+    try:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(PING_TIMEOUT_SECONDS)
+            connection.connect(str(control))
+            connection.sendall(head.encode() + body)
+            return b" 204 " in connection.recv(1024)
+    except OSError:
+        return False
+
+
 class Watch:
     """Asks all replicas at once, each in a thread of its own, as long as it runs."""
 
@@ -70,8 +87,9 @@ class Watch:
         self._replicas: dict[str, _Replica] = {}
         self._ended = threading.Event()
 
-    def start(self) -> None:
-        threading.Thread(target=self._run, name="watch", daemon=True).start()
+    def start(self, control: Path) -> None:
+        """Begin, and tell the nginx that listens on the socket `control` what is found."""
+        threading.Thread(target=self._run, args=(control,), name="watch", daemon=True).start()
 
     def stop(self) -> None:
         self._ended.set()
@@ -81,7 +99,8 @@ class Watch:
         replicas = self._replicas.items()
         return {address: replica.reason for address, replica in replicas if replica.reason}
 
-    def _run(self) -> None:
+    def _run(self, control: Path) -> None:
+        told: object = None
         while not self._ended.is_set():
             known = self._replicas
             self._replicas = {found: known.get(found, _Replica()) for found in self._find()}
@@ -89,6 +108,9 @@ class Watch:
                 if not replica.asking:
                     replica.asking = True
                     threading.Thread(target=self._ask, args=(address, replica), daemon=True).start()
+            now = (tuple(self._replicas), self.left_out())
+            if now != told and tell(control, self.left_out()):
+                told = now
             self._ended.wait(ASK_SECONDS)
 
     def _ask(self, address: str, replica: _Replica) -> None:

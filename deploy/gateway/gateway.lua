@@ -115,45 +115,85 @@ end
 
 -- --- predictions
 
+-- Requests that this nginx worker has under way at each replica, and who is next among equals.
+local under_way = {}
+local turn = 0
+
+local function is_left_out(replica)
+    return ngx.shared.left_out:get(replica.address) ~= nil
+end
+
+-- The replica with the fewest requests under way: one that answers, and not the one that was tried,
+-- if there is such a one.
+local function choose(tried)
+    local best, least
+    turn = turn + 1
+    for i = 1, #settings.replicas do
+        local replica = settings.replicas[(turn + i) % #settings.replicas + 1]
+        local load = under_way[replica.name] or 0
+        if is_left_out(replica) then
+            load = load + 1e6
+        end
+        if replica == tried then
+            load = load + 1e9
+        end
+        if not best or load < least then
+            best, least = replica, load
+        end
+    end
+    return best
+end
+
 local function append(name, value)
     local before = ngx.var[name]
     ngx.var[name] = before == "" and value or before .. " : " .. value
 end
 
-local function ask(location, pool)
-    local tried = {}
-    local uri = location .. pool .. ngx.var.target
-    local reply = capture(uri, {
+local function count(replica, change)
+    under_way[replica.name] = (under_way[replica.name] or 0) + change
+end
+
+local function ask(location, replica)
+    count(replica, 1)
+    ngx.ctx.asked = replica
+    local seen = {}
+    local reply = capture(location .. replica.name .. ngx.var.target, {
         method = ngx.HTTP_POST,
         args = ngx.var.args,
         always_forward_body = true,
-        ctx = tried,
+        ctx = seen,
     })
-    reply.address = tried.address or "" -- see gateway.note
+    count(replica, -1)
+    ngx.ctx.asked = nil
     reply.by_handler = reply.header["X-Model-Version"] ~= nil
-    append("tried_addresses", reply.address)
-    append("tried_statuses", tried.status or "")
-    append("tried_seconds", tried.seconds or "")
+    append("tried_addresses", replica.address)
+    append("tried_statuses", seen.status or "")
+    append("tried_seconds", seen.seconds or "")
     return reply
 end
 
 -- In the subrequest: what nginx knows of the upstream, for the request itself.
 function gateway.note()
-    local tried = ngx.ctx
-    tried.address = ngx.var.upstream_addr
-    tried.status = ngx.var.upstream_status
-    tried.seconds = ngx.var.upstream_header_time
+    ngx.ctx.status = ngx.var.upstream_status
+    ngx.ctx.seconds = ngx.var.upstream_header_time
+end
+
+-- A request that ended before its answer was there.
+function gateway.leave()
+    if ngx.ctx.asked then
+        count(ngx.ctx.asked, -1)
+    end
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
 -- that the handler gives would come again, unless it is the GPU's; a worker that died (500, and 507
 -- after kill -9) has neighbours even in a replica that is alone.
-local function another_pool(reply)
-    local others = settings.others[reply.address] -- none after two tries
+local function another(reply, tried)
+    local other = choose(tried)
     if reply.status == 507 or reply.status == 500 and not reply.by_handler then
-        return others
-    elseif settings.live > 1 and reply.status >= 502 and reply.status <= 504 then
-        return others
+        return other
+    elseif reply.status >= 502 and reply.status <= 504 and other ~= tried then
+        return other
     end
 end
 
@@ -161,10 +201,13 @@ end
 local SEEN_AS = { [502] = 503, [507] = 500 }
 
 function gateway.predict()
-    local reply = ask("/_first/", "torchserve")
-    local pool = another_pool(reply)
-    if pool then
-        reply = ask("/_second/", pool)
+    local replica = choose()
+    local other = choose(replica)
+    local alone = other == replica or is_left_out(other)
+    local reply = ask(alone and "/_second/" or "/_first/", replica)
+    local again = another(reply, replica)
+    if again then
+        reply = ask("/_second/", again)
     end
     ngx.var.torchserve_id = reply.header["x-request-id"] or ""
     ngx.var.version_answered = reply.header["X-Model-Version"] or ""
@@ -251,7 +294,12 @@ local function make_health()
             missing[#missing + 1] = target .. ": no replica has a READY worker"
         end
     end
-    local answering = settings.replicas - #settings.left_out
+    local left_out = {}
+    for _, replica in ipairs(settings.replicas) do
+        local why = ngx.shared.left_out:get(replica.address)
+        left_out[#left_out + 1] = why and replica.address .. ": " .. why
+    end
+    local answering = #settings.replicas - #left_out
     if answering == 0 then
         missing[#missing + 1] = "no replica answers a prediction"
     end
@@ -260,7 +308,7 @@ local function make_health()
         model = settings.targets[1]:match "[^/]+",
         replicas = { ready = math.min(whole, answering), total = settings.management },
         missing = #missing > 0 and missing or nil,
-        left_out = #settings.left_out > 0 and settings.left_out or nil,
+        left_out = #left_out > 0 and left_out or nil,
     }
 end
 
@@ -287,6 +335,40 @@ function gateway.info()
             message = "no replica describes " .. target,
         }
     end)
+end
+
+function gateway.metrics()
+    ngx.header["Content-Type"] = "text/plain"
+    ngx.print "# HELP gateway_connections Connections of clients by state\n# TYPE gateway_connections gauge\n"
+    for _, state in ipairs { "reading", "writing", "waiting" } do
+        local connections = ngx.var["connections_" .. state]
+        ngx.print(('gateway_connections{state="%s"} %s\n'):format(state, connections))
+    end
+    ngx.print "# HELP gateway_replica_in_use Whether a replica answers, so that it gets requests\n"
+    ngx.print "# TYPE gateway_replica_in_use gauge\n"
+    for _, replica in ipairs(settings.replicas) do
+        local in_use = is_left_out(replica) and 0 or 1
+        ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica.address, in_use))
+    end
+end
+
+-- What scripts/gateway_watch.py has found: all replicas that do not answer, and why, as JSON.
+function gateway.take_left_out()
+    ngx.req.read_body()
+    local found = cjson.decode(ngx.req.get_body_data())
+    if type(found) ~= "table" then
+        return ngx.exit(400)
+    end
+    local left_out = ngx.shared.left_out
+    for _, replica in ipairs(settings.replicas) do
+        local why = found[replica.address]
+        if why then
+            left_out:set(replica.address, why)
+        else
+            left_out:delete(replica.address)
+        end
+    end
+    ngx.exit(204)
 end
 
 return gateway

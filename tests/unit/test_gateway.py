@@ -23,12 +23,11 @@ def load(**variables: str) -> GatewaySettings:
 def rendered(
     tmp_path: Path,
     clients: list[Client] | None = None,
-    left_out: dict[str, str] | None = None,
     **variables: str,
 ) -> str:
     settings = load(**variables)
     replicas = Replicas.find(settings)
-    return render(settings, replicas, left_out or {}, clients or [], tmp_path, "/dev/fd/9", [])
+    return render(settings, replicas, clients or [], tmp_path, "/dev/fd/9", [])
 
 
 def test_defaults() -> None:
@@ -174,37 +173,6 @@ def test_new_key_is_the_line_of_its_key(tmp_path: Path, capsys: pytest.CaptureFi
 def test_every_name_of_the_template_is_filled_in(tmp_path: Path) -> None:
     assert not re.search(r"\$\{", rendered(tmp_path))
     assert not re.search(r"\$\{", rendered(tmp_path, split="1.0=90,2.0=10", rate="0"))
-
-
-def test_a_retry_goes_to_the_others(tmp_path: Path) -> None:
-    config = rendered(tmp_path, upstreams="127.0.0.1:1,127.0.0.1:2,127.0.0.1:3")
-    assert '["127.0.0.1:2"] = "others_1"' in config
-    line = next(line for line in config.splitlines() if "upstream others_1 " in line)
-    assert re.findall(r"server (\S+)", line) == ["127.0.0.1:1", "127.0.0.1:3"]
-
-
-def servers(config: str, upstream: str) -> list[str]:
-    block = config.partition(f"upstream {upstream} {{")[2].partition("}")[0]
-    return re.findall(r"server (\S+)", block)
-
-
-def test_a_replica_that_does_not_answer_gets_no_request(tmp_path: Path) -> None:
-    upstreams = [f"127.0.0.1:{port}" for port in (1, 2, 3)]
-    some = dict.fromkeys(upstreams[:1], "does not answer")
-    config = rendered(tmp_path, left_out=some, upstreams=",".join(upstreams))
-    assert servers(config, "torchserve") == upstreams[1:]
-    assert servers(config, "others_1") == upstreams[2:]
-    assert 'left_out = { "127.0.0.1:1: does not answer" }' in config
-    assert r"replica=\"127.0.0.1:1\"} 0\n" in config
-    assert r"replica=\"127.0.0.1:2\"} 1\n" in config
-
-
-def test_if_no_replica_answers_all_are_tried(tmp_path: Path) -> None:
-    upstreams = [f"127.0.0.1:{port}" for port in (1, 2)]
-    config = rendered(
-        tmp_path, left_out=dict.fromkeys(upstreams, "?"), upstreams=",".join(upstreams)
-    )
-    assert servers(config, "torchserve") == upstreams
 
 
 @pytest.mark.parametrize(("replicas", "first", "second"), [(1, 60, 60), (2, 15, 45)])

@@ -1,6 +1,7 @@
-"""Exit 0 only when every wanted model has all its workers READY.
+"""Exit 0 only when every wanted model has all its workers READY, and answers a prediction.
 
-TorchServe's own /ping says Healthy while models load, while workers crash, and without any model.
+TorchServe's own /ping says Healthy while models load, while workers crash, and without any model;
+its workers say READY while every prediction fails.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import requests
 
 from handler.errors import SetupError
 from scripts.gateway_settings import GatewaySettings
+from scripts.gateway_watch import ask_prediction
 
 TIMEOUT_SECONDS = 5
 
@@ -30,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
     )
     parser.add_argument(
+        "--predictions", default="http://127.0.0.1:8080", help="predictions address (%(default)s)"
+    )
+    parser.add_argument(
         "--gateway",
         action="store_true",
         help="ask the gateway that the GATEWAY_ variables describe for its /health instead",
@@ -46,9 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not states:
         print("no model is registered")
         return 1
+    healthy = True
     for model, state in states.items():
-        print(f"{model}: {summary(state)}")
-    return 0 if all(is_ready(state) for state in states.values()) else 1
+        failure = ""
+        if is_ready(state):
+            address = args.predictions.removeprefix("http://")
+            failure = ask_prediction(address, model, TIMEOUT_SECONDS)
+        healthy = healthy and is_ready(state) and not failure
+        print(f"{model}: {summary(state)}" + (f", {failure}" if failure else ""))
+    return 0 if healthy else 1
 
 
 def check_gateway() -> int:

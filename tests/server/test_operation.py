@@ -84,7 +84,7 @@ def test_workers_scale_up_and_down_under_load(server: Server) -> None:
         jobs = [pool.submit(load) for _ in range(clients)]
         try:
             assert set(scale(3)) == {200}
-            assert run("healthcheck.py", "--management", server.management).returncode == 0
+            assert run("healthcheck.py", *addresses(server)).returncode == 0
             down = scale(1)
             assert set(down) <= {200, 500}
             assert down.count(500) <= clients, "each client has one request under way"
@@ -200,13 +200,23 @@ def test_the_log_is_json_and_quiet(server: Server) -> None:
     assert set(events) <= {"request", "model_ready", "torchserve"}
 
 
+def addresses(server: Server) -> list[str]:
+    return ["--management", server.management, "--predictions", server.url]
+
+
 def test_healthcheck(server: Server) -> None:
-    done = run("healthcheck.py", "--management", server.management, server.model)
+    done = run("healthcheck.py", *addresses(server), server.model)
     assert (done.returncode, done.stdout) == (0, "mobilenet_v2: 2 of 2 workers READY\n")
-    done = run("healthcheck.py", "--management", server.management, server.model, "unknown")
+    done = run("healthcheck.py", *addresses(server), server.model, "unknown")
     assert done.returncode == 1
     assert "unknown: not registered" in done.stdout
     assert run("healthcheck.py", "--management", "http://127.0.0.1:9").returncode == 1
+    page = requests.get(f"{server.metrics}/metrics", timeout=30)  # handed over each second
+    deadline = time.monotonic() + 30
+    while not re.search(r'^classifier_probes_total\{.*status="200".*\} [1-9]', page.text, re.M):
+        assert time.monotonic() < deadline, "it is counted"
+        time.sleep(0.2)
+        page = requests.get(f"{server.metrics}/metrics", timeout=30)
 
 
 def test_predict_prints_a_table(server: Server, tmp_path: Path) -> None:

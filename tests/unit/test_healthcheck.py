@@ -32,10 +32,11 @@ def serve(web: Web, **models: Any) -> None:
     web.answers["/models"] = web.text(json.dumps(listed), content_type=JSON)
     for name, described in models.items():
         web.answers[f"/models/{name}"] = web.text(json.dumps(described), content_type=JSON)
+        web.answers[f"/predictions/{name}"] = web.text("{}", content_type=JSON)
 
 
 def check(web: Web, *models: str) -> int:
-    return main(["--management", web.url, *models])
+    return main(["--management", web.url, "--predictions", web.url, *models])
 
 
 def test_all_workers_ready(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
@@ -55,6 +56,41 @@ def test_not_all_workers_ready(
     serve(web, birds=state(*workers))
     assert check(web) == 1
     assert f"birds: {workers.count('READY')} of 2 workers READY" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (500, ", predictions of birds fail with status 500"),
+        (507, ", predictions of birds fail with status 507"),
+        (503, ""),  # a full queue: who refuses is alive
+    ],
+)
+def test_ready_workers_whose_predictions_fail(
+    web: Web, capsys: pytest.CaptureFixture[str], status: int, words: str
+) -> None:
+    serve(web, birds=state("READY", "READY"))
+    web.answers["/predictions/birds"] = web.text("{}", status, JSON)
+    assert check(web) == bool(words)
+    assert capsys.readouterr().out == f"birds: 2 of 2 workers READY{words}\n"
+
+
+def test_ready_workers_that_do_not_answer(
+    web: Web,
+    silent_port: int,
+    closed_port: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("scripts.healthcheck.TIMEOUT_SECONDS", 0.5)
+    serve(web, birds=state("READY", "READY"))
+    for port, words in (
+        (silent_port, "no prediction of birds within 0.5 s"),
+        (closed_port, "does not answer"),
+    ):
+        url = f"http://127.0.0.1:{port}"
+        assert main(["--management", web.url, "--predictions", url]) == 1
+        assert capsys.readouterr().out == f"birds: 2 of 2 workers READY, {words}\n"
 
 
 def test_more_workers_than_wanted_while_scaling_down(web: Web) -> None:
@@ -103,7 +139,12 @@ def test_models_on_several_pages(web: Web) -> None:
     second = {"models": [{"modelName": "fish"}]}
     web.answers["/models?next_page_token=1"] = web.text(json.dumps(second), content_type=JSON)
     assert check(web) == 1
-    assert web.asked == ["/models", "/models?next_page_token=1", "/models/birds", "/models/fish"]
+    assert web.asked[:4] == [
+        "/models",
+        "/models?next_page_token=1",
+        "/models/birds",
+        "/models/fish",
+    ]
 
 
 def test_nobody_answers(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ from scripts.gateway_settings import Client, GatewaySettings
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy" / "gateway"
 MAX_STOP_SECONDS = 30
+BACKLOG = 4096  # connections that wait to be accepted; net.core.somaxconn cuts it
 
 
 class Replicas(NamedTuple):
@@ -160,8 +161,10 @@ def listen(settings: GatewaySettings, folder: Path) -> str:
 
 
 def address_of(settings: GatewaySettings) -> str:
+    """Where clients come in. nginx's own backlog of 511 overflows when a crowd does, and who was
+    turned away by the kernel tries again after 1, 3, 7 and 15 s."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{host}:{settings.port}"
+    return f"{host}:{settings.port} backlog={BACKLOG}"
 
 
 def tls_server(settings: GatewaySettings, folder: Path) -> str:

@@ -132,20 +132,22 @@ def test_curls_list_of_files(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("header", "encode"),
+    ("header", "between", "encode"),
     [
-        ("Content-Transfer-Encoding: base64", base64.encodebytes),
-        ("Content-Type: image/jpeg; charset=binary", bytes),
-        ("Content-Type: image/jpeg;\r\n name=red.jpg", bytes),
+        ("Content-Transfer-Encoding: base64", " ", base64.encodebytes),
+        ("Content-Type: image/jpeg; charset=binary", " ", bytes),
+        ("Content-Type: image/jpeg", "\r\n ", bytes),
     ],
 )
 def test_forms_that_torchserve_cannot_read(
-    server: Server, header: str, encode: Callable[[bytes], bytes]
+    server: Server, header: str, between: str, encode: Callable[[bytes], bytes]
 ) -> None:
     """Sent to it as forms they are a 500 each, and their bytes stay in Java's memory."""
-    head = '--x\r\nContent-Disposition: form-data; name="file"; filename="röd.jpg"\r\n'
-    body = head.encode() + header.encode() + b"\r\n\r\n" + encode(encoded("red")) + b"\r\n--x--"
-    answer = forward(server, body, "multipart/form-data; boundary=x").json()
+    head = f'Content-Disposition: form-data; name="file";{between}filename="röd.jpg"\r\n{header}'
+    body = f"--x\r\n{head}\r\n\r\n".encode() + encode(encoded("red")) + b"\r\n--x--"
+    content_type = "multipart/form-data; boundary=x"
+    assert post(server, data=body, headers={"Content-Type": content_type}).status_code == 500
+    answer = forward(server, body, content_type).json()
     assert (best(answer), answer["metadata"]["filename"]) == ("red", "röd.jpg")
 
 

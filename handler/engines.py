@@ -3,6 +3,7 @@
 An engine takes images as bytes of pixels and gives probabilities; normalisation is its business.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # faster together than one by one, and more leave its caches again.
 MAX_FORWARD = {"cpu": 4, "cuda": 64}
 LARGE_MODEL = 64 * 2**20  # bytes: a second compiled copy takes as much again, and gains nothing
+# Values of ONEDNN_MAX_CPU_ISA under which oneDNN, with which OpenVINO computes, only emulates bf16.
+LIMITS_WITHOUT_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split()
 
 
 class Engine(Protocol):
@@ -161,7 +164,12 @@ class OpenVino(Engine):
 
 @cache
 def has_bf16() -> bool:
-    """Whether the CPU computes in bf16 itself (AVX-512 BF16, AMX), so that OpenVINO would."""
+    """Whether the CPU computes in bf16 itself (AVX-512 BF16, AMX), so that OpenVINO would.
+
+    OpenVINO names what the CPU has, even if the environment allows oneDNN less.
+    """
+    if os.environ.get("ONEDNN_MAX_CPU_ISA", "").upper() in LIMITS_WITHOUT_BF16:
+        return False
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 

@@ -262,7 +262,7 @@ def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str)
 
 def test_a_model_that_cannot_load_ends_the_server(tmp_path: Path) -> None:
     """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
-    options = [*two_classes(tmp_path), "--workers", "1"]
+    options = [*two_classes(tmp_path), "--workers", "1", "--device", "cpu"]
     package(tmp_path, *options)
     archive = tmp_path / "store" / "squeezenet1_1.mar"
     with zipfile.ZipFile(archive) as whole:

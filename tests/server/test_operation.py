@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import requests
 
+from handler.engines import has_bf16
 from tests.server.colours import LABELS, encoded
 from tests.server.serving import ROOT, Server
 
@@ -129,7 +130,9 @@ def test_info(server: Server) -> None:
     assert info["weights"]["name"] == "colours.pth"
     assert info["weights"]["trained"] is True
     assert re.fullmatch(r"[0-9a-f]{64}", info["weights"]["sha256"])
-    assert (info["engine"], info["precision"], info["device"]) == ("openvino-fp32", "fp32", "cpu")
+    precision = "bf16" if has_bf16() else "fp32"  # what `auto` takes
+    assert (info["precision"], info["engine"]) == (precision, f"openvino-{precision}")
+    assert info["device"] == "cpu"
     assert info["libraries"]["torchserve"] == "0.12.0"
     assert info["settings"]["max_images"] == 32
 

@@ -16,6 +16,7 @@ import pytest
 import requests
 from PIL import Image
 
+from handler.engines import has_bf16
 from tests.server.colours import LABELS, encoded, picture
 from tests.server.serving import Server
 
@@ -68,7 +69,7 @@ def test_answer_has_the_documented_form(server: Server) -> None:
         "version": "1.0",
         "weights": "colours.pth",
         "device": "cpu",
-        "engine": "openvino-fp32",
+        "engine": "openvino-bf16" if has_bf16() else "openvino-fp32",  # what `auto` takes
         "image_size": [200, 100],
         "cached": False,
     }

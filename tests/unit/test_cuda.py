@@ -12,6 +12,7 @@ from handler.engines import TorchEager, load_engine
 from handler.errors import InvalidSettings
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
+from tests.precisions import each
 from tests.unit.test_engines import PICTURES, TRANSFORM, eager, pixels
 from tests.unit.tiny import make_model_dir, tiny_card, tiny_network
 
@@ -183,7 +184,7 @@ def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-3), ("fp16", 0.01), ("bf16", 0.05)])
+@pytest.mark.parametrize(("precision", "off"), each(fp32=1e-3, fp16=0.01, bf16=0.05))
 def test_graphs_give_what_eager_gives(precision: str, off: float) -> None:
     engine = cuda(precision=precision, device="cuda:0")
     wanted = eager().probabilities(pixels())

@@ -20,6 +20,7 @@ from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTran
 from handler.networks import input_transform
 from handler.settings import Settings
 from tests.drawing import BLUE, GREEN, RED, noise, plain, quarters
+from tests.precisions import each
 from tests.unit.tiny import RECIPE, make_model_dir, tiny_card, tiny_network
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,13 +141,17 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("max_forward", [1, 2, 4, 8])
-def test_openvino_gives_torchvisions_probabilities(converted: Path, max_forward: int) -> None:
+@pytest.mark.parametrize(("precision", "off"), each(fp32=1e-4, bf16=0.05))
+def test_openvino_gives_torchvisions_probabilities(
+    converted: Path, precision: str, off: float, max_forward: int
+) -> None:
     """Whatever the number of images is that it was compiled for: here there are five."""
-    engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=max_forward)
+    engine = OpenVino(converted / OPENVINO_FILE, precision, max_forward=max_forward)
     images = pixels(tiny_card().transform)
     wanted = TorchEager(tiny_network(), tiny_card().transform, "fp32", "cpu").probabilities(images)
     given = torch.cat([engine.probabilities(part) for part in images.split(max_forward)])
-    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-4)
+    torch.testing.assert_close(given, wanted, rtol=0, atol=off)
+    assert precision == "fp32" or (given - wanted).abs().max() > 1e-4  # or it was not bf16
 
 
 def test_openvinos_answers_are_not_overwritten_by_the_next(converted: Path) -> None:
@@ -219,6 +224,37 @@ def test_int8_without_calibration_is_refused(converted: Path) -> None:
         load(converted, precision="int8")
     with pytest.raises(InvalidSettings, match="which only the engine openvino has"):
         load(converted, precision="int8", engine="torch")
+
+
+class CoreOnBf16:
+    """What OpenVINO says on a CPU that computes in bf16."""
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        return ["BF16", "FP32", "INT8"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [
+        (None, True),
+        ("", True),
+        ("ALL", True),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX512_CORE", False),
+        ("avx2", False),  # oneDNN takes either case
+    ],
+)
+def test_bf16_that_onednn_may_not_use_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, used: bool
+) -> None:
+    """It would be emulated, at the accuracy of bf16 and at less than the speed of fp32."""
+    monkeypatch.setattr("openvino.Core", CoreOnBf16)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert has_bf16.__wrapped__() is used
 
 
 def test_bf16_without_a_cpu_for_it_is_refused(

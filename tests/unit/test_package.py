@@ -725,10 +725,10 @@ def test_recipe_without_classes_is_refused(tmp_path: Path) -> None:
 
 def test_int8_without_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
-        package(MODEL, options("--precision", "int8"), tmp_path)
+        package(MODEL, options("--device", "cpu", "--precision", "int8"), tmp_path)
     monkeypatch.setenv("CLASSIFIER_PRECISION", "int8")
     with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
-        package(MODEL, options(), tmp_path)
+        package(MODEL, options("--device", "cpu"), tmp_path)
 
 
 def test_int8_for_torch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -754,6 +754,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.precision("int8")
 def test_an_int8_model_is_packaged_with_its_report_and_served(
     tmp_path: Path, calibration: Path
 ) -> None:
@@ -768,8 +769,10 @@ def test_an_int8_model_is_packaged_with_its_report_and_served(
     settings = Settings(device="cpu")
     engine = load_engine(card, tmp_path / "unpacked", settings, gpu_id=None, workers=1)
     assert engine.name == "openvino-int8"
-    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    fp32 = load_engine(card, tmp_path / "unpacked", Settings(precision="fp32"), None, 1)
+    seeded = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8, generator=seeded)
+    settings = Settings(device="cpu", precision="fp32")
+    fp32 = load_engine(card, tmp_path / "unpacked", settings, gpu_id=None, workers=1)
     wanted = fp32.probabilities(images)
     torch.testing.assert_close(engine.probabilities(images), wanted, rtol=0, atol=0.02)
     assert find_current(MODEL, given, tmp_path) == archive

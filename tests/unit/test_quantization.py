@@ -70,6 +70,7 @@ def answers(model: ov.Model, images: list[NDArray[np.uint8]]) -> NDArray[np.floa
 
 
 @needs_nncf
+@pytest.mark.precision("int8")
 def test_quantizes_and_reports():
     images = pictures(110)
     model = tiny_model()
@@ -90,6 +91,7 @@ def test_quantizes_and_reports():
 
 
 @needs_nncf
+@pytest.mark.precision("int8")
 def test_a_saved_model_answers_alike(tmp_path):
     images = pictures(100)
     int8, _ = quantize(tiny_model(), images, minimum_agreement=0.5)

@@ -233,19 +233,27 @@ def run(
     tmp_path: Path,
     measure: Callable[[Configuration], Trial],
     *argv: str,
+    bf16: bool = False,
 ) -> int:
     monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
+    monkeypatch.setattr(tune, "has_bf16", lambda: bf16)
     monkeypatch.setattr(tune.Bench, "measure", lambda self, configuration: measure(configuration))
     monkeypatch.setattr(tune.signal, "signal", lambda *_: None)
-    return tune.main(["--model", MODEL, "--weights", "untrained", "--slo-p99-ms", "100", *argv])
+    options = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
+    return tune.main([*options, "--slo-p99-ms", "100", *argv])
 
 
+@pytest.mark.parametrize(("bf16", "precision"), [(False, "fp32"), (True, "bf16")])
 def test_the_winner_is_written_and_drawn(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    bf16: bool,
+    precision: str,
 ) -> None:
-    assert run(monkeypatch, tmp_path, surface) == 0
+    assert run(monkeypatch, tmp_path, surface, bf16=bf16) == 0
     content = read_tuned(tmp_path / f"tuned-{MODEL}.yaml", MODEL)
-    assert (content.options.precision, content.facts.p99_ms) == ("fp32", 50)
+    assert (content.options.precision, content.facts.p99_ms) == (precision, 50)
     assert (content.facts.cpu, content.facts.cores) == (cpu_model(), available_cores())
     assert (tmp_path / f"tuned-{MODEL}.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out

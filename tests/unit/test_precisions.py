@@ -1,0 +1,34 @@
+"""What the suite itself does on a machine that lacks something: pytest in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+BOTH = "tests/unit/test_engines.py::test_openvino_gives_torchvisions_probabilities"
+
+
+def test_without_bf16_its_tests_are_skipped_by_name_and_the_report_says_so() -> None:
+    """Even if nothing else may be skipped; a machine that has bf16 plays one that has not."""
+    env = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE", "REQUIRE_EVERYTHING": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q", BOTH],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    skips, cpu, limit, ran, lacking, summary = done.stdout.splitlines()[-6:]
+    assert skips.startswith("SKIPPED [4]")
+    assert skips.endswith("this CPU does not compute in bf16")
+    assert cpu.startswith("CPU: ")
+    assert ", OpenVINO: " in cpu
+    assert "FP32" in cpu
+    assert limit == "Of these only what ONEDNN_MAX_CPU_ISA=AVX512_CORE allows is used"
+    assert ran == "Precisions tested: fp32 (4 tests)"
+    assert lacking == "Precisions skipped: bf16 (this CPU does not compute in it)"
+    assert summary.startswith("4 passed, 4 skipped")

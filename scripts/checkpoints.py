@@ -4,6 +4,7 @@ import pickle
 import re
 import warnings
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,13 @@ class Placeholder:
 
     def __setstate__(self, state: object) -> None:
         """Drop it."""
+
+
+class DictPlaceholder:
+    """The same for subclasses of dict, which are filled key by key: a plain one, with its keys."""
+
+    def __new__(cls, *_args: object, **_kwargs: object) -> Any:
+        return OrderedDict()  # nothing else of its kind may be filled
 
 
 def read_checkpoint(path: Path) -> Any:
@@ -173,4 +181,9 @@ def _placeholders(path: Path) -> list[Any]:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # torch.load says what is wrong with the file
         return []
-    return [(type("Placeholder", (Placeholder,), {"name": name}), name) for name in names]
+    return [
+        (DictPlaceholder, name)
+        if name.lower().endswith("dict")  # defaultdict, Lightning's AttributeDict
+        else (type("Placeholder", (Placeholder,), {"name": name}), name)
+        for name in names
+    ]

@@ -109,20 +109,24 @@ def fit_checkpoint(
             f"holds {len(prefixes)} different sets of weights that fit {architecture}; choose one: "
             + " or ".join(prefixes)
         )
-    if prefix is None and fit.layers_beside:
+    copies = tuple(other.prefix for other in fits[1:])  # one module under two names
+    layers = [layer for layer in fit.layers_beside if not layer.startswith(copies)]
+    if prefix is None and layers:
         raise InvalidModel(
-            f"has {_listed(fit.layers_beside)} beside the {architecture} under {fit.prefix!r}: "
+            f"has {_listed(layers)} beside the {architecture} under {fit.prefix!r}: "
             f"a layer that {architecture} lacks, or no part of the model; if it is none, say "
             f"{OPTION} {fit.prefix.rstrip('.')!r}"
         )
     unused = [key for key in checkpoint.entries if not fit.prefix.startswith(f"{key}.")]
     unused += fit.beside
+    if has_auxiliary := any(re.match(AUXILIARY, name) for name in fit.state):
+        unused.append("the auxiliary heads, which are for training only")
     return Fit(
         _finite(fit.state, layout),
         layout.head,
         fit.classes,
         tuple(fit.notes + ([f"not used: {_listed(unused)}"] if unused else [])),
-        any(re.match(AUXILIARY, name) for name in fit.state),
+        has_auxiliary,
     )
 
 

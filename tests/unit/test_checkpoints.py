@@ -5,6 +5,7 @@ import pickle
 import random
 import zipfile
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -195,12 +196,13 @@ def test_what_trainers_keep_beside_the_tensors(tmp_path: Path) -> None:
         "args": Namespace(lr=0.1, output_dir=Path("runs")),
         "best_acc1": np.float64(0.9),
         "history": np.ones(3),
+        "meters": defaultdict(list, {"loss": [0.5]}),
         "callbacks": {"ModelCheckpoint{'monitor': 'loss'}": {"dirpath": Path("a/b")}},
     }
     given = read(tmp_path / "x.pth", saved(content))
     assert list(given.tables) == ["model"]
     assert same(given.tables["model"], STATE)
-    assert given.entries == ("model", "args", "best_acc1", "history", "callbacks")
+    assert given.entries == ("model", "args", "best_acc1", "history", "meters", "callbacks")
 
 
 @pytest.mark.parametrize("key", [None, "model"])

@@ -107,7 +107,8 @@ def test_the_state_dict_of_every_family(architecture: str) -> None:
         name: tensor for name, tensor in state.items() if not re.match(r"aux\d|AuxLogits", name)
     }
     assert same(fitted, wanted)
-    assert (fitted.classes, fitted.notes) == (7, ())
+    auxiliary = ("not used: the auxiliary heads, which are for training only",)
+    assert (fitted.classes, fitted.notes) == (7, auxiliary if fitted.has_auxiliary else ())
     assert all(fitted.state[name].shape[0] == 7 for name in fitted.head)
     assert fitted.has_auxiliary == (architecture in ("googlenet", "inception_v3"))
     load_state(empty_network(get_recipe(architecture), architecture, 7), fitted.state)
@@ -276,6 +277,13 @@ def test_equal_weights_are_no_choice() -> None:
     state = state_of("squeezenet1_1")
     copies = {name: tensor.clone() for name, tensor in state.items()}
     assert same(fit("squeezenet1_1", {"model": state, "model_ema": copies}), state)
+
+
+def test_a_module_under_two_names_is_no_choice() -> None:
+    """As Lightning writes `self.model = self.net = network`."""
+    state = state_of("squeezenet1_1")
+    table = under("model.", state) | under("net.", state)
+    assert same(fit("squeezenet1_1", {"state_dict": table}), state)
 
 
 def test_the_one_that_fits_is_no_choice() -> None:

@@ -75,7 +75,7 @@ class DictPlaceholder:
 def read_checkpoint(path: Path) -> Any:
     """The content of a weights file, with placeholders for all that is not plain data or tensors.
 
-    Raises InvalidModel, which says what the file is where that can be seen.
+    Raises InvalidModel, which says what the file is if that can be seen.
     """
     try:
         start = _first_bytes(path)
@@ -104,7 +104,7 @@ def find_tables(content: Any, path: Path) -> Checkpoint:
     """Every dict of a file's content that holds tensors, by the keys that lead to it.
 
     `{"epoch": 3, "model": {"fc.weight": …}}` gives `{"model": {"fc.weight": …}}`. Raises
-    InvalidModel, with what was found, where no tensor has a name.
+    InvalidModel, with what was found, if no tensor has a name.
     """
     tables: Tables = {}
     seen = set()

@@ -42,7 +42,7 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
 
 
 def check_answers(network: nn.Module, transform: InputTransform) -> None:
-    """Raise InvalidModel where a network's own probabilities are no numbers."""
+    """Raise InvalidModel if a network's own probabilities are no numbers."""
     _try_out(network, transform)
 
 
@@ -51,7 +51,7 @@ def _try_out(
 ) -> tuple[PixelsToProbabilities, Tensor, Tensor]:
     """The model, two images uint8 [2, 3, H, W], and its probabilities of them, float32 [2, C].
 
-    Raises InvalidModel where these are not finite: a worker would refuse to start, for ever.
+    Raises InvalidModel if these are not finite: a worker would refuse to start, for ever.
     """
     model = PixelsToProbabilities(network, transform, torch.float32).eval()
     size = transform.crop_size

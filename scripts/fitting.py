@@ -1,7 +1,7 @@
 """A file's tensors held against an architecture: prefixes, old names, the last layer, every shape.
 
 One rule for what trainers put around a network: any single prefix that makes the names fit is taken
-off. Where it is not certain which tensors are meant, the user is asked for the prefix.
+off. If it is not certain which tensors are meant, the user is asked for the prefix.
 """
 
 import difflib

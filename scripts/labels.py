@@ -59,7 +59,7 @@ def read_labels(path: Path) -> list[str]:
 
 
 def check_labels(labels: Sequence[str], classes: int, own: bool) -> None:
-    """Raise InvalidModel, with both numbers, where labels and classes differ."""
+    """Raise InvalidModel, with both numbers, if labels and classes differ."""
     if len(labels) != classes:
         whose = "--labels has" if own else "no --labels given, and the recipe has"
         raise InvalidModel(f"{whose} {len(labels)} names, the weights have {classes} classes")

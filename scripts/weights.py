@@ -91,7 +91,7 @@ def _digest_in(url: str) -> str:
 def read_weights(source: Source, recipe: WeightsEnum, architecture: str) -> Checkpoint:
     """The tensors of a source by name, in each dict that holds some.
 
-    Raises InvalidModel where there is no state dict.
+    Raises InvalidModel if there is no state dict.
     """
     if source.path is None:
         torch.manual_seed(SEED)
@@ -105,7 +105,7 @@ def scales_input_again(
 ) -> bool:
     """Whether weights were trained with torchvision's `transform_input`.
 
-    Raises InvalidModel where only the user knows: it is an argument of the builder, which leaves
+    Raises InvalidModel if only the user knows: it is an argument of the builder, which leaves
     no trace in a state dict.
     """
     if architecture not in SCALE_INPUT_AGAIN:

@@ -95,7 +95,9 @@ def fit_checkpoint(
     fits = [attempt for attempt in attempts if not attempt.problems]
     if prefix is not None:
         wanted = prefix.rstrip(".")
+        inside = [fit for fit in fits if fit.prefix.startswith(f"{wanted}.")]
         attempts = [attempt for attempt in attempts if attempt.prefix.rstrip(".") == wanted]
+        attempts = attempts or (inside if len(inside) == 1 else [])  # model_ema: of .module alone
         if not attempts:
             there = _listed([repr(fit.prefix) for fit in fits]) if fits else "none"
             raise InvalidModel(f"{OPTION} {prefix}: no such prefix; those that fit: {there}")

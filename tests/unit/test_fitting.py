@@ -273,6 +273,16 @@ def test_several_that_fit_are_a_choice(first: str, second: str) -> None:
     )
 
 
+def test_the_beginning_of_one_prefix_alone_will_do() -> None:
+    state = state_of("squeezenet1_1")
+    tables = {"model": state, "model_ema": under("module.", other(state))}
+    assert same(fit("squeezenet1_1", tables, "model_ema"), other(state))
+    tables = {"ema": under("a.", state) | under("b.", other(state))}
+    assert "no such prefix; those that fit: 'ema.a.', 'ema.b.'" in misfit(
+        "squeezenet1_1", tables, "ema"
+    )
+
+
 def test_equal_weights_are_no_choice() -> None:
     state = state_of("squeezenet1_1")
     copies = {name: tensor.clone() for name, tensor in state.items()}

@@ -35,11 +35,15 @@ ARG MODELS=mobilenet_v2
 ARG WEIGHTS=pretrained
 ARG RECIPE
 ARG LABELS
+ARG WEIGHTS_PREFIX
+ARG TRANSFORM_INPUT
 WORKDIR /context
 RUN --mount=type=bind,source=.,target=/context \
     for model in $MODELS; do \
         /app/.venv/bin/python /app/scripts/package.py --model "$model" --weights "$WEIGHTS" \
-            ${RECIPE:+--recipe "$RECIPE"} ${LABELS:+--labels "$LABELS"} || exit; \
+            ${RECIPE:+--recipe "$RECIPE"} ${LABELS:+--labels "$LABELS"} \
+            ${WEIGHTS_PREFIX:+--weights-prefix "$WEIGHTS_PREFIX"} \
+            ${TRANSFORM_INPUT:+--transform-input "$TRANSFORM_INPUT"} || exit; \
     done
 
 # What serving never opens is left out, and the rest is compiled.

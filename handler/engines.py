@@ -242,10 +242,10 @@ def load_engine(
 
 def _load_network(card: ModelCard, model_dir: Path) -> nn.Module:
     # torchvision takes 1.5 s and 170 MB to import, and OpenVINO does not need it.
-    from handler.networks import empty_network, get_recipe
+    from handler.networks import empty_network, get_recipe, load_state
 
     # Built without memory and given the file's tensors, so no random weights are drawn first.
     recipe = get_recipe(card.architecture, card.recipe)
     network = empty_network(recipe, card.architecture, len(card.labels))
-    network.load_state_dict(load_file(model_dir / WEIGHTS_FILE), assign=True)
+    load_state(network, load_file(model_dir / WEIGHTS_FILE))
     return network

@@ -1,6 +1,6 @@
-"""torchvision classifiers by name: built, measured, and held against a state dict."""
+"""torchvision classifiers by name: what goes into them, how they are built and filled."""
 
-import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +13,10 @@ from torchvision.transforms._presets import ImageClassification
 
 from handler.errors import InvalidModel
 from handler.model_card import InputTransform
+
+# Their `transform_input` scales the normalised input once more. torchvision turns it on if it loads
+# pretrained weights, and no state dict tells.
+SCALE_INPUT_AGAIN = ("googlenet", "inception_v3")
 
 
 def architectures() -> list[str]:
@@ -39,8 +43,11 @@ def get_recipe(architecture: str, name: str | None = None) -> WeightsEnum:
     )
 
 
-def input_transform(recipe: WeightsEnum) -> InputTransform:
+def input_transform(recipe: WeightsEnum, transform_input: bool = False) -> InputTransform:
     """The recipe's own resize, crop and normalisation.
+
+    `transform_input` of googlenet and inception_v3 turns (x - mean) / std into (x - 0.5) / 0.5,
+    so it is given here, and never to the network.
 
     Raises InvalidModel for a recipe that is not of torchvision's classification kind.
     """
@@ -53,8 +60,8 @@ def input_transform(recipe: WeightsEnum) -> InputTransform:
         crop_size=crop_size,
         interpolation=preset.interpolation.value,
         antialias=preset.antialias,
-        mean=tuple(preset.mean),
-        std=tuple(preset.std),
+        mean=(0.5, 0.5, 0.5) if transform_input else tuple(preset.mean),
+        std=(0.5, 0.5, 0.5) if transform_input else tuple(preset.std),
     )
 
 
@@ -92,65 +99,19 @@ def _arguments(recipe: WeightsEnum, architecture: str) -> dict[str, Any]:
     Auxiliary heads exist for training only, so they are neither built nor loaded.
     Source: the builders in torchvision/models/{googlenet,inception,vision_transformer}.py.
     """
-    if architecture in ("googlenet", "inception_v3"):
-        return {"aux_logits": False, "transform_input": True, "init_weights": False}
+    if architecture in SCALE_INPUT_AGAIN:
+        return {"aux_logits": False, "transform_input": False, "init_weights": False}
     if architecture.startswith("vit_"):
         return {"image_size": recipe.meta["min_size"][0]}
     return {}
 
 
-def clean_state_dict(state: Mapping[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Names as the network has them: without wrappers' prefixes, old spellings and unused heads."""
-    cleaned = {}
-    for name, tensor in state.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)  # DataParallel, torch.compile
-        if architecture.startswith("densenet"):  # torchvision still ships "norm.1" for "norm1"
-            name = re.sub(r"(denselayer\d+\.(?:norm|relu|conv))\.(\d\.)", r"\1\2", name)
-        if architecture in ("googlenet", "inception_v3") and re.match(r"(aux\d|AuxLogits)\.", name):
-            continue
-        cleaned[name] = tensor
-    return cleaned
+def load_state(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Give a network the tensors that are all of its names and shapes.
 
-
-def class_count(state: Mapping[str, Tensor], recipe: WeightsEnum, architecture: str) -> int:
-    """The number of classes that a state dict's last layer gives.
-
-    The layer is found by building the architecture for two class counts and comparing shapes.
-    Raises InvalidModel where the state dict has no such layer.
+    With versions as they are today: mnasnet refuses tensors without one, which only torch's own
+    files have.
     """
-    two = empty_network(recipe, architecture, 2).state_dict()
-    three = empty_network(recipe, architecture, 3).state_dict()
-    head = [name for name in two if two[name].shape != three[name].shape]
-    for name in head:
-        if name in state and state[name].dim() > 0:
-            return state[name].shape[0]
-    raise InvalidModel(f"does not fit {architecture}: {head[0]} is missing")
-
-
-def fit_state_dict(
-    state: Mapping[str, Tensor], recipe: WeightsEnum, architecture: str, classes: int
-) -> dict[str, Tensor]:
-    """The state dict as the network takes it: complete, float32, in the network's order.
-
-    Raises InvalidModel with the name of the first tensor that does not fit.
-    """
-    wanted = empty_network(recipe, architecture, classes).state_dict()
-    fitted, problems = {}, []
-    for name, tensor in wanted.items():
-        given = state.get(name)
-        if given is None and name.endswith("num_batches_tracked"):  # unused once trained
-            fitted[name] = torch.zeros((), dtype=torch.int64)
-        elif given is None:
-            problems.append(f"{name} is missing")
-        elif given.is_complex() or given.layout != torch.strided:
-            problems.append(f"{name} is complex or sparse")
-        elif given.shape != tensor.shape:
-            seen, rule = list(given.shape), list(tensor.shape)
-            problems.append(f"{name} has shape {seen}, {architecture} has {rule}")
-        else:
-            fitted[name] = given.detach().to("cpu", tensor.dtype).contiguous().clone()
-    problems += [f"{name} is not part of it" for name in state if name not in wanted]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise InvalidModel(f"does not fit {architecture}: {problems[0]}{more}")
-    return fitted
+    versioned = OrderedDict(state)
+    versioned._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(versioned, assign=True)

@@ -142,6 +142,7 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
     inputs = {
         "code": {path.name: path.read_text("utf-8") for path in _code()},
         "model": [model, options.version, options.recipe, weights.name, weights.sha256],
+        "choices": [options.weights_prefix, options.transform_input],
         "labels": [labels.suffix, file_sha256(labels)] if labels else None,
         "int8": _calibration_facts(options),
         "config": has_openvino(config),
@@ -152,8 +153,10 @@ def digest(model: str, options: Namespace, config: dict[str, Any], weights: Weig
 
 def _code() -> list[Path]:
     """What is put into an archive, and what decides the models in it."""
-    makers = "package weights conversion calibration quantization saturation".split()
-    return [*sorted(HANDLER.glob("*.py")), *(SCRIPTS / f"{name}.py" for name in makers)]
+    makers = """
+        package weights checkpoints fitting labels conversion calibration quantization saturation
+    """
+    return [*sorted(HANDLER.glob("*.py")), *(SCRIPTS / f"{name}.py" for name in makers.split())]
 
 
 def _calibration_facts(options: Namespace) -> list[Any] | None:

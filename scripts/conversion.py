@@ -4,7 +4,7 @@ import warnings
 
 import openvino
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from handler.engines import PixelsToProbabilities
 from handler.errors import InvalidModel
@@ -18,10 +18,8 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
 
     Raises InvalidModel where OpenVINO cannot express the network, or computes something else.
     """
-    model = PixelsToProbabilities(network, transform, torch.float32).eval()
+    model, images, wanted = _try_out(network, transform)
     size = transform.crop_size
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
     with torch.no_grad(), warnings.catch_warnings():  # inference_mode's tensors cannot be traced
         warnings.simplefilter("ignore")  # tracing is deprecated, and what OpenVINO does
         try:
@@ -32,7 +30,6 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
             raise InvalidModel(
                 "OpenVINO cannot convert it; engine: torch in handler/configs does without"
             ) from exc
-        wanted = model(images)
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
     given = torch.from_numpy(openvino.compile_model(converted, "CPU", precise)(images.numpy())[0])
     difference = (given - wanted).abs().max().item()
@@ -42,3 +39,29 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
             "engine: torch in handler/configs does without it"
         )
     return converted
+
+
+def check_answers(network: nn.Module, transform: InputTransform) -> None:
+    """Raise InvalidModel if a network's own probabilities are no numbers."""
+    _try_out(network, transform)
+
+
+def _try_out(
+    network: nn.Module, transform: InputTransform
+) -> tuple[PixelsToProbabilities, Tensor, Tensor]:
+    """The model, two images uint8 [2, 3, H, W], and its probabilities of them, float32 [2, C].
+
+    Raises InvalidModel if these are not finite: a worker would refuse to start, for ever.
+    """
+    model = PixelsToProbabilities(network, transform, torch.float32).eval()
+    size = transform.crop_size
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator)
+    with torch.no_grad():
+        probabilities = model(images)
+    if not probabilities.isfinite().all():
+        raise InvalidModel(
+            "its answers are NaN, although each weight is a number: the training diverged or the "
+            "file is damaged; take an earlier checkpoint"
+        )
+    return model, images, probabilities

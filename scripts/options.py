@@ -120,8 +120,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--weights",
         metavar="pretrained|untrained|FILE",
-        help="FILE: a state dict, .pth or .safetensors "
+        help="FILE: a checkpoint with a state dict in it, of torch.save or safetensors "
         "(default: pretrained, or untrained where they cannot be downloaded)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--weights-prefix",
+        metavar="NAME",
+        help="which of several sets of weights in the file: what is before its tensors' names, "
+        "such as model_ema (default: the only one that fits)",
+        default=argparse.SUPPRESS,
+    )
+    model.add_argument(
+        "--transform-input",
+        choices=["on", "off"],
+        help="own weights of googlenet and inception_v3: on if torchvision built the network with "
+        "pretrained weights, off if without (default: asked for)",
         default=argparse.SUPPRESS,
     )
     model.add_argument(
@@ -134,7 +148,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--labels",
         metavar="FILE",
-        help="class names, one a line or JSON (default: the recipe's)",
+        help="class names: one a line, numbered lines, CSV, JSON or YAML (default: the recipe's)",
         default=argparse.SUPPRESS,
     )
     model.add_argument(
@@ -219,8 +233,8 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
     """Fill in what was not given, and refuse what cannot go together."""
     args.version = getattr(args, "version", DEFAULT_VERSION)
     optional = """
-        models weights recipe labels device_ids calibration workers_per_gpu batch_size
-        max_batch_delay_ms tuned
+        models weights weights_prefix transform_input recipe labels device_ids calibration
+        workers_per_gpu batch_size max_batch_delay_ms tuned
     """
     for name in optional.split():
         setattr(args, name, getattr(args, name, None))
@@ -233,6 +247,10 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
     if args.device == "cpu" and (args.device_ids or args.workers_per_gpu):
         parser.error("--device-ids and --workers-per-gpu are for GPUs, and --device is cpu")
     own = args.weights not in (None, "pretrained", "untrained")
+    if not own and (args.weights_prefix is not None or args.transform_input):
+        parser.error("--weights-prefix and --transform-input are for a file given as --weights")
+    if args.transform_input and not set(args.models) <= {"googlenet", "inception_v3"}:
+        parser.error("--transform-input is for googlenet and inception_v3")
     if len(args.models) > 1 and (own or args.recipe or args.labels):
         parser.error("a weights file, --recipe and --labels go with one --model")
     if len(args.models) > 1 and args.tuned not in (None, "auto"):
@@ -242,8 +260,8 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
     """The arguments with which scripts/package.py makes some of the models of `args`."""
     names = """
-        weights recipe labels device device_ids precision calibration minimum_agreement workers
-        workers_per_gpu batch_size max_batch_delay_ms tuned
+        weights weights_prefix transform_input recipe labels device device_ids precision calibration
+        minimum_agreement workers workers_per_gpu batch_size max_batch_delay_ms tuned
     """
     given = {name: getattr(args, name) for name in names.split()}
     return [f"--model={model}" for model in models] + [

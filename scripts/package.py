@@ -22,14 +22,7 @@ from torchvision.models import WeightsEnum
 from handler.engines import choose_device, has_bf16
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.model_card import CARD_FILE, INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
-from handler.networks import (
-    class_count,
-    clean_state_dict,
-    empty_network,
-    fit_state_dict,
-    get_recipe,
-    input_transform,
-)
+from handler.networks import empty_network, get_recipe, input_transform, load_state
 from handler.settings import Settings
 from scripts.archives import (
     HANDLER,
@@ -45,7 +38,9 @@ from scripts.archives import (
     read_digest,
 )
 from scripts.calibration import read_calibration
-from scripts.conversion import to_openvino
+from scripts.conversion import check_answers, to_openvino
+from scripts.fitting import fit_checkpoint, two_outputs
+from scripts.labels import check_labels, read_labels
 from scripts.options import parse_package
 from scripts.quantization import check_images, import_nncf, quantize
 from scripts.torchserve import CONFIG_FILE, dump_config, read_config, read_path
@@ -53,10 +48,9 @@ from scripts.tuned import describe_differences
 from scripts.weights import (
     DownloadFailed,
     Source,
-    check_labels,
     find_weights,
-    read_labels,
-    read_state_dict,
+    read_weights,
+    scales_input_again,
 )
 
 
@@ -114,18 +108,27 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         configure(archive, config)
         return archive
 
-    state = clean_state_dict(read_state_dict(source, recipe, model), model)
+    checkpoint = read_weights(source, recipe, model)
     try:
-        classes = class_count(state, recipe, model)
-        check_labels(labels, classes, own=bool(options.labels))
-        state = fit_state_dict(state, recipe, model, classes)
+        fit = fit_checkpoint(checkpoint, recipe, model, options.weights_prefix)
+        if fit.classes == 1:
+            fit = two_outputs(fit, labels)
+        check_labels(labels, fit.classes, own=bool(options.labels))
+        again = scales_input_again(
+            source, recipe, model, options.transform_input, fit.has_auxiliary
+        )
     except InvalidModel as exc:
         raise InvalidModel(f"{source.path or source.facts.name}: {exc}") from exc
-    network = empty_network(recipe, model, classes)
-    network.load_state_dict(state, assign=True)
+    for note in fit.notes:
+        print(f"{source.facts.name}: {note}", file=sys.stderr)
+    transform = input_transform(recipe, transform_input=again)
+    network = empty_network(recipe, model, fit.classes)
+    load_state(network, fit.state)
     parameters = [*network.parameters()]
     converted, int8, report = None, None, None
-    if has_openvino(config):
+    if not has_openvino(config):
+        check_answers(network, transform)
+    else:
         converted = to_openvino(network, transform)
         if calibration:
             int8, report = quantize(
@@ -153,7 +156,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
                 model,
                 options.version,
                 card,
-                state,
+                fit.state,
                 {OPENVINO_FILE: converted, INT8_FILE: int8},
                 config,
             )

@@ -1,29 +1,22 @@
-"""Where weights and labels come from: a download, a file, or a seed."""
+"""Where weights come from: a download, a file, or a seed."""
 
-import json
-import pickle
 import re
 import socket
 import sys
-import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from handler.errors import InvalidModel
 from handler.model_card import WeightsFacts
-from handler.networks import build_network
+from handler.networks import SCALE_INPUT_AGAIN, build_network
 from scripts.archives import SEED, file_facts, file_sha256, untrained_facts
+from scripts.checkpoints import Checkpoint, find_tables, read_checkpoint
 
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte
-WRAPPERS = ("state_dict", "model_state_dict", "model")  # what training scripts put around it
 
 
 class DownloadFailed(InvalidModel):
@@ -67,8 +60,7 @@ def download(url: str, cache: Path) -> Path:
     """
     name = url.rsplit("/", 1)[-1]
     path = cache / name
-    match = re.search(r"-([0-9a-f]{8,})\.", name)
-    prefix = match.group(1) if match else ""
+    prefix = _digest_in(name)
     if not path.exists():
         print(f"Downloading {url}", file=sys.stderr, flush=True)
         timeout = socket.getdefaulttimeout()
@@ -90,91 +82,49 @@ def download(url: str, cache: Path) -> Path:
     return path
 
 
-def read_state_dict(source: Source, recipe: WeightsEnum, architecture: str) -> dict[str, Tensor]:
-    """The tensors of a source by name. Nothing but tensors is ever unpickled.
+def _digest_in(url: str) -> str:
+    """The first digits of its sha256 that the name of a file of torchvision's ends in."""
+    match = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
+    return match.group(1) if match else ""
 
-    Raises InvalidModel where the file is no state dict.
+
+def read_weights(source: Source, recipe: WeightsEnum, architecture: str) -> Checkpoint:
+    """The tensors of a source by name, in each dict that holds some.
+
+    Raises InvalidModel if there is no state dict.
     """
     if source.path is None:
         torch.manual_seed(SEED)
         network = build_network(recipe, architecture, len(recipe.meta["categories"]))
-        return dict(network.state_dict())
-    try:
-        if source.path.suffix == ".safetensors":
-            return load_file(source.path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
-            content = torch.load(source.path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as exc:
-        if not source.path.read_bytes()[:2].startswith((b"PK", b"\x80")):  # torch.save's two forms
-            raise InvalidModel(f"{source.path} is not a weights file") from exc
-        raise InvalidModel(
-            f"{source.path} holds Python objects besides tensors, which are never unpickled; "
-            "save it with torch.save(model.state_dict(), PATH)"
-        ) from exc
-    except Exception as exc:  # torch has many words for a file that is none of its own
-        raise InvalidModel(f"{source.path} is not a readable weights file") from exc
-    for wrapper in WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
-            content = content[wrapper]
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(name, str) for name in content)
-        or not all(isinstance(tensor, Tensor) for tensor in content.values())
-    ):
-        raise InvalidModel(
-            f"{source.path} is not a state dict; save it with torch.save(model.state_dict(), PATH)"
-        )
-    return content
+        return Checkpoint({"": dict(network.state_dict())})
+    return find_tables(read_checkpoint(source.path), source.path)
 
 
-def read_labels(path: Path) -> list[str]:
-    """Class names in the order of their indices.
+def scales_input_again(
+    source: Source, recipe: WeightsEnum, architecture: str, asked: str | None, has_auxiliary: bool
+) -> bool:
+    """Whether weights were trained with torchvision's `transform_input`.
 
-    From text, one a line; a JSON list; or a JSON object of index to name, or to [id, name] as
-    TorchServe's index_to_name.json has it. Raises InvalidModel.
+    Raises InvalidModel if only the user knows: it is an argument of the builder, which leaves
+    no trace in a state dict.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as exc:
-        raise InvalidModel(f"--labels {path} cannot be read as text") from exc
-    if path.suffix == ".json":
-        labels = _json_labels(text, path)
-    else:
-        labels = [line.strip() for line in text.rstrip().splitlines()]
-    for index, label in enumerate(labels):
-        if not isinstance(label, str) or not label.strip():
-            raise InvalidModel(f"--labels {path}: class {index} has no name")
-    if not labels:
-        raise InvalidModel(f"--labels {path} is empty")
-    return labels
-
-
-def _json_labels(text: str, path: Path) -> list[Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as exc:
-        raise InvalidModel(f"--labels {path} is not valid JSON") from exc
-    if isinstance(content, dict):
-        indices = [str(index) for index in range(len(content))]
-        if set(content) != set(indices):
-            raise InvalidModel(
-                f"--labels {path}: the keys must be the class indices 0 to {len(content) - 1}"
-            )
-        content = [content[index] for index in indices]
-    if not isinstance(content, list):
-        raise InvalidModel(f"--labels {path} must hold a list, or an object of index to name")
-    return [_name(entry) for entry in content]
-
-
-def _name(entry: Any) -> Any:
-    """`["n01440764", "tench"]` is "tench"."""
-    return entry[-1] if isinstance(entry, list) and len(entry) == 2 else entry
-
-
-def check_labels(labels: Sequence[str], classes: int, own: bool) -> None:
-    """Raise InvalidModel, with both numbers, where labels and classes differ."""
-    if len(labels) != classes:
-        whose = "--labels has" if own else "no --labels given, and the recipe has"
-        raise InvalidModel(f"{whose} {len(labels)} names, the weights have {classes} classes")
+    if architecture not in SCALE_INPUT_AGAIN:
+        return False
+    if asked:
+        return asked == "on"
+    if source.facts.source != "file" or source.facts.sha256.startswith(_digest_in(recipe.url)):
+        return True  # torchvision's own, or random
+    found = ""
+    if architecture == "googlenet":  # inception_v3 has them by default either way
+        found = (
+            " (the file has auxiliary heads, which torchvision builds by default only without "
+            "pretrained weights)"
+            if has_auxiliary
+            else " (the file has no auxiliary heads, which torchvision leaves out by default only "
+            "with pretrained weights)"
+        )
+    raise InvalidModel(
+        f"whether this {architecture} was trained with transform_input decides its answers, and no "
+        "weights file tells; say --transform-input on if torchvision built it with pretrained "
+        f"weights, off if it built it without{found}"
+    )

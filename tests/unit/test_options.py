@@ -17,6 +17,8 @@ BOTH = pytest.mark.parametrize("parse", [parse_serve, parse_package], ids=["serv
 MODEL_DEFAULTS = {
     "models": ["mobilenet_v2"],
     "weights": None,
+    "weights_prefix": None,
+    "transform_input": None,
     "recipe": None,
     "labels": None,
     "device": "auto",
@@ -65,11 +67,13 @@ def test_every_model_option(parse: Parse) -> None:
     argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cuda".split()
     argv += "--precision bf16 --workers 3 --batch-size 16 --max-batch-delay-ms 7".split()
     argv += ["--tuned", "t.yaml", "--device-ids", "0,2", "--workers-per-gpu", "2"]
-    argv += "--calibration photos --minimum-agreement 0.9".split()
+    argv += "--calibration photos --minimum-agreement 0.9 --weights-prefix ema".split()
     given = vars(parse(argv))
     assert {name: given[name] for name in MODEL_DEFAULTS} == {
         "models": ["resnet18"],
         "weights": "w.pth",
+        "weights_prefix": "ema",
+        "transform_input": None,
         "recipe": "R",
         "labels": "l.txt",
         "device": "cuda",
@@ -255,6 +259,8 @@ def test_help_needs_no_set_up() -> None:
         "--model resnet18 --tuned",
         "--device-ids 1,0 --workers-per-gpu 3",
         "--model resnet18 --tuned=t.yaml",
+        "--weights w.pth --weights-prefix model_ema --model googlenet --transform-input off",
+        "--weights w.pth --weights-prefix=",
         "--weights=-odd.pth --labels l.txt --recipe R --batch-size 3 --max-batch-delay-ms 7",
     ],
 )
@@ -288,3 +294,18 @@ def test_a_version_that_is_no_name(version: str, capsys: pytest.CaptureFixture[s
 
 def test_the_gateways_port_goes_with_the_gateway(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--gateway" in mistake(parse_serve, ["--gateway-port", "1"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--weights-prefix model", "are for a file given as --weights"),
+        ("--weights pretrained --weights-prefix=", "are for a file given as --weights"),
+        ("--model googlenet --transform-input on", "are for a file given as --weights"),
+        ("--weights w.pth --transform-input on", "is for googlenet and inception_v3"),
+    ],
+)
+def test_choices_among_weights_go_with_a_file(
+    argv: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in mistake(parse_package, argv.split(), capsys)

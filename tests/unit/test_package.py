@@ -213,6 +213,9 @@ def test_handler_section_must_be_a_mapping(configs: Path, tmp_path: Path, sectio
 # --- The digest of an archive's inputs
 
 
+NO_CHOICE: dict[str, Any] = {"weights_prefix": None, "transform_input": None}
+
+
 def digest(
     model: str = MODEL,
     recipe: str | None = None,
@@ -220,7 +223,7 @@ def digest(
     config: dict[str, Any] | None = None,
     architecture: str = MODEL,
 ) -> str:
-    given = Namespace(recipe=recipe, labels=labels, calibration=None, version="1.0")
+    given = Namespace(**NO_CHOICE, recipe=recipe, labels=labels, calibration=None, version="1.0")
     return archives.digest(model, given, config or {"batchSize": 8}, untrained_facts(architecture))
 
 
@@ -269,9 +272,17 @@ def test_digest_changes_with_the_weights_file(tmp_path: Path) -> None:
     seen = set()
     for name, content in (("a.pth", b"1"), ("a.pth", b"2"), ("b.pth", b"2")):
         (tmp_path / name).write_bytes(content)
-        given = Namespace(recipe=None, labels=None, calibration=None, version="1.0")
+        given = Namespace(**NO_CHOICE, recipe=None, labels=None, calibration=None, version="1.0")
         seen.add(archives.digest(MODEL, given, {}, file_facts(tmp_path / name)))
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("choice", [{"weights_prefix": ""}, {"transform_input": "on"}], ids=str)
+def test_digest_changes_with_a_choice_among_the_weights(choice: dict[str, Any]) -> None:
+    given = NO_CHOICE | choice
+    options = Namespace(**given, recipe=None, labels=None, calibration=None, version="1.0")
+    config = {"batchSize": 8}
+    assert archives.digest(MODEL, options, config, untrained_facts(MODEL)) != digest()
 
 
 @pytest.mark.parametrize("change", ["edit", "add", "remove"])
@@ -299,8 +310,11 @@ def test_digest_changes_with_what_makes_the_models(
     monkeypatch.setattr(archives, "SCRIPTS", copy)
     (copy / "predict.py").write_text("# changed\n")
     assert digest() == before
-    (copy / "saturation.py").write_text("# changed\n")
-    assert digest() != before
+    seen = {before}
+    for name in ("saturation", "weights", "checkpoints", "fitting", "labels"):
+        (copy / f"{name}.py").write_text("# changed\n")
+        assert digest() not in seen
+        seen.add(digest())
 
 
 def test_digest_changes_with_the_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -781,6 +795,7 @@ def test_an_int8_model_is_packaged_with_its_report_and_served(
 def test_digest_changes_with_the_calibration(calibration: Path, tmp_path: Path) -> None:
     def digest_of(folder: Path, agreement: float = 0.97) -> str:
         given = Namespace(
+            **NO_CHOICE,
             recipe=None,
             labels=None,
             calibration=str(folder),

@@ -1,9 +1,6 @@
-"""Weights and labels from wherever they come: downloads, files, seeds, and everything else."""
+"""Weights from wherever they come: downloads, files, seeds, and everything else."""
 
 import hashlib
-import json
-import os
-import pickle
 import random
 import re
 import socket
@@ -17,22 +14,19 @@ from typing import Any
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
-from torch import Tensor, nn
 
 from handler.errors import InvalidModel
 from handler.model_card import WeightsFacts
-from handler.networks import architectures
+from handler.networks import architectures, get_recipe
 from scripts import weights
 from scripts.archives import file_sha256
 from scripts.weights import (
     DownloadFailed,
     Source,
-    check_labels,
     download,
     find_weights,
-    read_labels,
-    read_state_dict,
+    read_weights,
+    scales_input_again,
 )
 from tests.unit.conftest import Web
 from tests.unit.tiny import ARCHITECTURE, RECIPE
@@ -52,152 +46,7 @@ def as_file(path: Path, content: bytes | None = None) -> Source:
     return find_weights(str(path), RECIPE, ARCHITECTURE)
 
 
-def read(path: Path, content: bytes | None = None) -> dict[str, Tensor]:
-    return read_state_dict(as_file(path, content), RECIPE, ARCHITECTURE)
-
-
-def refusal(path: Path, content: bytes | None = None) -> str:
-    with pytest.raises(InvalidModel) as refused:
-        read(path, content)
-    assert str(path) in str(refused.value)
-    return str(refused.value)
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
-
-
-# --- State dicts
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ""])
-def test_torch_file(tmp_path: Path, suffix: str) -> None:
-    assert same(read(tmp_path / f"birds{suffix}", saved(STATE)), STATE)
-
-
-def test_torch_file_of_the_old_format(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "birds.pth", _use_new_zipfile_serialization=False)
-    assert same(read(tmp_path / "birds.pth"), STATE)
-
-
-def test_safetensors_file(tmp_path: Path) -> None:
-    save_file(STATE, tmp_path / "birds.safetensors")
-    given = read(tmp_path / "birds.safetensors")
-    assert same(dict(sorted(given.items())), dict(sorted(STATE.items())))
-
-
-def test_state_dict_of_a_module(tmp_path: Path) -> None:
-    network = nn.Linear(2, 3)
-    assert same(read(tmp_path / "x.pth", saved(network.state_dict())), dict(network.state_dict()))
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model"])
-def test_what_training_scripts_put_around_it(tmp_path: Path, wrapper: str) -> None:
-    checkpoint = {"epoch": 3, wrapper: STATE, "optimizer": {"lr": 0.1}, "best": [1, 2.0, "x"]}
-    assert same(read(tmp_path / "x.pth", saved(checkpoint)), STATE)
-
-
-def test_wrappers_in_wrappers(tmp_path: Path) -> None:
-    assert same(read(tmp_path / "x.pth", saved({"state_dict": {"model": STATE}})), STATE)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        torch.ones(3),
-        [torch.ones(3)],
-        {},
-        {"epoch": 3},
-        {"weight": torch.ones(3), "epoch": 3},
-        {"state_dict": {}},
-        {"state_dict": {"weight": [1.0]}},
-        {0: torch.ones(3)},
-        "text",
-        None,
-    ],
-    ids=range(10),
-)
-def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any) -> None:
-    message = refusal(tmp_path / "x.pth", saved(content))
-    assert "is not a state dict; save it with torch.save(model.state_dict(), PATH)" in message
-
-
-class Trap:
-    """Unpickling this makes a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (str(self.folder),)
-
-
-@pytest.mark.parametrize("place", ["beside", "alone", "pickle", "old format"])
-def test_nothing_but_tensors_is_unpickled(tmp_path: Path, place: str) -> None:
-    trap, file = Trap(tmp_path / "trapped"), tmp_path / "birds.pth"
-    if place == "pickle":
-        file.write_bytes(pickle.dumps(trap, protocol=2))
-    else:
-        content = trap if place == "alone" else STATE | {"trap": trap}
-        torch.save(content, file, _use_new_zipfile_serialization=place != "old format")
-    message = refusal(file)
-    assert not trap.folder.exists()
-    if place != "pickle":
-        assert "holds Python objects besides tensors, which are never unpickled" in message
-        torch.load(file, weights_only=False)
-        assert trap.folder.exists()  # so the trap was a real one
-
-
-def test_a_whole_model_is_refused(tmp_path: Path) -> None:
-    message = refusal(tmp_path / "x.pth", saved(nn.Linear(2, 3)))
-    assert "holds Python objects besides tensors" in message
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"hello\n",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-        b"<!DOCTYPE html><html></html>",
-        b"PK\x03\x04" + b"x" * 100,
-        b"\x80\x02",
-        bytes(1000),
-    ],
-)
-def test_garbage_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
-    refusal(tmp_path / f"x{suffix}", content)
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning:torch")
-@pytest.mark.parametrize("kind", ["cut", "flipped", "random", "random pickle"])
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_damaged_files_are_refused_or_read(tmp_path: Path, suffix: str, kind: str) -> None:
-    path = tmp_path / f"x{suffix}"
-    if suffix == ".pth":
-        whole = saved(STATE)
-    else:
-        save_file(STATE, path)
-        whole = path.read_bytes()
-    for seed in range(60):
-        rng = random.Random(seed)
-        data = bytearray(whole)
-        if kind == "cut":
-            data = data[: rng.randrange(len(data) - 8)]
-        elif kind == "flipped":
-            for _ in range(rng.randint(1, 20)):
-                data[rng.randrange(len(data))] = rng.randrange(256)
-        else:
-            start = b"\x80\x02" if kind == "random pickle" else b""
-            data = bytearray(start + rng.randbytes(rng.randint(1, 300)))
-        path.write_bytes(data)
-        try:
-            state = read(path)
-        except InvalidModel:
-            continue
-        assert kind == "flipped", f"seed {seed} was read"
-        assert all(isinstance(tensor, Tensor) for tensor in state.values())
+# --- Files
 
 
 @pytest.mark.parametrize("name", ["missing.pth", "Pretrained", ""])
@@ -241,8 +90,10 @@ def test_source_of_untrained_weights() -> None:
 def test_untrained_weights_are_always_the_same() -> None:
     source = find_weights("untrained", RECIPE, ARCHITECTURE)
     torch.manual_seed(99)
-    first = read_state_dict(source, RECIPE, ARCHITECTURE)
-    assert same(first, read_state_dict(source, RECIPE, ARCHITECTURE))
+    first = read_weights(source, RECIPE, ARCHITECTURE).tables[""]
+    second = read_weights(source, RECIPE, ARCHITECTURE).tables[""]
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["classifier.1.weight"].shape[0] == 1000
     assert first["classifier.1.weight"].std() > 0
 
@@ -393,128 +244,51 @@ def test_sha256_of_a_file_larger_than_a_read(tmp_path: Path) -> None:
     assert file_sha256(tmp_path / "x") == hashlib.sha256(data).hexdigest()
 
 
-# --- Labels
+# --- transform_input of googlenet and inception_v3
 
 
-def labels(path: Path, content: str | bytes | list[Any] | dict[str, Any]) -> list[str]:
-    if isinstance(content, list | dict):
-        content = json.dumps(content)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return read_labels(path)
+def source_of(source: str, sha256: str = "0" * 64) -> Source:
+    facts = WeightsFacts(name="x.pth", trained=True, source=source, sha256=sha256)
+    return Source(facts, Path("x.pth"))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "heron\ncrane\nowl",
-        "heron\ncrane\nowl\n",
-        "heron\r\ncrane\r\nowl\r\n",
-        "  heron \n\tcrane\nowl\n\n\n  \n",
-        "\ufeffheron\ncrane\nowl\n",
-    ],
-    ids=["plain", "last line end", "Windows", "blanks", "BOM"],
-)
-def test_labels_from_text(tmp_path: Path, text: str) -> None:
-    assert labels(tmp_path / "labels.txt", text) == ["heron", "crane", "owl"]
-
-
-@pytest.mark.parametrize("name", ["labels", "labels.csv", "LABELS.names"])
-def test_any_other_name_is_text(tmp_path: Path, name: str) -> None:
-    assert labels(tmp_path / name, '["heron"]') == ['["heron"]']
+def digest_of(architecture: str) -> str:
+    """That of torchvision's own file, as far as its name has it."""
+    return get_recipe(architecture).url.rpartition("-")[2].partition(".")[0] + "0" * 56
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("architecture", "source", "asked", "expected"),
     [
-        ["heron", "crane", "owl"],
-        {"0": "heron", "1": "crane", "2": "owl"},
-        {"2": "owl", "0": "heron", "1": "crane"},
-        {"0": ["n02009912", "heron"], "1": ["n02012849", "crane"], "2": ["n01622779", "owl"]},
-        [["n02009912", "heron"], ["n02012849", "crane"], "owl"],
+        ("googlenet", source_of("torchvision"), None, True),
+        ("googlenet", source_of("seed 0"), None, True),
+        ("googlenet", source_of("file", digest_of("googlenet")), None, True),
+        ("inception_v3", source_of("file", digest_of("inception_v3")), None, True),
+        ("googlenet", source_of("file"), "on", True),
+        ("googlenet", source_of("file"), "off", False),
+        ("resnet18", source_of("file"), None, False),
+        ("resnet18", source_of("torchvision"), None, False),
     ],
 )
-def test_labels_from_json(tmp_path: Path, content: list[Any] | dict[str, Any]) -> None:
-    assert labels(tmp_path / "index_to_name.json", content) == ["heron", "crane", "owl"]
-
-
-def test_labels_from_json_with_a_bom(tmp_path: Path) -> None:
-    assert labels(tmp_path / "x.json", '\ufeff["heron"]') == ["heron"]
-
-
-def test_more_than_ten_classes_keep_their_order(tmp_path: Path) -> None:
-    content = {str(index): f"class {index}" for index in sorted(range(120), key=str)}
-    assert labels(tmp_path / "x.json", content) == [f"class {index}" for index in range(120)]
-
-
-def test_classes_of_one_name_stay_two(tmp_path: Path) -> None:
-    assert labels(tmp_path / "x.txt", "crane\ncrane\n") == ["crane", "crane"]
-
-
-def labels_refusal(path: Path, content: str | bytes | list[Any] | dict[str, Any]) -> str:
-    with pytest.raises(InvalidModel) as refused:
-        labels(path, content)
-    assert f"--labels {path}" in str(refused.value)
-    return str(refused.value)
-
-
-@pytest.mark.parametrize("text", ["heron\n\nowl\n", "heron\n  \nowl\n"])
-def test_blank_line_in_between_is_refused(tmp_path: Path, text: str) -> None:
-    assert "class 1 has no name" in labels_refusal(tmp_path / "x.txt", text)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "is not valid JSON"),
-        ("[", "is not valid JSON"),
-        ("[]", "is empty"),
-        ("{}", "is empty"),
-        ('"heron"', "must hold a list, or an object of index to name"),
-        ("3", "must hold a list"),
-        ("null", "must hold a list"),
-        ('["heron", ""]', "class 1 has no name"),
-        ('["heron", 3]', "class 1 has no name"),
-        ('["heron", null]', "class 1 has no name"),
-        ('["heron", ["a", "b", "c"]]', "class 1 has no name"),
-        ('["heron", ["a", " "]]', "class 1 has no name"),
-        ('{"1": "heron", "2": "owl"}', "class indices 0 to 1"),
-        ('{"heron": 0, "owl": 1}', "class indices 0 to 1"),
-        ('{"0": "heron", "01": "owl"}', "class indices 0 to 1"),
-    ],
-)
-def test_bad_labels_in_json(tmp_path: Path, content: str, message: str) -> None:
-    assert message in labels_refusal(tmp_path / "x.json", content)
-
-
-@pytest.mark.parametrize("text", ["", "\n \n"])
-def test_empty_labels_are_refused(tmp_path: Path, text: str) -> None:
-    assert "is empty" in labels_refusal(tmp_path / "x.txt", text)
-
-
-@pytest.mark.parametrize("data", [b"\xff\xfeh\0e\0", b"caf\xe9\n"])
-def test_labels_that_are_no_utf8_are_refused(tmp_path: Path, data: bytes) -> None:
-    assert "cannot be read as text" in labels_refusal(tmp_path / "x.txt", data)
-
-
-def test_missing_labels_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidModel, match="cannot be read as text"):
-        read_labels(tmp_path / "missing.txt")
-
-
-@pytest.mark.parametrize(
-    ("names", "classes", "own", "message"),
-    [
-        (3, 5, True, "--labels has 3 names, the weights have 5 classes"),
-        (1000, 5, False, "no --labels given, and the recipe has 1000 names, the weights have 5"),
-    ],
-)
-def test_numbers_of_labels_and_classes_must_agree(
-    names: int, classes: int, own: bool, message: str
+def test_whether_the_input_is_scaled_again(
+    architecture: str, source: Source, asked: str | None, expected: bool
 ) -> None:
-    with pytest.raises(InvalidModel) as refused:
-        check_labels(["x"] * names, classes, own)
-    assert message in str(refused.value)
+    recipe = get_recipe(architecture)
+    for auxiliary in (True, False):
+        assert scales_input_again(source, recipe, architecture, asked, auxiliary) is expected
 
 
-def test_numbers_that_agree_pass() -> None:
-    check_labels(["a", "b"], 2, own=True)
+@pytest.mark.parametrize(
+    ("architecture", "auxiliary", "found"),
+    [
+        ("googlenet", True, "by default only without pretrained weights)"),
+        ("googlenet", False, "by default only with pretrained weights)"),
+        ("inception_v3", True, "off if it built it without"),
+    ],
+)
+def test_what_no_file_tells_is_asked_for(architecture: str, auxiliary: bool, found: str) -> None:
+    source = source_of("file", digest_of("resnet18"))
+    with pytest.raises(InvalidModel) as refusal:
+        scales_input_again(source, get_recipe(architecture), architecture, None, auxiliary)
+    assert "say --transform-input on if" in str(refusal.value)
+    assert str(refusal.value).endswith(found)

@@ -22,6 +22,7 @@ import yaml
 from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import count_gpus
+from scripts.guardian import Guardian
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
@@ -267,6 +268,7 @@ class TorchServe:
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Thread | None = None
+        self._guardian: Guardian | None = None
         self._folder = ""
 
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
@@ -277,6 +279,7 @@ class TorchServe:
         its PID file, and stays around as a process.
         """
         self._folder = make_folder()
+        self._guardian = Guardian(self._folder)
         # What is served is a copy: no start changes an archive, or is changed by another start.
         store = Path(self._folder, "store")
         models = [
@@ -324,6 +327,7 @@ class TorchServe:
             )
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
+        self._guardian.watch(self._process.pid)
         if relay:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
@@ -349,3 +353,5 @@ class TorchServe:
         if self._reader is not None:  # its last lines
             self._reader.join(READ_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guardian is not None:
+            self._guardian.dismiss()

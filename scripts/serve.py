@@ -93,6 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
+            for hung in server.end_hung_workers():
+                log.event(
+                    "ERROR",
+                    "worker_hung",
+                    pid=hung.pid,
+                    model=hung.model,
+                    message="no sign of life; killed, and TorchServe starts another",
+                )
             if gateway:
                 gateway.check()
         log.event("INFO", "stopping")

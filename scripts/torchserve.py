@@ -23,6 +23,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import count_gpus
 from scripts.guardian import Guardian
+from scripts.watchdog import Hung, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
@@ -269,6 +270,7 @@ class TorchServe:
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Thread | None = None
         self._guardian: Guardian | None = None
+        self._watchdog: Watchdog | None = None
         self._folder = ""
 
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
@@ -328,6 +330,7 @@ class TorchServe:
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
         self._guardian.watch(self._process.pid)
+        self._watchdog = Watchdog(store, self._process.pid)
         if relay:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
@@ -335,6 +338,10 @@ class TorchServe:
     def exit_status(self) -> int | None:
         """None while it runs."""
         return self._process.poll() if self._process else None
+
+    def end_hung_workers(self) -> list[Hung]:
+        """To be called again and again: TorchServe starts others in their place."""
+        return self._watchdog.check() if self._watchdog else []
 
     def stop(self) -> None:
         """End Java, then whatever is left of its group, and remove the folder."""

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     server, gateway = service.server, service.gateway
     try:
-        server.start(log.relay)
+        server.start(lambda output: log.relay(output, server.read))
         wait_until_ready(server, service.addresses.management.url, service.served, stop)
         if not stop.is_set():
             if gateway:
@@ -273,6 +273,8 @@ def package_apart(argv: Sequence[str]) -> int:
 
 def ending(server: TorchServe) -> str:
     """How Java ended, for people."""
+    if words := server.out_of_memory():
+        return f"Java is out of memory ({words})"
     status = server.exit_status() or 0
     if status < 0:
         return f"TorchServe was killed by signal {-status} (9 is often the system out of memory)"

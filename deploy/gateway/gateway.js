@@ -54,8 +54,10 @@ function errorBody(r) {
 
 // --- health and info
 
-function answer(r, status, content) {
+// Kept for so many seconds, and as long again while the next one is made.
+function answer(r, status, content, seconds) {
     r.headersOut['Content-Type'] = 'application/json';
+    r.headersOut['Cache-Control'] = `max-age=${seconds}, stale-while-revalidate=${seconds}`;
     r.return(status, JSON.stringify(content) + '\n');
 }
 
@@ -77,7 +79,7 @@ async function health(r) {
     if (missing.length) {
         content.missing = missing.map(target => `${target}: no replica has a READY worker`);
     }
-    answer(r, missing.length ? 503 : 200, content);
+    answer(r, missing.length ? 503 : 200, content, 1);
 }
 
 async function isReady(r, replica, target) {
@@ -97,14 +99,14 @@ async function info(r) {
         try {
             const facts = JSON.parse(reply.responseText)[0].customizedMetadata;
             if (facts.model) {
-                answer(r, 200, facts);
+                answer(r, 200, facts, 10);
                 return;
             }
         } catch (e) { /* the next one */ }
     }
     answer(r, 503, {
         status: 'error', code: 503, type: 'Unavailable', message: `no replica describes ${target}`
-    });
+    }, 1);
 }
 
 export default { keyHash, reshapeHeaders, reshapeBody, health, info };

@@ -29,11 +29,11 @@ class Guardian:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        """`folder` is removed as well."""
+        """`folder` is removed as well; "" is none."""
         reader, self._pipe = os.pipe()  # no child of ours inherits the end that we write to
         try:
             subprocess.run(
-                ["/bin/sh", "-c", SCRIPT, folder],
+                ["/bin/sh", "-c", SCRIPT, folder and Path(folder).absolute()],
                 stdin=reader,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -43,6 +43,12 @@ class Guardian:
             )
         finally:
             os.close(reader)
+
+    def __enter__(self) -> "Guardian":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.dismiss()
 
     def watch(self, group: int) -> None:
         """Have a process group killed as well."""

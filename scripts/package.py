@@ -46,6 +46,7 @@ from scripts.archives import (
 )
 from scripts.calibration import read_calibration
 from scripts.conversion import to_openvino
+from scripts.guardian import Guardian
 from scripts.options import parse_package
 from scripts.quantization import check_images, import_nncf, quantize
 from scripts.torchserve import CONFIG_FILE, dump_config, read_config, read_path
@@ -147,7 +148,8 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
+        packaging = tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-")
+        with packaging as folder, Guardian(folder):
             made = _archive(
                 Path(folder),
                 model,

@@ -27,6 +27,7 @@ from scripts.archives import (
 from scripts.banner import announce
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings
+from scripts.guardian import Guardian
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
@@ -253,17 +254,19 @@ def package_apart(argv: Sequence[str]) -> int:
 
     Returns its exit status; raises SetupError where it was killed.
     """
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
-        stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
-        start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
-    )
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
+    with Guardian("") as guardian:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
+            stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
+            start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
+        )
+        guardian.watch(process.pid)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
     if status < 0:
         raise SetupError(
             f"packaging was killed by signal {-status} (9 is often the system out of memory)"

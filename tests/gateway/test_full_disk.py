@@ -3,6 +3,8 @@
 import os
 import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,11 +34,19 @@ def check(url: str) -> None:
         assert answer.json()["predictions"][0]["class"] == "red"
 
 
-def test_folders_that_cannot_be_written(gateway: Served, tmp_path: Path) -> None:
-    env = settings([gateway.server]) | {"TMPDIR": str(tmp_path)}
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where nginx's workers get as well, which are nobody's if we are root."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_folders_that_cannot_be_written(gateway: Served, tmp_path: Path, folder: Path) -> None:
+    env = settings([gateway.server]) | {"TMPDIR": str(folder)}
     with running(tmp_path, env) as other:
-        [folder] = tmp_path.glob("gateway-*")
-        closed = [path for path in folder.iterdir() if path.is_dir()]
+        [own] = folder.iterdir()
+        closed = [path for path in own.iterdir() if path.is_dir()]
         assert {"body", "cache", "proxy"} <= {path.name for path in closed}
         for path in closed:
             path.chmod(0o500)
@@ -49,10 +59,8 @@ def fill(folder: Path) -> None:
             file.write(bytes(4096))
 
 
-def test_a_full_disk(tmp_path: Path, colours: list[str], store: Path) -> None:
+def test_a_full_disk(tmp_path: Path, folder: Path, colours: list[str], store: Path) -> None:
     """Of ./scripts/serve and all that it starts; a worker that dies comes back, too."""
-    folder = tmp_path / "tmp"
-    folder.mkdir()
     under = ["unshare", "--mount", "sh", "-c", MOUNT, str(folder)]
     if os.geteuid() or subprocess.run([*under, "true"], check=False).returncode:
         pytest.skip("no file system can be mounted here")

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic, sleep
+from time import monotonic, process_time, sleep
 
 from handler.logs import log_line
 
@@ -20,21 +20,20 @@ BEAT_SECONDS = 1.0
 PREFIX = ".pulse-"  # of a file in the model's folder, then the number of the process
 HUNG_PREFIX = ".hung-"  # of what the launcher makes of that file when it has killed the process
 MIN_PATIENCE_SECONDS = 20.0  # the largest image takes a slow core 5 s to decode
+IDLE_SHARE = 0.02  # of a core, above what this thread and that of the metrics need
 
 
 class Pulse:
     """Touches a file every second, as long as the batch in hand, if there is one, gets on."""
 
     def __init__(self, folder: Path, pass_seconds: float | None) -> None:
-        """`pass_seconds` is what the largest forward pass takes; None: a step may take for ever.
-
-        A step may take ten times that, because a machine may be starving.
-        """
+        """`pass_seconds` is what the largest forward pass takes; None: a step may take for ever."""
         self._file = folder / f"{PREFIX}{os.getpid()}"
         self._patience = float("inf")
         if pass_seconds is not None:
             self._patience = max(MIN_PATIENCE_SECONDS, 10 * pass_seconds)
-        self._step_began: float | None = None  # None while no batch is in hand
+        # When the step under way began, by the clock and in CPU time; None without a batch.
+        self._began: tuple[float, float] | None = None
         self._thread = 0  # the one that works on the batch
 
     @contextmanager
@@ -45,15 +44,22 @@ class Pulse:
         try:
             yield
         finally:
-            self._step_began = None
+            self._began = None
 
     def step(self) -> None:
         """The batch gets on: an image is decoded, or a forward pass done."""
-        self._step_began = monotonic()
+        self._began = monotonic(), process_time()
 
     def is_stuck(self) -> bool:
-        began = self._step_began
-        return began is not None and monotonic() - began > self._patience
+        """Whether the step takes too long, and not because the machine starves this process.
+
+        A starving one computes, and has not had the time on a core that it may have.
+        """
+        if (began := self._began) is None:
+            return False
+        seconds, cpu_seconds = monotonic() - began[0], process_time() - began[1]
+        starving = IDLE_SHARE * seconds < cpu_seconds < self._patience
+        return seconds > self._patience and not starving
 
     def start(self) -> None:
         """Beat from a thread of its own: the one of the metrics may wait for who reads them."""

@@ -58,6 +58,7 @@ def test_a_batch_that_does_not_get_on_stops_the_beat(
 ) -> None:
     lines: list[dict[str, Any]] = []
     monkeypatch.setattr(pulse, "log_line", lambda level, event, **facts: lines.append(facts))
+    monkeypatch.setattr(pulse, "process_time", lambda: 0)  # other tests have threads that compute
     worker = Pulse(tmp_path, 0.001)
     worker.start()
 
@@ -74,6 +75,32 @@ def test_a_batch_that_does_not_get_on_stops_the_beat(
     assert line["pid"] == os.getpid()
     assert "in never_returns" in line["cause"], "the log says where it hangs"
     assert beats(tmp_path), "it did return"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cpu_seconds", "stuck"),
+    [
+        (19, 0, False),
+        (19, 300, False),  # in many threads
+        (21, 0.01, True),  # waits for what does not come
+        (21, 21, True),  # computes without end
+        (21, 2, False),  # has a tenth of a core
+        (100, 19, False),
+    ],
+)
+def test_a_process_that_starves_is_not_stuck(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    cpu_seconds: float,
+    stuck: bool,
+) -> None:
+    worker = Pulse(tmp_path, 0.1)
+    with worker.batch():
+        began, cpu_began = time.monotonic(), time.process_time()
+        monkeypatch.setattr(pulse, "monotonic", lambda: began + seconds)
+        monkeypatch.setattr(pulse, "process_time", lambda: cpu_began + cpu_seconds)
+        assert worker.is_stuck() is stuck
 
 
 @pytest.mark.parametrize("seconds", [0.2, None])

@@ -34,14 +34,15 @@ def use_memory_up(server: Server) -> None:
     TorchServe's reader of multipart bodies throws over this header, and forgets the body.
     """
     part = (
-        b'--x\r\nContent-Disposition: form-data; name="file"\r\n'
-        b"Content-Transfer-Encoding: base64\r\n\r\n"
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="x.jpg"\r\n'
+        b"Content-Type: image/jpeg\r\nContent-Transfer-Encoding: base64\r\n\r\n"
     )
     body = part + base64.b64encode(os.urandom(4_500_000)) + b"\r\n--x--\r\n"
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     for _ in range(100):
         with suppress(requests.RequestException):
             requests.post(server.predictions, data=body, headers=headers, timeout=5)
+        with suppress(requests.RequestException):
             requests.post(server.predictions, data=bytes(15_000_000), timeout=5)
         if server.process.poll() is not None:
             return

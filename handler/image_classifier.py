@@ -40,6 +40,7 @@ from handler.metrics import Metrics, claim_slot, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import Timed, classify
+from handler.pulse import Pulse, count_hung
 from handler.rows import Item, Row
 from handler.settings import Settings
 
@@ -86,6 +87,7 @@ class ImageClassifier(BaseHandler):
                 torchserve_emit(), context.model_name, self.version, claim_slot(model_dir)
             )
             self.metrics.add(metrics.STARTS, 1)
+            self.metrics.add(metrics.HUNG, count_hung(model_dir))
             self.metrics.flush()  # before what may fail
             self.card = ModelCard.read(model_dir)
             if not self.card.weights.trained and not self.settings.allow_untrained:
@@ -105,7 +107,7 @@ class ImageClassifier(BaseHandler):
             size = self.settings.cache_bytes
             self.cache = ResultCache(size) if size else None
             warm_up = perf_counter()
-            self._warm_up(config.get("batchSize", 1))
+            self.pulse = Pulse(model_dir, self._warm_up(config.get("batchSize", 1)))
             self.metrics.set(metrics.WARM_UP, perf_counter() - warm_up)
         except Exception as exc:
             expected = isinstance(exc, SetupError) and exc.__cause__ is None
@@ -124,6 +126,7 @@ class ImageClassifier(BaseHandler):
         self._describe_to_metrics()
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
+        self.pulse.start()
         # TorchServe writes a line for each batch through the root logger itself; its errors stay,
         # and so does whatever comes through any other logger, the metrics above all.
         logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
@@ -138,16 +141,23 @@ class ImageClassifier(BaseHandler):
             startup_ms=milliseconds(perf_counter() - started),
         )
 
-    def _warm_up(self, batch_size: int) -> None:
-        """Classify a blank image, alone and as a full batch: the first client need not wait."""
+    def _warm_up(self, batch_size: int) -> float | None:
+        """Classify a blank image, alone and as a full batch: the first client need not wait.
+
+        Gives the seconds that the largest forward pass would take; None without a warm-up.
+        """
         file = BytesIO()
         Image.new("RGB", (500, 375)).save(file, "JPEG")
+        seconds = None
         for _ in range(self.settings.warmup_batches):
             pixels = read_picture(file.getvalue(), self.card.transform, Settings()).pixels
             for images in sorted({1, min(batch_size, self.engine.max_forward)}):
+                started = perf_counter()
                 probabilities = self.engine.probabilities(torch.stack([pixels] * images))
+                seconds = (perf_counter() - started) / images * self.engine.max_forward
                 if not torch.isfinite(probabilities).all():
                     raise SetupError("the model gives no finite probabilities for a blank image")
+        return seconds
 
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever befalls its neighbours."""
@@ -155,8 +165,9 @@ class ImageClassifier(BaseHandler):
         if self._is_info(data):
             return [encode(self.describe_handle())]
         started, arrival = perf_counter(), time()
-        rows = self.inference(self.preprocess(data))
-        answers = self.postprocess(rows)
+        with self.pulse.batch():
+            rows = self.inference(self.preprocess(data))
+            answers = self.postprocess(rows)
         total = perf_counter() - started
         self.metrics.add(metrics.BUSY, total)
         self.metrics.observe(metrics.BATCH, len(rows))
@@ -219,6 +230,7 @@ class ImageClassifier(BaseHandler):
             except Exception:  # as above
                 failed = self._failure("the image could not be processed", request_id)
                 items.append(Item(error=failed))
+            self.pulse.step()
         return Row(request_id, request, items)
 
     def _open(
@@ -261,8 +273,9 @@ class ImageClassifier(BaseHandler):
             for item in row.items:
                 if item.decoding:
                     holders.setdefault(item.decoding, []).append((item, row.request_id))
-        decoded = Timed(self.decoder.finish(list(holders)))
+        decoded = Timed(map(self._note, self.decoder.finish(list(holders))))
         for decodings, outcome in classify(decoded, self.engine):
+            self.pulse.step()
             held = [holders[decoding] for decoding in decodings]
             if isinstance(outcome, Exception):
                 self._fail(held, outcome)
@@ -278,6 +291,11 @@ class ImageClassifier(BaseHandler):
                 row.seconds["preprocess"] += decoded.seconds
                 row.seconds["inference"] = seconds - decoded.seconds
         return rows
+
+    def _note(self, decoding: Decoding) -> Decoding:
+        """An image is decoded, on its way to the forward passes."""
+        self.pulse.step()
+        return decoding
 
     def _keep(self, held: Sequence[list[tuple[Item, str]]], probabilities: Tensor) -> None:
         """Give the items of each image of a forward pass their row of the probabilities."""

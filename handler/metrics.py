@@ -78,6 +78,7 @@ CONFIDENCE = "classifier_top_confidence_ratio"
 MODEL_INFO = "classifier_model_info"
 BUILD_INFO = "classifier_build_info"
 STARTS = "classifier_worker_starts_total"
+HUNG = "classifier_worker_hung_total"
 STARTUP = "classifier_worker_startup_seconds"
 WARM_UP = "classifier_worker_warmup_seconds"
 BUSY = "classifier_worker_busy_seconds_total"
@@ -150,6 +151,7 @@ FAMILIES = {
         "always 1; the labels say what serves it",
     ),
     STARTS: Family("counter", WORKER, "starts of a worker, the first one too"),
+    HUNG: Family("counter", WORKER, "workers that hung and were killed, before this one's start"),
     STARTUP: Family("gauge", WORKER, "seconds from a worker's process to ready, warm-up included"),
     WARM_UP: Family("gauge", WORKER, "seconds that a worker warmed up"),
     BUSY: Family("counter", WORKER, "seconds that a worker spent on batches"),

@@ -24,6 +24,7 @@ from handler.errors import SetupError
 from scripts.gateway_config import DEPLOY, Replicas, render, stop_seconds
 from scripts.gateway_settings import NAME, GatewaySettings, read_keys
 from scripts.gateway_watch import Watch
+from scripts.guardian import Guardian
 from scripts.logs import Log, default_form
 from scripts.ports import check_ports
 
@@ -99,12 +100,14 @@ class Gateway:
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
+        self._guardian: Guardian | None = None
         self._folder = Path()
 
     def start(self) -> None:
         """Check the configuration and start nginx. Raises SetupError."""
         check_ports({"the gateway (GATEWAY_PORT)": self.address})
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
+        self._guardian = Guardian(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user where its master is root
         shutil.copytree(DEPLOY, self._folder / "pages")  # which may not reach into our home
         reader, writer = os.pipe()
@@ -129,6 +132,7 @@ class Gateway:
                 pass_fds=[writer],
                 start_new_session=True,  # Ctrl-C reaches us alone
             )
+            self._guardian.watch(self._process.pid)
         finally:
             os.close(writer)
             self._log = threading.Thread(target=self._relay, args=(reader,))
@@ -236,6 +240,8 @@ class Gateway:
             self._log.join()
         if self._folder != Path():
             shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guardian is not None:
+            self._guardian.dismiss()
 
 
 def find_nginx() -> tuple[str, list[Path]]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timezone
 from typing import IO, Any
 
@@ -33,11 +33,14 @@ class Log:
         """What is for people, as it is."""
         self._write(text.encode())
 
-    def relay(self, output: IO[bytes]) -> None:
-        """Write what a process prints, line by line, until it ends."""
+    def relay(self, output: IO[bytes], look: Callable[[bytes], None] | None = None) -> None:
+        """Write what a process prints, line by line, until it ends; `look` sees each line first."""
         rest = b""
         while chunk := os.read(output.fileno(), CHUNK_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
+            if look:
+                for line in lines:
+                    look(line)
             self._write_lines(lines)
         self._write_lines([rest])
 

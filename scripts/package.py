@@ -40,6 +40,7 @@ from scripts.archives import (
 from scripts.calibration import read_calibration
 from scripts.conversion import check_answers, to_openvino
 from scripts.fitting import fit_checkpoint, two_outputs
+from scripts.guardian import Guardian
 from scripts.labels import check_labels, read_labels
 from scripts.options import parse_package
 from scripts.quantization import check_images, import_nncf, quantize
@@ -150,7 +151,8 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     )
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-") as folder:
+        packaging = tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-")
+        with packaging as folder, Guardian(folder):
             made = _archive(
                 Path(folder),
                 model,

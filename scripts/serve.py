@@ -27,6 +27,7 @@ from scripts.archives import (
 from scripts.banner import announce
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings
+from scripts.guardian import Guardian
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: stop.set())
     server, gateway = service.server, service.gateway
     try:
-        server.start(log.relay)
+        server.start(lambda output: log.relay(output, server.read))
         wait_until_ready(server, service.addresses.management.url, service.served, stop)
         if not stop.is_set():
             if gateway:
@@ -93,6 +94,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
+            for hung in server.end_hung_workers():
+                log.event(
+                    "ERROR",
+                    "worker_hung",
+                    pid=hung.pid,
+                    model=hung.model,
+                    message="no sign of life; killed, and TorchServe starts another",
+                )
             if gateway:
                 gateway.check()
         log.event("INFO", "stopping")
@@ -245,17 +254,19 @@ def package_apart(argv: Sequence[str]) -> int:
 
     Returns its exit status; raises SetupError where it was killed.
     """
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
-        stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
-        start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
-    )
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait()
-        raise
+    with Guardian("") as guardian:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
+            stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
+            start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
+        )
+        guardian.watch(process.pid)
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:
+            process.terminate()
+            process.wait()
+            raise
     if status < 0:
         raise SetupError(
             f"packaging was killed by signal {-status} (9 is often the system out of memory)"
@@ -265,6 +276,8 @@ def package_apart(argv: Sequence[str]) -> int:
 
 def ending(server: TorchServe) -> str:
     """How Java ended, for people."""
+    if words := server.out_of_memory():
+        return f"Java is out of memory ({words})"
     status = server.exit_status() or 0
     if status < 0:
         return f"TorchServe was killed by signal {-status} (9 is often the system out of memory)"

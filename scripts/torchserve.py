@@ -21,7 +21,9 @@ import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
-from handler.machine import count_gpus
+from handler.machine import available_memory, count_gpus
+from scripts.guardian import Guardian
+from scripts.watchdog import Hung, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "config.properties"
@@ -32,6 +34,19 @@ CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_a
 LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
+# Of Java's heap, and again of its network buffers: a large request takes 16 MB of either while it
+# passes through, and the gateway lets 256 through at once. A leak does not need more to be noticed.
+MIN_MEMORY = 256 * 2**20
+MAX_MEMORY = 256 * 2**24
+# Java ends itself when its heap is full (ExitOnOutOfMemoryError). For lack of network buffers it
+# throws an exception like any other, which Netty often drops, so that requests hang: these options
+# end Java when it is thrown. Netty's own error has another name with the same end.
+MEMORY_OPTIONS = (
+    "-XX:+UnlockDiagnosticVMOptions",
+    "-XX:AbortVMOnException=MemoryError",
+    "-XX:-CreateCoredumpOnCrash",
+)
+OUT_OF_MEMORY = re.compile(rb"(?:#  fatal error: Saw|Terminating due to) (\S+MemoryError.*)")
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
 
 # Every key that TorchServe 0.12 reads, since it starts happily on a typo (pytorch/serve#86).
@@ -213,6 +228,13 @@ def gpu_environment(device: str, gpus: int, environ: Mapping[str, str]) -> dict[
     return variables
 
 
+def memory_bounds(available: int | None) -> list[str]:
+    """What Java may take of this machine or container; by itself it takes half of a large one."""
+    share = MAX_MEMORY if available is None else min(max(available // 4, MIN_MEMORY), MAX_MEMORY)
+    mebibytes = share // 2**20
+    return [f"-Xmx{mebibytes}m", f"-XX:MaxDirectMemorySize={mebibytes}m"]
+
+
 def make_folder() -> str:
     """A temporary folder for sockets and unpacked archives. Raises SetupError."""
     try:
@@ -267,7 +289,10 @@ class TorchServe:
         self._environ = environ
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Thread | None = None
+        self._guardian: Guardian | None = None
+        self._watchdog: Watchdog | None = None
         self._folder = ""
+        self._out_of_memory: str | None = None  # in Java's words
 
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
         """Start Java as the launcher `torchserve` would.
@@ -277,6 +302,7 @@ class TorchServe:
         its PID file, and stays around as a process.
         """
         self._folder = make_folder()
+        self._guardian = Guardian(self._folder)
         # What is served is a copy: no start changes an archive, or is changed by another start.
         store = Path(self._folder, "store")
         models = [
@@ -290,6 +316,9 @@ class TorchServe:
             f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
             f"-Djava.io.tmpdir={self._folder}",
             f"-XX:SharedArchiveFile={CLASS_ARCHIVE}",  # one that is missing or of others is ignored
+            "-XX:-UsePerfData",  # a file in /tmp, which kill -9 would leave there
+            *MEMORY_OPTIONS,
+            *memory_bounds(available_memory()),
             *self._config.get("vmargs", "").split(),
             *("-cp", ":".join([FRONTEND, *plugins])),
             "org.pytorch.serve.ModelServer",
@@ -324,13 +353,30 @@ class TorchServe:
             )
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
+        self._guardian.watch(self._process.pid)
+        self._watchdog = Watchdog(store, self._process.pid)
         if relay:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
 
+    def read(self, line: bytes) -> None:
+        """A line that Java has printed: for `relay` to call."""
+        if found := OUT_OF_MEMORY.match(line):
+            self._out_of_memory = found[1].decode("utf-8", "replace").removesuffix(", aborting")
+
     def exit_status(self) -> int | None:
         """None while it runs."""
         return self._process.poll() if self._process else None
+
+    def out_of_memory(self) -> str | None:
+        """What Java, which has ended, said that it had no memory for."""
+        if self._reader is not None:
+            self._reader.join(READ_SECONDS)
+        return self._out_of_memory
+
+    def end_hung_workers(self) -> list[Hung]:
+        """To be called again and again: TorchServe starts others in their place."""
+        return self._watchdog.check() if self._watchdog else []
 
     def stop(self) -> None:
         """End Java, then whatever is left of its group, and remove the folder."""
@@ -349,3 +395,5 @@ class TorchServe:
         if self._reader is not None:  # its last lines
             self._reader.join(READ_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guardian is not None:
+            self._guardian.dismiss()

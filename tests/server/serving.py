@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +95,18 @@ def environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[st
 
 @contextmanager
 def serving(
-    folder: Path, *options: str, model: str = "mobilenet_v2", env: Mapping[str, str] | None = None
+    folder: Path,
+    *options: str,
+    model: str = "mobilenet_v2",
+    env: Mapping[str, str] | None = None,
+    under: Sequence[str] = (),
 ) -> Iterator[Server]:
-    """Start ./scripts/serve, wait for its banner, and end all its processes afterwards."""
+    """Start ./scripts/serve, wait for its banner, and end all its processes afterwards.
+
+    `under` is a command that executes the one that follows it, such as nice.
+    """
     ports = free_ports()
-    command = [*SERVE, *options]
+    command = [*under, *SERVE, *options]
     for name, port in ports.items():
         command += [f"--{name}", str(port)]
     output = folder / "output.log"

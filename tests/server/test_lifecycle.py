@@ -260,6 +260,32 @@ def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str)
         process.kill()
 
 
+def test_a_launcher_killed_while_packaging_leaves_nothing(tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [*SERVE, *two_classes(tmp_path), *port_options()],
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    children: list[psutil.Process] = []
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("store/.packaging-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert children
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 10
+        while left := [*alive(children), *tmp_path.glob("store/.packaging-*")]:
+            assert time.monotonic() < deadline, left
+            time.sleep(0.1)
+    finally:
+        for child in (process, *alive(children)):
+            child.kill()
+
+
 def test_a_model_that_cannot_load_ends_the_server(tmp_path: Path) -> None:
     """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
     options = [*two_classes(tmp_path), "--workers", "1", "--device", "cpu"]

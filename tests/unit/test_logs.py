@@ -189,3 +189,16 @@ def test_the_disk_is_full_and_the_process_is_read_on() -> None:
             check=False,
         )
     assert b"ended 0" in done.stderr
+
+
+def test_each_line_is_shown_to_who_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[bytes] = []
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as output:
+        thread = threading.Thread(target=Log("json").relay, args=[output, seen.append])
+        thread.start()
+        for part in (b"one\ntw", b"o\n", b"three\n"):
+            os.write(writer, part)
+        os.close(writer)
+        thread.join(10)
+    assert seen == [b"one", b"two", b"three"]

@@ -288,6 +288,48 @@ def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch, home: str 
     assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe wants 17
 
 
+# --- Java's memory
+
+
+@pytest.mark.parametrize(
+    ("available", "megabytes"),
+    [(None, 4096), (0, 256), (2**29, 256), (2 * 2**30, 512), (8 * 2**30, 2048), (2**40, 4096)],
+)
+def test_javas_memory_is_bounded(available: int | None, megabytes: int) -> None:
+    bounds = [f"-Xmx{megabytes}m", f"-XX:MaxDirectMemorySize={megabytes}m"]
+    assert torchserve.memory_bounds(available) == bounds
+
+
+SAW = "#  fatal error: Saw java.lang.OutOfMemoryError"
+RESERVE = ": Cannot reserve 16777216 bytes of direct buffer memory (allocated: 5, limit: 6)"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (f"{SAW}, aborting", "java.lang.OutOfMemoryError"),  # Java 17
+        (f"{SAW}{RESERVE}, aborting", f"java.lang.OutOfMemoryError{RESERVE}"),  # 21, 25
+        (
+            "#  fatal error: Saw io.netty.util.internal.OutOfDirectMemoryError, aborting",
+            "io.netty.util.internal.OutOfDirectMemoryError",
+        ),
+        (
+            "Terminating due to java.lang.OutOfMemoryError: Java heap space",
+            "java.lang.OutOfMemoryError: Java heap space",
+        ),
+        # What clients or models can have written is no such line.
+        (f'{{"event": "torchserve", "message": "{SAW}, aborting"}}', None),
+        ('{"event": "failure", "cause": "torch.OutOfMemoryError: CUDA out of memory"}', None),
+        ("#  SIGSEGV (0xb) at pc=0x0, pid=1, tid=1", None),
+    ],
+)
+def test_what_java_had_no_memory_for(tmp_path: Path, line: str, found: str | None) -> None:
+    server = server_of(tmp_path, "exit 0")
+    server.read(line.encode())
+    server.read(b"# ")
+    assert server.out_of_memory() == found
+
+
 # --- The process, with a shell script for Java
 
 
@@ -353,6 +395,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
         command = pipe.rest()
         assert server.exit_status() is None
     assert " -Xmx1g -XX:+ExitOnOutOfMemoryError " in command
+    assert re.search(r" -Xmx\d+m -XX:MaxDirectMemorySize=\d+m .*-Xmx1g", command), "the last counts"
     assert f" -XX:SharedArchiveFile={torchserve.CLASS_ARCHIVE} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
     assert f" -f {CONFIG} " in command

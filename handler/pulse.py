@@ -1,0 +1,100 @@
+"""A worker's sign of life, for the launcher that watches it (scripts/watchdog.py).
+
+A process that was stopped, or native code that keeps Python's lock, silences every thread. Native
+code that never returns and has released the lock does not, so the beat depends on progress as well.
+"""
+
+import logging
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic, process_time, sleep
+
+from handler.logs import log_line
+
+BEAT_SECONDS = 1.0
+PREFIX = ".pulse-"  # of a file in the model's folder, then the number of the process
+HUNG_PREFIX = ".hung-"  # of what the launcher makes of that file when it has killed the process
+MIN_PATIENCE_SECONDS = 20.0  # the largest image takes a slow core 5 s to decode
+IDLE_SHARE = 0.02  # of a core, above what this thread and that of the metrics need
+
+
+class Pulse:
+    """Touches a file every second, as long as the batch in hand, if there is one, gets on."""
+
+    def __init__(self, folder: Path, pass_seconds: float | None) -> None:
+        """`pass_seconds` is what the largest forward pass takes; None: a step may take for ever."""
+        self._file = folder / f"{PREFIX}{os.getpid()}"
+        self._patience = float("inf")
+        if pass_seconds is not None:
+            self._patience = max(MIN_PATIENCE_SECONDS, 10 * pass_seconds)
+        # When the step under way began, by the clock and in CPU time; None without a batch.
+        self._began: tuple[float, float] | None = None
+        self._thread = 0  # the one that works on the batch
+
+    @contextmanager
+    def batch(self) -> Iterator[None]:
+        """A batch is in hand. What waits for readers of the log is no part of it."""
+        self._thread = threading.get_ident()
+        self.step()
+        try:
+            yield
+        finally:
+            self._began = None
+
+    def step(self) -> None:
+        """The batch gets on: an image is decoded, or a forward pass done."""
+        self._began = monotonic(), process_time()
+
+    def is_stuck(self) -> bool:
+        """Whether the step takes too long, and not because the machine starves this process.
+
+        A starving one computes, and has not had the time on a core that it may have.
+        """
+        if (began := self._began) is None:
+            return False
+        seconds, cpu_seconds = monotonic() - began[0], process_time() - began[1]
+        starving = IDLE_SHARE * seconds < cpu_seconds < self._patience
+        return seconds > self._patience and not starving
+
+    def start(self) -> None:
+        """Beat from a thread of its own: the one of the metrics may wait for who reads them."""
+        try:
+            self._file.touch()
+        except OSError as exc:  # a worker that nobody watches is better than none
+            log_line(logging.WARNING, "not_watched", message=str(exc))
+            return
+        threading.Thread(target=self._run, name="pulse", daemon=True).start()
+
+    def _run(self) -> None:
+        told = False
+        while True:
+            sleep(BEAT_SECONDS)
+            if not self.is_stuck():
+                told = False
+                with suppress(OSError):  # its folder goes when the model does
+                    os.utime(self._file)  # needs no room on a disk that is full
+            elif not told:
+                told = True
+                frame = sys._current_frames().get(self._thread)
+                log_line(
+                    logging.ERROR,
+                    "worker_stuck",
+                    pid=os.getpid(),
+                    message=f"a batch has not got on for {self._patience:.0f} s",
+                    cause="".join(traceback.format_stack(frame)) if frame else None,
+                )
+
+
+def count_hung(folder: Path) -> int:
+    """How many workers were killed since the last one counted; each is counted once."""
+    count = 0
+    for mark in folder.glob(f"{HUNG_PREFIX}*"):
+        with suppress(FileNotFoundError):  # another worker has
+            mark.unlink()
+            count += 1
+    return count

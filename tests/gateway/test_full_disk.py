@@ -1,0 +1,83 @@
+"""A TMPDIR in which nothing can be written any more: what has started goes on."""
+
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+import requests
+
+from tests.gateway.conftest import Served
+from tests.gateway.running import free_port, running, settings, wait_for
+from tests.server.colours import encoded
+from tests.server.serving import serving
+
+TIMEOUT = 30
+# A file system of its own for one process, on the folder $0.
+MOUNT = 'mount -t tmpfs -o size=256m none "$0" && exec "$@"'
+
+
+def check(url: str) -> None:
+    """All that clients ask for, more often than a cache may answer alone."""
+    for _ in range(3):
+        health = requests.get(f"{url}/health", timeout=TIMEOUT)
+        assert (health.status_code, health.json()["status"]) == (200, "healthy")
+        info = requests.get(f"{url}/info", timeout=TIMEOUT)
+        assert (info.status_code, info.json()["model"]) == (200, "mobilenet_v2")
+        body = encoded("red") + bytes(8_000_000)  # too large for a buffer of the system's
+        answer = requests.post(f"{url}/predict", data=body, timeout=TIMEOUT)
+        assert answer.json()["predictions"][0]["class"] == "red"
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """Where nginx's workers get as well, which are nobody's if we are root."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_folders_that_cannot_be_written(gateway: Served, tmp_path: Path, folder: Path) -> None:
+    env = settings([gateway.server]) | {"TMPDIR": str(folder)}
+    with running(tmp_path, env) as other:
+        [own] = folder.iterdir()
+        closed = [path for path in own.iterdir() if path.is_dir()]
+        assert {"body", "proxy"} <= {path.name for path in closed}
+        for path in closed:
+            path.chmod(0o500)
+        check(other.url)
+
+
+def fill(folder: Path) -> None:
+    with suppress(OSError), (folder / "large").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_full_disk(tmp_path: Path, folder: Path, colours: list[str], store: Path) -> None:
+    """Of ./scripts/serve and all that it starts; a worker that dies comes back, too."""
+    under = ["unshare", "--mount", "sh", "-c", MOUNT, str(folder)]
+    if os.geteuid() or subprocess.run([*under, "true"], check=False).returncode:
+        pytest.skip("no file system can be mounted here")
+    port = free_port()
+    env = {"TS_MODEL_STORE": str(store), "TMPDIR": str(folder)}
+    options = [*colours, "--gateway", "--gateway-port", str(port)]
+    with serving(tmp_path, *options, env=env, under=under) as server:
+        url = f"http://127.0.0.1:{port}"
+        check(url)
+        disk = Path(f"/proc/{server.process.pid}/root") / folder.relative_to("/")
+        fill(disk)
+        assert psutil.disk_usage(str(disk)).free == 0
+        check(url)
+        before = server.worker_pids()
+        os.kill(min(before), signal.SIGKILL)
+        wait_for(lambda: server.worker_pids() > {max(before)}, 60)
+        wait_for(lambda: {w["status"] for w in server.describe()["workers"]} == {"READY"}, 60)
+        assert len(server.worker_pids()) == 2
+        check(url)
+        assert not server.log("not_watched"), "the new worker gives its sign of life"

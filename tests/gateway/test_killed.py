@@ -1,0 +1,63 @@
+"""kill -9 of a launcher: nothing of what it has started may be left."""
+
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.gateway.running import free_port, running
+from tests.processes import alive
+from tests.server.serving import serving
+
+SECONDS = 10
+
+
+def wait_until_nothing_is_left(
+    started: list[psutil.Process], folder: Path, ports: list[int]
+) -> None:
+    """No process of those, no file in what is their TMPDIR, and nobody who listens."""
+    deadline = time.monotonic() + SECONDS
+    try:
+        while left := [*alive(started), *folder.iterdir(), *filter(is_taken, ports)]:
+            assert time.monotonic() < deadline, f"left after {SECONDS} s: {left}"
+            time.sleep(0.1)
+    finally:
+        for process in alive(started):
+            process.kill()
+
+
+def is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@pytest.fixture
+def temporary(tmp_path: Path) -> Path:
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    return folder
+
+
+def test_serve(tmp_path: Path, temporary: Path, colours: list[str], store: Path) -> None:
+    port = free_port()
+    env = {"TS_MODEL_STORE": str(store), "TMPDIR": str(temporary)}
+    options = [*colours, "--gateway", "--gateway-port", str(port)]
+    with serving(tmp_path, *options, env=env) as server:
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        names = [process.name() for process in started]
+        assert {"java", "nginx"} < set(names)
+        assert set(server.worker_pids()) < {process.pid for process in started}
+        assert len(list(temporary.iterdir())) == 2
+        server.process.kill()
+        wait_until_nothing_is_left(started, temporary, [port, *server.ports.values()])
+
+
+def test_gateway(tmp_path: Path, temporary: Path) -> None:
+    with running(tmp_path, {"TMPDIR": str(temporary)}) as gateway:
+        started = psutil.Process(gateway.process.pid).children(recursive=True)
+        assert len(started) >= 2
+        assert len(list(temporary.iterdir())) == 1
+        gateway.process.kill()
+        wait_until_nothing_is_left(started, temporary, [gateway.port])

@@ -289,7 +289,8 @@ class TorchServe:
             f"-Dmodel_server_home={SERVER_HOME}",
             f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
             f"-Djava.io.tmpdir={self._folder}",
-            f"-XX:SharedArchiveFile={CLASS_ARCHIVE}",  # one that is missing or of others is ignored
+            # One that is missing or of another Java is ignored, and newer ones call that an error.
+            *(f"-XX:SharedArchiveFile={CLASS_ARCHIVE}", "-Xlog:cds=off"),
             *self._config.get("vmargs", "").split(),
             *("-cp", ":".join([FRONTEND, *plugins])),
             "org.pytorch.serve.ModelServer",

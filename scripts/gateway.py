@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from handler.errors import SetupError
 from handler.machine import available_cores
-from scripts.gateway_settings import NAME, Client, GatewaySettings, read_keys
+from scripts.gateway_settings import NAME, Client, GatewaySettings, name_ignored, read_keys
 from scripts.logs import Log, default_form
 from scripts.ports import check_ports
 
@@ -52,9 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
     gateway = None
+    log = Log(default_form())
+    name_ignored(log)
     try:
         settings = GatewaySettings.load()
-        gateway = Gateway(settings, Log(default_form()))
+        gateway = Gateway(settings, log)
         gateway.start()
         print(f"Gateway on {settings.url}", file=sys.stderr, flush=True)
         while not stop.wait(POLL_SECONDS):

@@ -26,7 +26,7 @@ from scripts.archives import (
 )
 from scripts.banner import announce
 from scripts.gateway import Gateway, GatewayEnded
-from scripts.gateway_settings import GatewaySettings
+from scripts.gateway_settings import GatewaySettings, name_ignored
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
@@ -121,6 +121,7 @@ def prepare(args: Namespace, log: Log) -> Service:
 
     Raises SetupError, KeyboardInterrupt, and SystemExit where packaging has said what is wrong.
     """
+    name_ignored(log)
     config = read_config()
     check_server_settings(config)
     addresses = read_addresses(config, args)

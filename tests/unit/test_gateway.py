@@ -1,6 +1,7 @@
 """Settings and keys of the gateway: what is refused, and that nothing is nginx's syntax."""
 
 import hashlib
+import json
 import re
 import socket
 from itertools import product
@@ -11,7 +12,8 @@ import pytest
 from handler.errors import InvalidSettings, SetupError
 from scripts import gateway
 from scripts.gateway import Replicas, render
-from scripts.gateway_settings import RANGES, Client, GatewaySettings, read_keys
+from scripts.gateway_settings import RANGES, Client, GatewaySettings, name_ignored, read_keys
+from scripts.logs import Log
 
 DIGEST = hashlib.sha256(b"key").hexdigest()
 
@@ -97,6 +99,25 @@ def test_mistakes_are_named(variables: dict[str, str], words: list[str]) -> None
 def test_unknown_names_are_refused(name: str) -> None:
     with pytest.raises(InvalidSettings, match=f"{name} is unknown; known: GATEWAY_HOST"):
         GatewaySettings.load({name: "1"})
+
+
+def test_variables_of_kubernetes_are_ignored_and_named_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """GATEWAY_PORT is a setting of ours as well: its value tells which it is."""
+    foreign = {"GATEWAY_PORT": "tcp://10.0.0.1:80", "GATEWAY_SERVICE_HOST": "10.0.0.1"}
+    assert GatewaySettings.load(foreign) == GatewaySettings()
+    assert GatewaySettings.load(foreign | {"GATEWAY_PORT": "9000"}).port == 9000
+    name_ignored(
+        Log("json"), foreign | {"CLASSIFIER_PORT": "tcp://10.0.0.2:80", "GATEWAY_RATE": "1"}
+    )
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["event"] == "ignored"
+    assert json.loads(line)["message"].startswith(
+        "CLASSIFIER_PORT, GATEWAY_PORT, GATEWAY_SERVICE_HOST: "
+    )
+    name_ignored(Log("json"), {"GATEWAY_RATE": "1"})
+    assert capfd.readouterr().out == ""
 
 
 def test_other_addresses_need_keys_or_off(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from scripts.archives import (
     find_current,
     given_config,
     model_config,
+    read_digest,
     read_target,
 )
 from scripts.banner import announce
@@ -137,16 +138,21 @@ def prepare(args: Namespace, log: Log) -> Service:
         check_device_ids(model_config(model, args), gpus)
     java = find_java()
     store = read_path(config, "model_store")
+    paths = {model: archive_path(model, args, store) for model in args.models}
+    # Before they are checked, so that no other archive than the checked one is served.
+    digests = {archive: read_digest(archive) for archive in [*paths.values(), *given]}
     stale = [model for model in args.models if not find_current(model, args, store)]
     if stale and (status := package_apart(package_argv(args, stale))):
         raise SystemExit(status)
+    digests |= {paths[model]: read_digest(paths[model]) for model in stale}
     for model in args.models:
         for line in describe_differences(model, args):
             if model not in stale:  # for those, packaging has said it
                 print(line, file=sys.stderr)
-    archives = {archive_path(name, args, store): model_config(name, args) for name in args.models}
+    archives = {paths[model]: model_config(model, args) for model in args.models}
     archives |= {archive: given_config(archive, args) for archive in given}
-    return Service(TorchServe(java, config, archives, environ), gateway, addresses, served)
+    server = TorchServe(java, config, archives, environ, digests)
+    return Service(server, gateway, addresses, served)
 
 
 def make_gateway(

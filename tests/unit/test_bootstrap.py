@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +116,26 @@ def test_nothing_is_done_where_the_pins_are_the_same(
     set_up("requirements.txt", build)
     assert commands == []
     assert bootstrap.STAMP.read_text() == before
+    names = {path.name for path in repository.iterdir()}
+    assert ".venv.lock" not in names, "a read-only checkout could not start"
+
+
+def test_a_checkout_that_is_moved_runs_its_own_code(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_venv(command: list[Any]) -> None:
+        if "venv" in command:
+            subprocess.run([*command[:3], "--without-pip", *command[3:]], check=True)
+
+    monkeypatch.setattr(bootstrap, "_run", only_venv)
+    bootstrap.STAMP.unlink()
+    (repository / "ours.py").write_text("")
+    set_up("requirements.txt", "auto")
+    moved = repository.parent / f"{repository.name}-moved"
+    shutil.copytree(repository, moved, symlinks=True)
+    command = [moved / ".venv/bin/python", "-c", "import ours; print(ours.__file__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == f"{moved / 'ours.py'}\n"
 
 
 def test_changed_pins_are_installed_again(repository: Path, commands: list[list[str]]) -> None:

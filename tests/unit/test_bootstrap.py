@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -234,3 +235,47 @@ def test_wrong_options_are_told_before_anything_is_installed(
         main(["serve", "--port", "0"])
     assert ended.value.code == 2
     assert commands == []
+
+
+# --- ./scripts/serve in an environment of somebody else's
+
+
+SERVE = bootstrap.ROOT / "scripts" / "serve"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PYTHONHOME": "/nowhere"},
+        {"PYTHONPATH": "/nowhere"},
+        {"PYTHONSAFEPATH": "1"},
+        {"CDPATH": "{folder}"},
+    ],
+    ids=lambda environ: next(iter(environ)),
+)
+def test_variables_of_other_tools_do_no_harm(tmp_path: Path, environ: dict[str, str]) -> None:
+    (tmp_path / "scripts").mkdir()  # where CDPATH would lead to
+    extra = {name: text.format(folder=tmp_path) for name, text in environ.items()}
+    done = subprocess.run(
+        ["bash", "scripts/serve", "--help"],
+        cwd=bootstrap.ROOT,
+        env=os.environ | extra,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ./scripts/serve")
+
+
+def test_a_link_to_the_command_is_the_command(tmp_path: Path) -> None:
+    (tmp_path / "serve").symlink_to(SERVE)
+    done = subprocess.run([tmp_path / "serve", "--help"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_commands_begin_alike() -> None:
+    first, second = (
+        (SERVE.parent / name).read_text().splitlines()[2:5] for name in ("serve", "test")
+    )
+    assert first == second

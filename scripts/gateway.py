@@ -29,6 +29,7 @@ from handler.machine import available_cores
 from scripts.gateway_settings import NAME, Client, GatewaySettings, name_ignored, read_keys
 from scripts.logs import Log, default_form
 from scripts.ports import check_ports
+from scripts.signals import on_stop
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy" / "gateway"
@@ -49,8 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.new_key is not None:
         return new_key(args.new_key)
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    on_stop(lambda *_: stop.set())
     gateway = None
     log = Log(default_form())
     name_ignored(log)

@@ -31,6 +31,7 @@ from scripts.gateway_settings import GatewaySettings, name_ignored
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
+from scripts.signals import on_stop
 from scripts.torchserve import (
     ROOT,
     Addresses,
@@ -69,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = parse_serve(argv)
     log = Log(args.log_format or default_form())
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half made is cleaned up
-        signal.signal(number, signal.default_int_handler)
+    on_stop(signal.default_int_handler)  # what is half made is cleaned up
     try:
         service = prepare(args, log)
     except SetupError as exc:
@@ -80,8 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    on_stop(lambda *_: stop.set())
     server, gateway = service.server, service.gateway
     try:
         server.start(log.relay)

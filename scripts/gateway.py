@@ -125,7 +125,7 @@ class Gateway:
         check_ports({"the gateway (GATEWAY_PORT)": self.address})
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._folder.chmod(0o711)  # nginx's workers have another user where its master is root
-        shutil.copytree(DEPLOY, self._folder / "pages")  # which may not reach into our home
+        copy_pages(self._folder / "pages")  # which may not reach into our home
         reader, writer = os.pipe()
         self._access_log = f"/dev/fd/{writer}"
         try:
@@ -253,6 +253,13 @@ class Gateway:
             self._log.join()
         if self._folder != Path():
             shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def copy_pages(folder: Path) -> None:
+    """Copy deploy/gateway so that every user can read it, however the checkout was made."""
+    shutil.copytree(DEPLOY, folder, copy_function=shutil.copyfile)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def find_nginx() -> tuple[str, str]:

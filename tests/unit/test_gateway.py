@@ -146,6 +146,20 @@ def test_a_name_that_is_not_found() -> None:
         load(upstreams="nowhere.invalid:1").addresses("upstreams")
 
 
+def test_nginx_can_read_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers have another user if its master is root, and umask 077 made the checkout."""
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "www").mkdir(parents=True)
+    (source / "www" / "index.html").write_text("page")
+    (source / "www" / "index.html").chmod(0o600)
+    (source / "www").chmod(0o500)  # a copy of a read-only folder can be removed as well
+    monkeypatch.setattr(gateway, "DEPLOY", source)
+    gateway.copy_pages(copy)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (copy, *copy.rglob("*"))}
+    assert modes == {"copy": 0o755, "www": 0o755, "index.html": 0o644}
+    assert (copy / "www" / "index.html").read_text() == "page"
+
+
 def test_keys(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     other = hashlib.sha256(b"other").hexdigest()

@@ -87,7 +87,8 @@ def set_up(requirements: str, torch_build: str) -> None:
             subprocess.CalledProcessError
         ):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "class_archive.py"])
-        STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
+        facts = {"torch": build, "python": _real_python()}
+        STAMP.write_text(json.dumps(installed | wanted | facts))
 
 
 def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
@@ -157,13 +158,18 @@ def _run(command: list[object]) -> None:
 
 
 def _read_stamp() -> dict[str, str]:
-    """What is installed; nothing in a .venv without its Python, or one that was never finished."""
-    if not PYTHON.exists():
-        return {}
+    """What is installed; nothing in a .venv that was never finished, or whose Python is gone."""
     try:
-        return dict(json.loads(STAMP.read_text()))
+        installed = dict(json.loads(STAMP.read_text()))
     except (OSError, ValueError):
         return {}
+    # An upgrade of the system may leave another Python behind the same link, without our packages.
+    same = installed.get("python", _real_python()) == _real_python()
+    return installed if PYTHON.exists() and same else {}
+
+
+def _real_python() -> str:
+    return os.path.realpath(PYTHON)
 
 
 def _fail(message: str) -> int:

@@ -121,6 +121,25 @@ def test_nothing_is_done_where_the_pins_are_the_same(
     assert ".venv.lock" not in names, "a read-only checkout could not start"
 
 
+def test_another_python_behind_the_same_link_is_set_up_anew(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    """As an upgrade of the system leaves it: the packages are in another Python's folder."""
+    for version in ("3.11", "3.12"):
+        (repository / f"python{version}").touch()
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.11")
+    (bootstrap.VENV / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    set_up("requirements-dev.txt", "auto")
+    commands.clear()
+    set_up("requirements-dev.txt", "auto")
+    assert commands == []
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.12")
+    set_up("requirements-dev.txt", "auto")
+    assert commands[0] == ["-m", "venv", "--clear", str(bootstrap.VENV)]
+
+
 def test_a_checkout_that_is_moved_runs_its_own_code(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

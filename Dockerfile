@@ -46,11 +46,12 @@ RUN --mount=type=bind,source=.,target=/context \
             ${TRANSFORM_INPUT:+--transform-input "$TRANSFORM_INPUT"} || exit; \
     done
 
-# What serving never opens is left out, and the rest is compiled.
+# What serving never opens is left out, and the rest is compiled. -f: OpenVINO for arm64 comes
+# without some of it.
 FROM libraries AS serving
 # cd, because Python's version in the path is the base's.
 # hadolint ignore=DL3003
-RUN cd .venv/lib/python3*/site-packages && rm -r \
+RUN cd .venv/lib/python3*/site-packages && rm -rf \
         # OpenVINO's devices but the CPU, and model formats but its own
         openvino/libs/libopenvino_intel_[gn]pu_plugin.so openvino/libs/cache.json \
         openvino/libs/libopenvino_[!i]*_frontend.so.* \

@@ -1,6 +1,7 @@
 """Settings of the handler: environment over model-config YAML over the profile over defaults."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
@@ -16,8 +17,46 @@ PROFILES: dict[str, dict[str, Any]] = {
     "production": {"warmup_batches": 3, "allow_untrained": False},
 }
 
+# What a Kubernetes Service, or a link of Docker's, called like the prefix of our settings gives to
+# its neighbours. NAME_PORT is told by its value: GATEWAY_PORT is a setting as well.
+_SERVICE = re.compile(
+    "[A-Z0-9_]+_(SERVICE_HOST|SERVICE_PORT(_[A-Z0-9_]+)?"
+    "|PORT_[0-9]+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_SERVICE_URL = re.compile("(tcp|udp|sctp)://.+")
+_LINK_NAME = re.compile("/[^/]+/[^/]+")
 
 _KINDS: dict[Any, str] = {int: "a whole number", bool: "true or false", str: "text"}
+
+
+def platform_variables(environ: Mapping[str, str], *prefixes: str) -> list[str]:
+    """Names under the prefixes that Kubernetes or Docker made, and that are no settings."""
+    links = tuple(
+        name.removesuffix("NAME") + "ENV_"
+        for name, text in environ.items()
+        if name.endswith("_NAME") and _LINK_NAME.fullmatch(text)
+    )
+    return [
+        name
+        for name, text in environ.items()
+        if name.startswith(prefixes)
+        and (
+            _SERVICE.fullmatch(name)
+            or (name.endswith("_PORT") and _SERVICE_URL.fullmatch(text))
+            or (name.endswith("_NAME") and _LINK_NAME.fullmatch(text))
+            or name.startswith(links)
+        )
+    ]
+
+
+def own_variables(environ: Mapping[str, str], prefix: str) -> dict[str, str]:
+    """The variables with a prefix of ours that somebody set as a setting."""
+    foreign = platform_variables(environ, prefix)
+    return {
+        name: text
+        for name, text in environ.items()
+        if name.startswith(prefix) and name not in foreign
+    }
 
 
 def _number(default: int, low: int, high: int) -> Any:
@@ -71,9 +110,7 @@ class Settings:
         for key in values:
             if key not in specs:
                 raise InvalidSettings(f"handler.{key} is unknown; known: {', '.join(specs)}")
-        for name, text in environ.items():
-            if not name.startswith(PREFIX):
-                continue
+        for name, text in own_variables(environ, PREFIX).items():
             key = name[len(PREFIX) :].lower()
             if key not in specs or name != name.upper():
                 known = ", ".join(PREFIX + key.upper() for key in specs)

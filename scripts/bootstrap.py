@@ -53,26 +53,29 @@ def main(argv: list[str]) -> int:
 
 
 def set_up(requirements: str, torch_build: str) -> None:
-    """Create or update .venv; does nothing where the pins have not changed.
+    """Create or update .venv; does nothing, and writes nothing, if the pins have not changed.
 
-    Raises CalledProcessError where venv or pip failed (they have said why).
+    Raises CalledProcessError if venv or pip failed (they have said why).
     """
+    wanted = {
+        name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        for name in {"requirements.txt", requirements, *_included(requirements)}
+    }
+    if _is_current(_read_stamp(), wanted, torch_build):
+        return
     with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
-        installed = _read_stamp() if PYTHON.exists() else {}
-        wanted = {
-            name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-            for name in {"requirements.txt", requirements, *_included(requirements)}
-        }
-        same_torch = torch_build in ("auto", installed.get("torch"))
-        if same_torch and wanted.items() <= installed.items():
+        installed = _read_stamp()
+        if _is_current(installed, wanted, torch_build):
             return
+        same_torch = torch_build in ("auto", installed.get("torch"))
         print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
-            # The repository itself becomes importable, as an editable install would make it.
+            # The repository itself becomes importable, as an editable install would make it. The
+            # path is relative: a checkout that is moved or copied never runs another one's code.
             site = next((VENV / "lib").glob("python*/site-packages"))
-            (site / "repository.pth").write_text(f"{ROOT}\n")
+            (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
         if not same_torch and installed:
             _pip("uninstall", "--yes", "torch", "torchvision")
@@ -84,7 +87,13 @@ def set_up(requirements: str, torch_build: str) -> None:
             subprocess.CalledProcessError
         ):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "class_archive.py"])
-        STAMP.write_text(json.dumps(installed | wanted | {"torch": build}))
+        facts = {"torch": build, "python": _real_python()}
+        STAMP.write_text(json.dumps(installed | wanted | facts))
+
+
+def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
+    """Whether a set-up has nothing to do."""
+    return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
 
 
 def _included(requirements: str) -> list[str]:
@@ -149,10 +158,18 @@ def _run(command: list[object]) -> None:
 
 
 def _read_stamp() -> dict[str, str]:
+    """What is installed; nothing in a .venv that was never finished, or whose Python is gone."""
     try:
-        return dict(json.loads(STAMP.read_text()))
+        installed = dict(json.loads(STAMP.read_text()))
     except (OSError, ValueError):
         return {}
+    # An upgrade of the system may leave another Python behind the same link, without our packages.
+    same = installed.get("python", _real_python()) == _real_python()
+    return installed if PYTHON.exists() and same else {}
+
+
+def _real_python() -> str:
+    return os.path.realpath(PYTHON)
 
 
 def _fail(message: str) -> int:

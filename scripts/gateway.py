@@ -22,11 +22,12 @@ from threading import Event
 
 from handler.errors import SetupError
 from scripts.gateway_config import DEPLOY, Replicas, render, stop_seconds
-from scripts.gateway_settings import NAME, GatewaySettings, read_keys
+from scripts.gateway_settings import NAME, GatewaySettings, name_ignored, read_keys
 from scripts.gateway_watch import Watch
 from scripts.guardian import Guardian
 from scripts.logs import Log, default_form
 from scripts.ports import check_ports
+from scripts.signals import on_stop
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
@@ -45,12 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.new_key is not None:
         return new_key(args.new_key)
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    on_stop(lambda *_: stop.set())
     gateway = None
+    log = Log(default_form())
+    name_ignored(log)
     try:
         settings = GatewaySettings.load()
-        gateway = Gateway(settings, Log(default_form()))
+        gateway = Gateway(settings, log)
         gateway.start()
         print(f"Gateway on {settings.url}", file=sys.stderr, flush=True)
         while not stop.wait(POLL_SECONDS):
@@ -109,7 +111,7 @@ class Gateway:
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._guardian = Guardian(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user where its master is root
-        shutil.copytree(DEPLOY, self._folder / "pages")  # which may not reach into our home
+        copy_pages(self._folder / "pages")  # which may not reach into our home
         reader, writer = os.pipe()
         self._access_log = f"/dev/fd/{writer}"
         try:
@@ -242,6 +244,13 @@ class Gateway:
             shutil.rmtree(self._folder, ignore_errors=True)
         if self._guardian is not None:
             self._guardian.dismiss()
+
+
+def copy_pages(folder: Path) -> None:
+    """Copy deploy/gateway so that every user can read it, however the checkout was made."""
+    shutil.copytree(DEPLOY, folder, copy_function=shutil.copyfile)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def find_nginx() -> tuple[str, list[Path]]:

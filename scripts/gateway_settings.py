@@ -9,6 +9,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from handler.errors import InvalidSettings, SetupError
+from handler.settings import PREFIX as HANDLER_PREFIX
+from handler.settings import own_variables, platform_variables
+from scripts.logs import Log
 
 PREFIX = "GATEWAY_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a model, or a client
@@ -98,9 +101,7 @@ class GatewaySettings:
         """Settings from the environment. Raises InvalidSettings: the name, the rule, the value."""
         known = {spec.name: spec for spec in fields(cls)}
         values: dict[str, str | int] = {}
-        for name, text in environ.items():
-            if not name.startswith(PREFIX):
-                continue
+        for name, text in own_variables(environ, PREFIX).items():
             key = name[len(PREFIX) :].lower()
             if key not in known or name != name.upper():
                 names = ", ".join(PREFIX + key.upper() for key in known)
@@ -177,6 +178,13 @@ class GatewaySettings:
                 raise SetupError(f"{PREFIX}{name.upper()}: {host} is not found: {exc}") from exc
             found |= {f"{address[0]!s}:{port}": None for *_, address in answers}
         return list(found)
+
+
+def name_ignored(log: Log, environ: Mapping[str, str] = os.environ) -> None:
+    """Say once, at the start, which variables look like settings of ours and are the platform's."""
+    if names := sorted(platform_variables(environ, HANDLER_PREFIX, PREFIX)):
+        message = f"{', '.join(names)}: made by Kubernetes or Docker for a service of that name"
+        log.event("INFO", "ignored", message=message)
 
 
 def read_keys(path: Path) -> list[Client]:

@@ -109,6 +109,7 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         configure(archive, config)
         return archive
 
+    _check_writable(archive)
     checkpoint = read_weights(source, recipe, model)
     try:
         fit = fit_checkpoint(checkpoint, recipe, model, options.weights_prefix)
@@ -150,7 +151,6 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
         packaged_with={name: version(name) for name in LIBRARIES},
     )
     try:
-        out_dir.mkdir(parents=True, exist_ok=True)
         packaging = tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-")
         with packaging as folder, Guardian(folder):
             made = _archive(
@@ -173,6 +173,15 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc
     return archive
+
+
+def _check_writable(archive: Path) -> None:
+    """Raise SetupError now, and not after minutes of converting and measuring."""
+    try:
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=archive.parent).close()
+    except OSError as exc:
+        raise SetupError(f"{archive} has to be made, and cannot be written: {exc}") from exc
 
 
 def _keep_trained(archive: Path) -> None:

@@ -22,15 +22,17 @@ from scripts.archives import (
     find_current,
     given_config,
     model_config,
+    read_digest,
     read_target,
 )
 from scripts.banner import announce
 from scripts.gateway import Gateway, GatewayEnded
-from scripts.gateway_settings import GatewaySettings
+from scripts.gateway_settings import GatewaySettings, name_ignored
 from scripts.guardian import Guardian
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
+from scripts.signals import on_stop
 from scripts.torchserve import (
     ROOT,
     Addresses,
@@ -69,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     args = parse_serve(argv)
     log = Log(args.log_format or default_form())
-    for number in (signal.SIGTERM, signal.SIGHUP):  # as Ctrl-C: what is half made is cleaned up
-        signal.signal(number, signal.default_int_handler)
+    on_stop(signal.default_int_handler)  # what is half made is cleaned up
     try:
         service = prepare(args, log)
     except SetupError as exc:
@@ -80,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
     stop = Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
+    on_stop(lambda *_: stop.set())
     server, gateway = service.server, service.gateway
     try:
         server.start(lambda output: log.relay(output, server.read))
@@ -130,6 +130,7 @@ def prepare(args: Namespace, log: Log) -> Service:
 
     Raises SetupError, KeyboardInterrupt, and SystemExit where packaging has said what is wrong.
     """
+    name_ignored(log)
     config = read_config()
     check_server_settings(config)
     addresses = read_addresses(config, args)
@@ -145,16 +146,21 @@ def prepare(args: Namespace, log: Log) -> Service:
         check_device_ids(model_config(model, args), gpus)
     java = find_java()
     store = read_path(config, "model_store")
+    paths = {model: archive_path(model, args, store) for model in args.models}
+    # Before they are checked, so that no other archive than the checked one is served.
+    digests = {archive: read_digest(archive) for archive in [*paths.values(), *given]}
     stale = [model for model in args.models if not find_current(model, args, store)]
     if stale and (status := package_apart(package_argv(args, stale))):
         raise SystemExit(status)
+    digests |= {paths[model]: read_digest(paths[model]) for model in stale}
     for model in args.models:
         for line in describe_differences(model, args):
             if model not in stale:  # for those, packaging has said it
                 print(line, file=sys.stderr)
-    archives = {archive_path(name, args, store): model_config(name, args) for name in args.models}
+    archives = {paths[model]: model_config(model, args) for model in args.models}
     archives |= {archive: given_config(archive, args) for archive in given}
-    return Service(TorchServe(java, config, archives, environ), gateway, addresses, served)
+    server = TorchServe(java, config, archives, environ, digests)
+    return Service(server, gateway, addresses, served)
 
 
 def make_gateway(

@@ -22,6 +22,7 @@ import yaml
 from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
+from handler.model_card import ModelCard
 from scripts.guardian import Guardian
 from scripts.watchdog import Hung, Watchdog
 
@@ -254,11 +255,13 @@ def dump_config(config: dict[str, Any]) -> str:
     return str(yaml.safe_dump(config, sort_keys=False))
 
 
-def unpack(archive: Path, config: dict[str, Any] | None, folder: Path) -> Path:
+def unpack(
+    archive: Path, config: dict[str, Any] | None, folder: Path, digest: str | None = None
+) -> Path:
     """Lay an archive out in `folder`, with this configuration in place of its own unless None.
 
     TorchServe takes such a folder as it takes an archive, and does not unpack it again.
-    Raises SetupError.
+    Raises SetupError, also if it was not made from the inputs with this digest.
     """
     try:
         folder.mkdir(parents=True)
@@ -268,6 +271,8 @@ def unpack(archive: Path, config: dict[str, Any] | None, folder: Path) -> Path:
             (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
     except (OSError, zipfile.BadZipFile) as exc:
         raise SetupError(f"{archive} cannot be unpacked in {folder}: {exc}") from exc
+    if digest is not None and ModelCard.read(folder).inputs_sha256 != digest:
+        raise SetupError(f"{archive} was replaced by another while this started: start again")
     return folder
 
 
@@ -280,13 +285,16 @@ class TorchServe:
         config: dict[str, str],
         archives: Mapping[Path, dict[str, Any] | None],
         environ: dict[str, str],
+        digests: Mapping[Path, str | None] | None = None,
     ) -> None:
         """`archives` has the configuration of each model, None for the one in the archive;
-        `environ` the TS_ variables that go over config.properties."""
+        `environ` the TS_ variables that go over config.properties; `digests` what the archives
+        that were checked had been made from: others are refused."""
         self._java = java
         self._config = config
         self._archives = archives
         self._environ = environ
+        self._digests = digests or {}
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Thread | None = None
         self._guardian: Guardian | None = None
@@ -306,7 +314,8 @@ class TorchServe:
         # What is served is a copy: no start changes an archive, or is changed by another start.
         store = Path(self._folder, "store")
         models = [
-            unpack(archive, config, store / f"{number}-{archive.stem}")  # two may have one name
+            # Two may have one name.
+            unpack(archive, config, store / f"{number}-{archive.stem}", self._digests.get(archive))
             for number, (archive, config) in enumerate(self._archives.items())
         ]
         plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
@@ -315,7 +324,8 @@ class TorchServe:
             f"-Dmodel_server_home={SERVER_HOME}",
             f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
             f"-Djava.io.tmpdir={self._folder}",
-            f"-XX:SharedArchiveFile={CLASS_ARCHIVE}",  # one that is missing or of others is ignored
+            # One that is missing or of another Java is ignored, and newer ones call that an error.
+            *(f"-XX:SharedArchiveFile={CLASS_ARCHIVE}", "-Xlog:cds=off"),
             "-XX:-UsePerfData",  # a file in /tmp, which kill -9 would leave there
             *MEMORY_OPTIONS,
             *memory_bounds(available_memory()),

@@ -31,6 +31,7 @@ from handler.machine import available_cores, cpu_model, has_gpu
 from handler.settings import PREFIX, Settings
 from scripts.archives import model_config
 from scripts.options import add_model_options, check_model_options, number, package_argv
+from scripts.signals import on_stop
 from scripts.torchserve import ROOT, read_config, read_path
 from scripts.tuned import Facts, Tuned, TunedHandler, TunedOptions, tuned_path
 
@@ -563,8 +564,7 @@ def _interrupt(*_: Any) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    for signal_number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signal_number, _interrupt)
+    on_stop(_interrupt)
     model, slo = args.models[0], args.slo_p99_ms
     trials: list[Trial] = []
     interrupted = finished = False

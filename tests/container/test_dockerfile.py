@@ -1,10 +1,13 @@
 """The Dockerfile against its linter and against the code. Nothing is built."""
 
+import platform
 import re
 import site
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from scripts.gateway_settings import GatewaySettings
 from scripts.options import parse_serve
@@ -48,10 +51,12 @@ def test_the_base_is_pinned() -> None:
     assert all(line.split()[0] in ("${BASE}", "libraries") for line in dockerfile()["FROM"])
 
 
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="another OpenVINO than that of x86-64")
 def test_what_is_left_out_is_there_with_the_pinned_versions() -> None:
-    """rm would end the build else."""
+    """The image would grow unnoticed else. -f, because arm64's OpenVINO lacks some of it."""
     (command,) = (line for line in dockerfile()["RUN"] if "site-packages && rm -r" in line)
-    patterns = command.split("rm -r")[1].split("&&")[0].split()
+    assert "&& rm -rf " in command
+    patterns = command.split("rm -rf")[1].split("&&")[0].split()
     libraries = [name for name in patterns if re.match(r"(openvino|torch)/", name)]
     assert len(libraries) > 5
     (packages,) = site.getsitepackages()

@@ -453,3 +453,38 @@ def test_a_version_is_a_name_or_nothing(gateway: Served, version: str) -> None:
     headers = {"X-Model-Version": version}
     answer = requests.post(f"{gateway.url}/predict", data=RED, headers=headers, timeout=TIMEOUT)
     check_error(answer, 404, "NotFound")
+
+
+# --- What Troubleshooting in the README says of the gateway and of TorchServe without it
+
+
+@pytest.mark.parametrize("version", ["1.1\r\nConnection: close", "1.0"])
+def test_a_connection_is_closed_as_asked(gateway: Served, version: str) -> None:
+    inference = gateway.server.ports["port"]
+    for port, path in ((int(gateway.url.rpartition(":")[2]), "predict"), (inference, "ping")):
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as client:
+            head = f"POST /{path} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(RED)}\r\n\r\n"
+            client.sendall(head.encode() + RED)
+            answer = client.recv(65536)
+            assert answer.startswith(b"HTTP/1.1 200")
+            client.settimeout(1)
+            if port == inference:
+                with pytest.raises(TimeoutError):
+                    client.recv(65536)
+            else:
+                while client.recv(65536):
+                    pass
+
+
+@pytest.mark.parametrize(("more", "at_the_gateway"), [(0, "ImageTooLarge"), (1, "RequestTooLarge")])
+def test_the_largest_body_and_one_byte_more(
+    gateway: Served, more: int, at_the_gateway: str
+) -> None:
+    body = bytes(16 * 2**20 + more)
+    answer = requests.post(f"{gateway.url}/predict", data=body, timeout=TIMEOUT)
+    check_error(answer, 413, at_the_gateway)
+    answer = requests.post(gateway.server.predictions, data=body, timeout=TIMEOUT)
+    if more:
+        assert (answer.status_code, answer.content) == (413, b"")
+    else:
+        check_error(answer, 413, "ImageTooLarge")

@@ -32,7 +32,8 @@ def server(
     """Two workers that know three colours."""
     weights, labels = map(str, colour_weights)
     options = ("--weights", weights, "--labels", labels, "--workers", "2", "--device", "cpu")
-    with serving(tmp_path_factory.mktemp("server"), *options) as server:
+    beside = {"CLASSIFIER_PORT": "tcp://10.0.0.1:80"}  # a Kubernetes Service of that name
+    with serving(tmp_path_factory.mktemp("server"), *options, env=beside) as server:
         yield server
 
 

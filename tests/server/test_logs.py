@@ -8,7 +8,7 @@ from pathlib import Path
 import requests
 
 from tests.server.colours import encoded
-from tests.server.serving import run_serve, serving
+from tests.server.serving import Server, run_serve, serving
 
 
 def test_text_for_people(tmp_path: Path, colour_weights: tuple[Path, Path]) -> None:
@@ -48,3 +48,10 @@ def test_a_log_format_that_is_none_is_refused(tmp_path: Path) -> None:
     done = run_serve(tmp_path, "--log-format", "xml")
     assert done.returncode == 2
     assert "--log-format" in done.stderr
+
+
+def test_variables_of_kubernetes_are_named_once(server: Server) -> None:
+    """It starts all the same, and its two workers say nothing of them."""
+    (line,) = server.log("ignored")
+    assert line["message"].startswith("CLASSIFIER_PORT: ")
+    assert server.text().count("CLASSIFIER_PORT") == 1

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -115,6 +117,45 @@ def test_nothing_is_done_where_the_pins_are_the_same(
     set_up("requirements.txt", build)
     assert commands == []
     assert bootstrap.STAMP.read_text() == before
+    names = {path.name for path in repository.iterdir()}
+    assert ".venv.lock" not in names, "a read-only checkout could not start"
+
+
+def test_another_python_behind_the_same_link_is_set_up_anew(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    """As an upgrade of the system leaves it: the packages are in another Python's folder."""
+    for version in ("3.11", "3.12"):
+        (repository / f"python{version}").touch()
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.11")
+    (bootstrap.VENV / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    set_up("requirements-dev.txt", "auto")
+    commands.clear()
+    set_up("requirements-dev.txt", "auto")
+    assert commands == []
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.12")
+    set_up("requirements-dev.txt", "auto")
+    assert commands[0] == ["-m", "venv", "--clear", str(bootstrap.VENV)]
+
+
+def test_a_checkout_that_is_moved_runs_its_own_code(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_venv(command: list[Any]) -> None:
+        if "venv" in command:
+            subprocess.run([*command[:3], "--without-pip", *command[3:]], check=True)
+
+    monkeypatch.setattr(bootstrap, "_run", only_venv)
+    bootstrap.STAMP.unlink()
+    (repository / "ours.py").write_text("")
+    set_up("requirements.txt", "auto")
+    moved = repository.parent / f"{repository.name}-moved"
+    shutil.copytree(repository, moved, symlinks=True)
+    command = [moved / ".venv/bin/python", "-c", "import ours; print(ours.__file__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == f"{moved / 'ours.py'}\n"
 
 
 def test_changed_pins_are_installed_again(repository: Path, commands: list[list[str]]) -> None:
@@ -213,3 +254,47 @@ def test_wrong_options_are_told_before_anything_is_installed(
         main(["serve", "--port", "0"])
     assert ended.value.code == 2
     assert commands == []
+
+
+# --- ./scripts/serve in an environment of somebody else's
+
+
+SERVE = bootstrap.ROOT / "scripts" / "serve"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PYTHONHOME": "/nowhere"},
+        {"PYTHONPATH": "/nowhere"},
+        {"PYTHONSAFEPATH": "1"},
+        {"CDPATH": "{folder}"},
+    ],
+    ids=lambda environ: next(iter(environ)),
+)
+def test_variables_of_other_tools_do_no_harm(tmp_path: Path, environ: dict[str, str]) -> None:
+    (tmp_path / "scripts").mkdir()  # where CDPATH would lead to
+    extra = {name: text.format(folder=tmp_path) for name, text in environ.items()}
+    done = subprocess.run(
+        ["bash", "scripts/serve", "--help"],
+        cwd=bootstrap.ROOT,
+        env=os.environ | extra,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ./scripts/serve")
+
+
+def test_a_link_to_the_command_is_the_command(tmp_path: Path) -> None:
+    (tmp_path / "serve").symlink_to(SERVE)
+    done = subprocess.run([tmp_path / "serve", "--help"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_commands_begin_alike() -> None:
+    first, second = (
+        (SERVE.parent / name).read_text().splitlines()[2:5] for name in ("serve", "test")
+    )
+    assert first == second

@@ -1,6 +1,7 @@
 """Settings and keys of the gateway: what is refused, and that nothing is nginx's syntax."""
 
 import hashlib
+import json
 import re
 import socket
 from itertools import product
@@ -11,7 +12,8 @@ import pytest
 from handler.errors import InvalidSettings, SetupError
 from scripts import gateway
 from scripts.gateway_config import Replicas, render
-from scripts.gateway_settings import RANGES, Client, GatewaySettings, read_keys
+from scripts.gateway_settings import RANGES, Client, GatewaySettings, name_ignored, read_keys
+from scripts.logs import Log
 
 DIGEST = hashlib.sha256(b"key").hexdigest()
 
@@ -103,6 +105,25 @@ def test_unknown_names_are_refused(name: str) -> None:
         GatewaySettings.load({name: "1"})
 
 
+def test_variables_of_kubernetes_are_ignored_and_named_once(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """GATEWAY_PORT is a setting of ours as well: its value tells which it is."""
+    foreign = {"GATEWAY_PORT": "tcp://10.0.0.1:80", "GATEWAY_SERVICE_HOST": "10.0.0.1"}
+    assert GatewaySettings.load(foreign) == GatewaySettings()
+    assert GatewaySettings.load(foreign | {"GATEWAY_PORT": "9000"}).port == 9000
+    name_ignored(
+        Log("json"), foreign | {"CLASSIFIER_PORT": "tcp://10.0.0.2:80", "GATEWAY_RATE": "1"}
+    )
+    (line,) = capfd.readouterr().out.splitlines()
+    assert json.loads(line)["event"] == "ignored"
+    assert json.loads(line)["message"].startswith(
+        "CLASSIFIER_PORT, GATEWAY_PORT, GATEWAY_SERVICE_HOST: "
+    )
+    name_ignored(Log("json"), {"GATEWAY_RATE": "1"})
+    assert capfd.readouterr().out == ""
+
+
 def test_other_addresses_need_keys_or_off(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("")
@@ -127,6 +148,20 @@ def test_names_stand_for_all_their_addresses(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_name_that_is_not_found() -> None:
     with pytest.raises(SetupError, match=r"GATEWAY_UPSTREAMS: nowhere\.invalid is not found"):
         load(upstreams="nowhere.invalid:1").addresses("upstreams")
+
+
+def test_nginx_can_read_its_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its workers have another user if its master is root, and umask 077 made the checkout."""
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "www").mkdir(parents=True)
+    (source / "www" / "index.html").write_text("page")
+    (source / "www" / "index.html").chmod(0o600)
+    (source / "www").chmod(0o500)  # a copy of a read-only folder can be removed as well
+    monkeypatch.setattr(gateway, "DEPLOY", source)
+    gateway.copy_pages(copy)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (copy, *copy.rglob("*"))}
+    assert modes == {"copy": 0o755, "www": 0o755, "index.html": 0o644}
+    assert (copy / "www" / "index.html").read_text() == "page"
 
 
 def test_keys(tmp_path: Path) -> None:

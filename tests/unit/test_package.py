@@ -24,7 +24,7 @@ from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.networks import build_network, get_recipe
 from handler.settings import Settings
-from scripts import archives, weights
+from scripts import archives, serve, weights
 from scripts.archives import (
     HANDLER,
     check_device_ids,
@@ -37,12 +37,14 @@ from scripts.archives import (
     read_digest,
     untrained_facts,
 )
+from scripts.logs import Log
 from scripts.options import parse_package, parse_serve
 from scripts.package import main, package
 from scripts.serve import find_archives
 from scripts.torchserve import MODEL_CONFIG_KEYS
 from scripts.weights import DownloadFailed
 from tests.drawing import encode, noise, plain
+from tests.server.serving import free_ports
 
 MODEL = "squeezenet1_1"
 RECIPE = get_recipe(MODEL)
@@ -446,6 +448,18 @@ def test_an_archive_that_cannot_be_written_is_an_error(
         package(MODEL, options("--batch-size", "3"), archive.parent)
 
 
+def test_a_store_that_cannot_be_written_is_told_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*args: Any) -> None:
+        raise AssertionError("weights are read for nothing")
+
+    monkeypatch.setattr(sys.modules["scripts.package"], "read_state_dict", work)
+    (tmp_path / "file").touch()
+    with pytest.raises(SetupError, match=r"mar has to be made, and cannot be written: .*file"):
+        package(MODEL, options(), tmp_path / "file" / "store")
+
+
 def test_a_damaged_archive_is_made_again(archive: Path, built: Path) -> None:
     archive.write_bytes(archive.read_bytes()[:-100])
     assert read_digest(archive) is None
@@ -647,6 +661,42 @@ def test_a_given_archive_of_others_is_refused(tmp_path: Path) -> None:
     given = parse_serve(["--archive", str(tmp_path / "other.mar")])
     with pytest.raises(InvalidModel, match=r"other\.mar is damaged, or was not made by"):
         given_config(tmp_path / "other.mar", given)
+
+
+@pytest.mark.parametrize("packaged", ["now", "before", "given"])
+def test_an_archive_that_is_replaced_after_the_check_is_not_served(
+    archive: Path, monkeypatch: pytest.MonkeyPatch, packaged: str
+) -> None:
+    """As by another start, with other weights, in the same store."""
+    monkeypatch.setenv("TS_MODEL_STORE", str(archive.parent))
+    monkeypatch.setenv("JAVA_HOME", str(archive.parent / "java"))
+    java = archive.parent / "java" / "bin" / "java"
+    java.parent.mkdir(parents=True)
+    java.write_text("#!/bin/sh\nexit 0\n")
+    java.chmod(0o755)
+    if packaged == "now":
+        monkeypatch.setattr(serve, "find_current", lambda *_: None)
+        monkeypatch.setattr(serve, "package_apart", lambda *_: 0)
+    model = ["--model", MODEL, "--weights", "untrained"]
+    if packaged == "given":
+        model = ["--archive", str(archive)]
+    ports = [f"--{name}={port}" for name, port in free_ports().items()]
+    args = parse_serve([*model, "--workers", "1", *ports])
+    server = serve.prepare(args, Log("json")).server
+    server.start()  # nothing has changed
+    server.stop()
+    server = serve.prepare(args, Log("json")).server
+    with zipfile.ZipFile(archive) as old:
+        contents = {name: old.read(name) for name in old.namelist()}
+    card = json.loads(contents["model.json"])
+    contents["model.json"] = json.dumps(card | {"inputs_sha256": "0" * 64}).encode()
+    with zipfile.ZipFile(archive.parent / "other", "w") as new:
+        for name, content in contents.items():
+            new.writestr(name, content)
+    (archive.parent / "other").replace(archive)
+    with pytest.raises(SetupError, match=r"mar was replaced by another while this started"):
+        server.start()
+    server.stop()
 
 
 def test_a_folder_stands_for_its_archives(archive: Path, tmp_path: Path) -> None:

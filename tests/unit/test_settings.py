@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from handler.errors import InvalidSettings, SetupError
-from handler.settings import PROFILES, Settings
+from handler.settings import PROFILES, Settings, own_variables, platform_variables
 
 NAMES = [spec.name for spec in fields(Settings)]
 RANGES = [
@@ -104,6 +104,62 @@ def test_unknown_name_in_environment_is_refused(name: str) -> None:
         load(**{name: "3"})
     assert f"{name} is unknown" in str(refusal.value)
     assert all(f"CLASSIFIER_{known.upper()}" in str(refusal.value) for known in NAMES)
+
+
+def service(name: str) -> dict[str, str]:
+    """What Kubernetes writes for a Service with a port 8080 called `http` and one for UDP."""
+    return {
+        f"{name}_SERVICE_HOST": "10.0.0.11",
+        f"{name}_SERVICE_PORT": "8080",
+        f"{name}_SERVICE_PORT_HTTP": "8080",
+        f"{name}_PORT": "tcp://10.0.0.11:8080",
+        f"{name}_PORT_8080_TCP": "tcp://10.0.0.11:8080",
+        f"{name}_PORT_8080_TCP_PROTO": "tcp",
+        f"{name}_PORT_8080_TCP_PORT": "8080",
+        f"{name}_PORT_8080_TCP_ADDR": "10.0.0.11",
+        f"{name}_PORT_53_UDP": "udp://10.0.0.11:53",
+    }
+
+
+def link(name: str) -> dict[str, str]:
+    """What Docker writes for a link."""
+    return {
+        f"{name}_NAME": "/web/classifier",
+        f"{name}_PORT": "tcp://172.17.0.5:8080",
+        f"{name}_PORT_8080_TCP": "tcp://172.17.0.5:8080",
+        f"{name}_ENV_PATH": "/usr/bin",
+        f"{name}_ENV_TOP_K": "3",
+    }
+
+
+@pytest.mark.parametrize("variables", [service, link])
+@pytest.mark.parametrize("name", ["CLASSIFIER", "CLASSIFIER_V2", "CLASSIFIER_TOP_K"])
+def test_variables_of_the_platform_are_no_settings(variables: Any, name: str) -> None:
+    foreign = variables(name)
+    ours = {"CLASSIFIER_TOP_K": "7", "CLASSIFIER_ENV": "staging"}
+    assert Settings.load(None, foreign | ours) == Settings.load(None, ours)
+    assert sorted(platform_variables(foreign | ours, "CLASSIFIER_")) == sorted(foreign)
+    assert platform_variables(foreign | ours, "GATEWAY_") == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CLASSIFIER_PORT",  # a number, not an address
+        "CLASSIFIER_PORT_8080",
+        "CLASSIFIER_PORT_X_TCP",
+        "CLASSIFIER_PORT_8080_TCP_HOST",
+        "CLASSIFIER_SERVICE",
+        "CLASSIFIER_SERVICE_PORTS",
+        "CLASSIFIER_service_host",
+        "CLASSIFIER_NAME",
+        "CLASSIFIER_ENV_TOP_K",  # without a link
+    ],
+)
+def test_a_typo_that_resembles_the_platform_is_refused(name: str) -> None:
+    assert own_variables({name: "8080"}, "CLASSIFIER_") == {name: "8080"}
+    with pytest.raises(InvalidSettings, match=f"{name} is unknown"):
+        load(**{name: "8080"})
 
 
 @pytest.mark.parametrize("section", [[], ["top_k"], "top_k", 3, True])

@@ -404,6 +404,19 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert command.endswith(" -m 0-birds 1-fish\n")
 
 
+def test_a_class_archive_of_another_java_is_ignored_in_silence(
+    tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes JAVA_HOME would find a warning, or an error, first in the log."""
+    other = tmp_path / "other.jsa"
+    other.write_bytes(struct.pack("=IiI", 0xF00BABA2, 0, 0xB) + bytes(4096))  # as Java 17 does
+    monkeypatch.setattr(torchserve, "CLASS_ARCHIVE", other)
+    options = 'while [ "$1" != -cp ]; do options="$options $1"; shift; done'
+    java = f"{options}; {find_java()} $options -version >{pipe.path} 2>&1; exec sleep 600"
+    with running(server_of(tmp_path, java)):
+        assert pipe.rest().startswith("openjdk version ")
+
+
 def test_what_is_served_is_a_copy_with_the_configuration_of_the_start(
     tmp_path: Path, pipe: Pipe
 ) -> None:

@@ -70,9 +70,10 @@ def set_up(requirements: str, torch_build: str) -> None:
         print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
-            # The repository itself becomes importable, as an editable install would make it.
+            # The repository itself becomes importable, as an editable install would make it. The
+            # path is relative, because Python reads such files in ASCII if LC_ALL is C.
             site = next((VENV / "lib").glob("python*/site-packages"))
-            (site / "repository.pth").write_text(f"{ROOT}\n")
+            (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
         if not same_torch and installed:
             _pip("uninstall", "--yes", "torch", "torchvision")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from typing import Any, Protocol
 
@@ -274,9 +273,27 @@ def choose_decoder(
 
 
 def nvjpeg(device: str) -> DecodeJpegs:
+    """torchvision's nvJPEG, whose pixels nothing else writes to before the current stream has read.
+
+    torchvision decodes on a stream of its own, which waits for no other, into memory from the pool
+    of the current stream: that of pixels that were freed, but are still to be resized by kernels
+    in the queue. So it is given a pool in which nothing but its pixels lies, and each piece of it
+    is used again only when the stream that reads the pixels is done with them.
+    """
     from torchvision.io import ImageReadMode, decode_jpeg  # 170 MB, which a GPU's worker has anyway
 
-    return partial(decode_jpeg, mode=ImageReadMode.RGB, device=device)
+    pool = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def decode_jpegs(files: list[Tensor]) -> list[Tensor]:
+        reader = torch.cuda.current_stream(device)
+        with torch.cuda.stream(pool):
+            images: list[Tensor] = decode_jpeg(files, mode=ImageReadMode.RGB, device=device)
+        reader.wait_stream(pool)
+        for pixels in images:
+            pixels.record_stream(reader)
+        return images
+
+    return decode_jpegs
 
 
 def _draw_jpeg(size: tuple[int, int], sampling: str) -> bytes:

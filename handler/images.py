@@ -12,9 +12,18 @@ import torch
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 from torch.nn import functional
 
+from handler.containers import (
+    JPEG,
+    JPEG_END,
+    PNG,
+    jpeg_precision,
+    lacks_only_its_end,
+    without_decoration,
+)
 from handler.errors import (
     ImageTooLarge,
     NoImage,
@@ -31,6 +40,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_SCANS = 100  # of a progressive JPEG; libjpeg writes 10, and each costs a pass over the image
 MAX_COMMENTS = 1000  # of a GIF, which Pillow joins one by one
 MAX_EXIF_BYTES = 65536  # what a JPEG can hold; a PNG may hold a structure that expands without end
+GREY_LEVELS = {"L;2": 4, "L;4": 16, "L": 256}  # of a PNG, by Pillow's name for how it is stored
 MAX_ASPECT_RATIO = 16  # of what is resized; of longer images the middle
 
 # Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
@@ -207,7 +217,7 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
             f"the image has {len(data)} bytes, the limit is {settings.max_image_bytes}"
         )
     try:
-        image = Image.open(BytesIO(data), formats=FORMATS)
+        image = _open(data)
         _refuse_slow(image, data)
     except (MemoryError, UnsupportedFormat):
         raise
@@ -222,11 +232,34 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
     return Encoded(data, image)
 
 
+def _open(data: bytes) -> Image.Image:
+    """Pillow's reading of the header, without the decoration for which it would refuse an image.
+
+    A PNG's is never read, because what is behind the pixels would be found only with them.
+    """
+    if data.startswith(PNG):
+        image = Image.open(BytesIO(without_decoration(data)), formats=FORMATS)
+        if isinstance(image, PngImageFile):
+            _scale_transparent(image)
+        return image
+    try:
+        return Image.open(BytesIO(data), formats=FORMATS)
+    except MemoryError:
+        raise
+    except Exception:  # as Pillow's errors are
+        plain = without_decoration(data)
+        if plain == data:
+            raise
+        return Image.open(BytesIO(plain), formats=FORMATS)
+
+
 def decode(encoded: Encoded) -> Pixels:
     """uint8 RGB [H, W, 3], upright. Raises UnreadableImage."""
     data, image = encoded.data, encoded.header
     try:
         pixels = _decode_jpeg(image, data)
+        if pixels is None:
+            pixels = _decode_transparent_rgb16(image, data)
         if pixels is None:
             image.load()
             pixels = np.array(to_rgb(image))
@@ -244,22 +277,59 @@ def decode(encoded: Encoded) -> Pixels:
 
 
 def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
-    """The pixels of a sound grey or colour JPEG; None for anything else, which is Pillow's.
+    """The pixels of a sound JPEG, which may lack its end marker; None for what is Pillow's.
 
     The same libjpeg-turbo as Pillow's, value for value, without Pillow's copies on the way.
     """
-    if not isinstance(image, JpegImageFile) or image.mode not in ("L", "RGB"):
+    if not isinstance(image, JpegImageFile):
         return None
+    if not data.endswith(JPEG_END) and lacks_only_its_end(data):
+        data += JPEG_END
+    colours, channels = ("CMYK", 4) if image.mode == "CMYK" else ("RGB", 3)
     try:
         # Header and pixels are read by two programs: no more memory than the first one's size,
         # for which the budget was spent.
-        buffer = np.empty((image.height, image.width, 3), np.uint8)
+        buffer = np.empty((image.height, image.width, channels), np.uint8)
         pixels = simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=False, fastupsample=False, buffer=buffer
+            data, colours, fastdct=False, fastupsample=False, buffer=buffer
         )
     except ValueError:  # it takes no oddity; Pillow takes some, and knows damage from oddity
         return None
-    return pixels if pixels.shape[1::-1] == image.size else None
+    if pixels.shape[1::-1] != image.size:
+        return None
+    if colours == "CMYK":  # inverted, as Adobe has it
+        return np.array(to_rgb(Image.frombytes("CMYK", image.size, pixels, "raw", "CMYK;I")))
+    return pixels
+
+
+def _scale_transparent(image: PngImageFile) -> None:
+    """A PNG's transparent grey, which is given in the file's depth, in 8 bits like the pixels."""
+    rawmode = image.tile[0].args if image.tile else None
+    if rawmode in GREY_LEVELS and "transparency" in image.info:
+        levels = GREY_LEVELS[rawmode]
+        image.info["transparency"] = image.info["transparency"] % levels * 255 // (levels - 1)
+
+
+def _decode_transparent_rgb16(image: Image.Image, data: bytes) -> Pixels | None:
+    """A PNG of 16-bit RGB with one transparent colour, over white; None for anything else.
+
+    Pillow's pixels are the upper bytes, which 16 million colours share: a second reading gives the
+    lower ones.
+    """
+    if not isinstance(image, PngImageFile) or "transparency" not in image.info:
+        return None
+    if not image.tile or image.tile[0].args != "RGB;16B":
+        return None
+    with Image.open(BytesIO(without_decoration(data)), formats=["PNG"]) as other:
+        other.tile = [image.tile[0]._replace(args="RGB;16L")]
+        lower = np.asarray(other)
+    pixels = np.array(image)
+    transparent = np.ones(pixels.shape[:2], bool)
+    for channel, value in enumerate(image.info["transparency"]):
+        transparent &= pixels[:, :, channel] == value >> 8
+        transparent &= lower[:, :, channel] == value & 255
+    pixels[transparent] = 255
+    return pixels
 
 
 def _refuse_slow(image: Image.Image, data: bytes) -> None:
@@ -274,6 +344,9 @@ def _refuse_slow(image: Image.Image, data: bytes) -> None:
 
 def foreign_format(data: bytes) -> str | None:
     """The name of a format that is recognised but not served."""
+    if data.startswith(JPEG):
+        bits = jpeg_precision(data)
+        return f"{bits}-bit JPEG" if bits in (12, 16) else None
     head = bytes(data[:1024])
     return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
 
@@ -300,6 +373,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("I").point(eight_bits, "L")
         image.info.pop("transparency", None)
     if image.has_transparency_data:
+        if image.format == "BMP" and image.getextrema()[-1] == (0, 0):
+            return image.convert("RGB")  # its alpha was never filled in: browsers show the colours
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(white, image).convert("RGB")

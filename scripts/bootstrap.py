@@ -73,7 +73,8 @@ def set_up(requirements: str, torch_build: str) -> None:
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
             # The repository itself becomes importable, as an editable install would make it. The
-            # path is relative: a checkout that is moved or copied never runs another one's code.
+            # path is relative: a checkout that is moved or copied never runs another one's code,
+            # and Python reads such files in ASCII if LC_ALL is C.
             site = next((VENV / "lib").glob("python*/site-packages"))
             (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over

@@ -18,7 +18,14 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from handler.errors import SetupError
-from scripts.torchserve import CLASS_ARCHIVE, FRONTEND, LOG_CONFIG, SERVER_HOME, find_java
+from scripts.torchserve import (
+    CLASS_ARCHIVE,
+    FRONTEND,
+    LOG_CONFIG,
+    SERVER_HOME,
+    find_java,
+    utf8_locale,
+)
 
 START_SECONDS = 60
 DUMP_SECONDS = 120
@@ -85,7 +92,9 @@ def _list_classes(java: Path, folder: Path) -> None:
             *("-f", str(folder / "config.properties"), "-s", str(folder), "-ncs"),
         ],
         cwd=folder,
-        env=environ | {"LOG_LOCATION": str(folder), "METRICS_LOCATION": str(folder)},
+        env=environ
+        | utf8_locale()
+        | {"LOG_LOCATION": str(folder), "METRICS_LOCATION": str(folder)},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -114,6 +123,7 @@ def _answers(port: int) -> bool:
 def _run(command: list[object]) -> None:
     done = subprocess.run(
         [str(word) for word in command],
+        env=os.environ | utf8_locale(),
         capture_output=True,
         text=True,
         timeout=DUMP_SECONDS,

@@ -9,6 +9,8 @@ from typing import Any
 
 import requests
 
+import scripts  # noqa: F401  stdout takes any character from here on
+
 TIMEOUT_SECONDS = 60
 
 
@@ -42,7 +44,8 @@ def ask(session: requests.Session, url: str, path: Path, top_k: int | None) -> d
         body = path.read_bytes()
     except OSError as exc:
         return _error(0, "UnreadableFile", f"{path}: {exc.strerror}")
-    form = {"filename": path.name[-255:]} | ({} if top_k is None else {"top_k": str(top_k)})
+    name = path.name[-255:].encode(errors="replace").decode()  # it may be no text at all
+    form = {"filename": name} | ({} if top_k is None else {"top_k": str(top_k)})
     try:
         response = session.post(
             url, files={"file": ("image", body)}, data=form, timeout=TIMEOUT_SECONDS
@@ -67,13 +70,23 @@ def table(path: Path, answer: dict[str, Any]) -> str:
         f"{path}  {width}x{height}  {metadata['inference_time'] * 1000:.1f} ms  "
         f"{metadata['model']} {metadata['version']}, weights {metadata['weights']}"
     ]
+    block = "█" if can_print("█") else "#"
     for prediction in answer["predictions"]:
-        bar = "█" * round(prediction["confidence"] * 20)
+        bar = block * round(prediction["confidence"] * 20)
         lines.append(
             f"  {prediction['confidence']:7.2%}  {bar:<20}  "
             f"{prediction['class']} ({prediction['class_id']})"
         )
     return "\n".join([*lines, ""])
+
+
+def can_print(text: str) -> bool:
+    """Whether stdout's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _error(code: int, kind: str, message: str) -> dict[str, Any]:

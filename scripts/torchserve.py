@@ -1,5 +1,6 @@
 """TorchServe as a process: its settings checked, its Java found, started and stopped."""
 
+import locale
 import os
 import re
 import shutil
@@ -236,16 +237,25 @@ def memory_bounds(available: int | None) -> list[str]:
     return [f"-Xmx{mebibytes}m", f"-XX:MaxDirectMemorySize={mebibytes}m"]
 
 
+def utf8_locale() -> dict[str, str]:
+    """What lets Java open any path: in the locale C it knows no letters but those of ASCII.
+
+    Python takes file names for UTF-8 there, and so do the workers.
+    """
+    is_utf8 = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
+    return {} if is_utf8 else {"LC_ALL": "C.UTF-8"}
+
+
 def make_folder() -> str:
     """A temporary folder for sockets and unpacked archives. Raises SetupError."""
     try:
         folder = tempfile.mkdtemp(prefix="torchserve-")
     except OSError as exc:
         raise SetupError(f"no temporary folder can be made (TMPDIR): {exc}") from exc
-    if len(folder) > MAX_FOLDER:
+    if len(os.fsencode(folder)) > MAX_FOLDER:
         Path(folder).rmdir()
         raise SetupError(
-            f"TMPDIR leads to {folder}, too long for the sockets in it: {MAX_FOLDER} characters fit"
+            f"TMPDIR leads to {folder}, too long for the sockets in it: {MAX_FOLDER} bytes fit"
         )
     return folder
 
@@ -348,6 +358,7 @@ class TorchServe:
             # malformed body. Workers see this variable, not the key of config.properties.
             "TS_DECODE_INPUT_REQUEST": "false",
         }
+        environ |= utf8_locale()
         # Either would go over what is passed here, and into the workers.
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import zipfile
@@ -19,6 +20,8 @@ import requests
 import torch
 import torchvision
 
+import tests.server.serving
+from tests.drawing import encode, plain
 from tests.processes import alive
 from tests.server.colours import make_weights
 from tests.server.serving import ROOT, SERVE, environment, free_ports, run_serve, serving
@@ -153,6 +156,24 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
     weights = tmp_path / "epoch.pth"
     torch.save({"epoch": 3}, weights)
     assert "not a state dict" in refused(tmp_path, "--weights", str(weights))
+
+
+def test_paths_of_any_name_in_the_locale_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Java, too, reads and writes checkout, weights, archive and temporary folder."""
+    folder = tmp_path / "übung 猫"
+    for name in ("handler", "scripts"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "config.properties", folder)
+    monkeypatch.setattr(
+        tests.server.serving, "SERVE", [sys.executable, folder / "scripts/serve.py"]
+    )
+    options = [*two_classes(folder), "--workers", "1"]
+    with tempfile.TemporaryDirectory(prefix="ü") as temporary:
+        env = {"LC_ALL": "C", "TMPDIR": temporary, "PYTHONPATH": str(folder)}
+        with serving(folder, *options, model="squeezenet1_1", env=env) as server:
+            reply = requests.post(server.predictions, data=encode(plain()), timeout=60)
+            assert reply.json()["status"] == "success"
+            assert list(Path(temporary).glob("torchserve-*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

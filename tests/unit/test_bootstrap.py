@@ -227,6 +227,29 @@ def test_a_class_archive_that_fails_is_done_without(
     assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
 
 
+def test_python_starts_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the locale C, Python reads the names of such folders in .pth files as ASCII."""
+    root = tmp_path / "übung"
+    root.mkdir()
+    (root / "requirements.txt").write_text("torch==2.0.0\ntorchvision==0.15.0\n")
+    (root / "module.py").write_text("")
+    names = {"ROOT": "", "VENV": ".venv", "PYTHON": ".venv/bin/python"}
+    for name, place in (names | {"STAMP": ".venv/installed.json"}).items():
+        monkeypatch.setattr(bootstrap, name, root / place)
+
+    def without_pip(command: list[Any]) -> None:
+        if "venv" in command:
+            subprocess.run([*command, "--without-pip"], check=True)
+
+    monkeypatch.setattr(bootstrap, "_run", without_pip)
+    set_up("requirements.txt", "cuda")
+    for locale in ("C", "C.UTF-8"):
+        command = [bootstrap.PYTHON, "-c", "import module"]
+        subprocess.run(command, env={"LC_ALL": locale}, cwd="/", check=True)
+
+
 def test_a_failing_set_up_is_one_line(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

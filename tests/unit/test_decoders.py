@@ -391,6 +391,27 @@ def test_nvjpeg_and_damage() -> None:
 
 
 @pytest.mark.gpu
+def test_chunks_behind_a_busy_stream_keep_their_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a chunk freed is not decoded into while its resizing still waits for the GPU."""
+    monkeypatch.setattr(handler.decoders, "CHUNK_PIXELS", 3 * 501 * 343)
+    images = [encode(noise((501, 343), seed), "JPEG") for seed in range(12)]
+    decoder = on_gpu(nvjpeg("cuda:0"))
+    started = [decoder.start(open_image(data, Settings())) for data in images]
+    for _ in decoder.finish(started):
+        torch.cuda.synchronize()  # before the next chunk
+    calm = [decoding.picture for decoding in started]
+    torch.cuda._sleep(4 * 10**9)  # cycles: two seconds or more
+    awake = torch.cuda.Event()
+    awake.record()
+    busy = [decoding.picture for decoding in run(decoder, images)]
+    assert not awake.query(), "the GPU had nothing left to do, so that nothing was tested"
+    for one, other in zip(calm, busy, strict=True):
+        assert one
+        assert other
+        assert torch.equal(one.pixels, other.pixels)
+
+
+@pytest.mark.gpu
 def test_floats_on_a_gpu_are_resized_as_on_the_cpu() -> None:
     images = torch.from_numpy(np.array(noise((500, 375)))).permute(2, 0, 1)[None]
     given = to_inputs(images.cuda(), replace(TRANSFORM, crop_size=200)).cpu()

@@ -52,7 +52,7 @@ class Web:
                 self.close_connection = True
                 web.answers.get(self.path, web.text("not here", 404))(self)
 
-            do_PUT = do_POST = do_GET  # noqa: N815
+            do_PUT = do_GET  # noqa: N815
 
             def do_POST(self) -> None:
                 self.rfile.read(int(self.headers["Content-Length"]))

@@ -454,7 +454,7 @@ def test_a_store_that_cannot_be_written_is_told_before_the_work(
     def work(*args: Any) -> None:
         raise AssertionError("weights are read for nothing")
 
-    monkeypatch.setattr(sys.modules["scripts.package"], "read_state_dict", work)
+    monkeypatch.setattr(sys.modules["scripts.package"], "read_weights", work)
     (tmp_path / "file").touch()
     with pytest.raises(SetupError, match=r"mar has to be made, and cannot be written: .*file"):
         package(MODEL, options(), tmp_path / "file" / "store")

@@ -30,3 +30,9 @@ def read_queue_seconds(headers: Mapping[str, Any], arrival: float) -> float | No
         return None
     waited = arrival - float(match[1])
     return waited if 0 <= waited <= MAX_QUEUE_SECONDS else None
+
+
+def is_probe(headers: Mapping[str, Any]) -> bool:
+    """Whether a health check asks (scripts/gateway_watch.py): counted apart, and never answered
+    from the cache, because it asks whether the model runs."""
+    return headers.get("x-probe") == "1"

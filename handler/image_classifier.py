@@ -33,7 +33,7 @@ from handler.decoders import Decoding, choose_decoder
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.gpus import open_gauges
-from handler.headers import read_queue_seconds, read_traceparent
+from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.images import PixelBudget, open_image, read_picture
 from handler.logs import log_line, set_level
 from handler.metrics import Metrics, claim_slot, torchserve_emit
@@ -224,7 +224,8 @@ class ImageClassifier(BaseHandler):
         items = []
         for image in request.images:
             try:
-                items.append(self._open(image, budget, decodings))
+                cache = None if is_probe(headers) else self.cache
+                items.append(self._open(image, budget, decodings, cache))
             except RequestError as error:
                 items.append(Item(error=error))
             except Exception:  # as above
@@ -234,15 +235,19 @@ class ImageClassifier(BaseHandler):
         return Row(request_id, request, items)
 
     def _open(
-        self, image: bytes | RequestError, budget: PixelBudget, decodings: dict[bytes, Decoding]
+        self,
+        image: bytes | RequestError,
+        budget: PixelBudget,
+        decodings: dict[bytes, Decoding],
+        cache: ResultCache | None,
     ) -> Item:
         """An image from the cache, from this batch, or one to decode. Raises RequestError."""
         if isinstance(image, RequestError):
             raise image
         key = None
-        if self.cache:
-            key = self.cache.key(image)
-            if result := self.cache.get(key):
+        if cache:
+            key = cache.key(image)
+            if result := cache.get(key):
                 budget.spend(*result.size)
                 return Item(size=result.size, probabilities=result.probabilities, cached=True)
         if decoding := decodings.get(image):
@@ -404,7 +409,7 @@ class ImageClassifier(BaseHandler):
 
     def _account(self, row: Row, headers: Mapping[str, Any], arrival: float, batch: int) -> None:
         """Count a finished row in the metrics and write its line in the log."""
-        if headers.get("x-probe") == "1":  # the gateway asks, or scripts/healthcheck.py
+        if is_probe(headers):
             self.metrics.add(metrics.PROBES, 1, str(row.status))
             return
         queue = read_queue_seconds(headers, arrival)

@@ -21,7 +21,14 @@ from pathlib import Path
 from threading import Event
 
 from handler.errors import SetupError
-from scripts.gateway_config import DEPLOY, Replicas, render, stop_seconds
+from scripts.gateway_config import (
+    DEPLOY,
+    Replicas,
+    render,
+    stop_seconds,
+    targets,
+    worker_user,
+)
 from scripts.gateway_settings import NAME, GatewaySettings, name_ignored, read_keys
 from scripts.gateway_watch import Watch
 from scripts.guardian import Guardian
@@ -98,7 +105,7 @@ class Gateway:
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
-        self._watch = Watch(lambda: self._replicas.upstreams, settings.model_names, output)
+        self._watch = Watch(lambda: self._replicas.upstreams, targets(settings), output)
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -110,8 +117,13 @@ class Gateway:
         check_ports({"the gateway (GATEWAY_PORT)": self.address})
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._guardian = Guardian(self._folder)
-        self._folder.chmod(0o711)  # nginx's workers have another user where its master is root
+        self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # which may not reach into our home
+        for name, owner in (("control", None), ("inside", worker_user())):
+            path = self._folder / name  # of a socket: nginx lets everybody write to it
+            path.mkdir(0o700)
+            if owner:
+                os.chown(path, owner.pw_uid, owner.pw_gid)
         reader, writer = os.pipe()
         self._access_log = f"/dev/fd/{writer}"
         try:
@@ -144,7 +156,7 @@ class Gateway:
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise SetupError("nginx did not start; the cause is in the log above")
             time.sleep(0.02)
-        self._watch.start(self._folder / "control.sock")
+        self._watch.start(self._folder / "control" / "sock")
 
     def _command(self) -> list[str]:
         return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]

@@ -15,7 +15,9 @@ from scripts.gateway_settings import Client, GatewaySettings
 
 DEPLOY = Path(__file__).resolve().parent.parent / "deploy" / "gateway"
 MAX_STOP_SECONDS = 30
-BACKLOG = 4096  # connections that wait to be accepted; net.core.somaxconn cuts it
+# Connections that wait to be accepted, cut by net.core.somaxconn. nginx's own 511 overflow in a
+# crowd, and a client whose connection the kernel has dropped waits 1, 3, 7, 15 s.
+BACKLOG = 4096
 
 
 class Replicas(NamedTuple):
@@ -47,10 +49,6 @@ def render(
     upstreams, management = replicas
     weights = settings.weights()
     first, *_ = settings.model_names
-    targets = [
-        *(f"{first}/{version}" for version in weights),
-        *(name for name in settings.model_names if name != first or not weights),
-    ]
     described = {"/": f"{first}/{next(iter(weights))}" if weights else first}
     described |= {f"{name}/": name for name in settings.model_names if name not in described}
     described |= {
@@ -64,7 +62,7 @@ def render(
     first_seconds = max(1, total // 4) if len(upstreams) > 1 else total
     values = {
         "modules": lines((f'load_module "{module}";' for module in modules), indent=0),
-        "user": nobody(),
+        "user": user_line(),
         "folder": quotable(folder),
         "pages": quotable(folder / "pages"),
         "lua": quotable(folder / "pages" / "?.lua"),
@@ -72,7 +70,7 @@ def render(
         "worker_processes": workers,
         "open_files": limit,
         "connections": limit // 2,
-        "targets": ", ".join(f'"{target}"' for target in targets),
+        "targets": ", ".join(f'"{target}"' for target in targets(settings)),
         "replicas": ", ".join(
             f'{{ name = "replica_{i}", address = "{address}" }}'
             for i, address in enumerate(upstreams)
@@ -115,6 +113,15 @@ def render(
     return fill("nginx.conf.template", values)
 
 
+def targets(settings: GatewaySettings) -> list[str]:
+    """What must be ready, as TorchServe calls it: MODEL, or MODEL/VERSION of one that is split."""
+    weights = settings.weights()
+    first, *others = settings.model_names
+    return (
+        [*(f"{first}/{version}" for version in weights), *others] if weights else [first, *others]
+    )
+
+
 def fill(template: str, values: Mapping[str, object]) -> str:
     """A template with its ${names} filled in; a $name without braces is a variable of nginx's."""
     text = (DEPLOY / template).read_text("utf-8")
@@ -154,15 +161,14 @@ def listen(settings: GatewaySettings, folder: Path) -> str:
     if settings.tls_certificate:
         # The address of the client, from whom nobody else can say so.
         return (
-            f'listen "unix:{quotable(folder)}/inside.sock";\n        '
+            f'listen "unix:{quotable(folder)}/inside/sock";\n        '
             "set_real_ip_from unix:;\n        real_ip_header X-Forwarded-For;"
         )
     return f"listen {address_of(settings)};"
 
 
 def address_of(settings: GatewaySettings) -> str:
-    """Where clients come in. nginx's own backlog of 511 overflows when a crowd does, and who was
-    turned away by the kernel tries again after 1, 3, 7 and 15 s."""
+    """Where clients connect."""
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     return f"{host}:{settings.port} backlog={BACKLOG}"
 
@@ -180,7 +186,7 @@ def tls_server(settings: GatewaySettings, folder: Path) -> str:
         for kind in ("ECDSA", "RSA")
     )
     values = {
-        "socket": f"{quotable(folder)}/inside.sock",
+        "socket": f"{quotable(folder)}/inside/sock",
         "address": address_of(settings),
         "certificate": quotable(Path(settings.tls_certificate).resolve()),
         "key": quotable(Path(settings.tls_key).resolve()),
@@ -191,16 +197,18 @@ def tls_server(settings: GatewaySettings, folder: Path) -> str:
     return fill("tls.conf.template", values)
 
 
-def nobody() -> str:
-    """Workers give up root's rights; anybody else's nginx keeps the ones it has."""
-    if os.geteuid() != 0:
-        return ""
-    user = pwd.getpwnam("nobody")
-    return f"user {user.pw_name} {grp.getgrgid(user.pw_gid).gr_name};"
+def worker_user() -> pwd.struct_passwd | None:
+    """Who nginx's workers run as: they give up root's rights; anybody else's keep theirs."""
+    return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
+
+
+def user_line() -> str:
+    user = worker_user()
+    return f"user {user.pw_name} {grp.getgrgid(user.pw_gid).gr_name};" if user else ""
 
 
 def quotable(path: Path) -> str:
-    """A path between double quotes in nginx.conf. Raises SetupError where it cannot be there."""
+    """A path between double quotes in nginx.conf. Raises SetupError if it cannot be there."""
     text = str(path)
     if re.search(r'["\\$]', text) or not text.isprintable():
         raise SetupError(f'a path may not have ", \\, $ or line ends in it, got {text!r}')

@@ -22,6 +22,7 @@ PING_TIMEOUT_SECONDS = 2.0
 PREDICTION_SECONDS = 10.0  # between two predictions of a replica that answers them
 PREDICTION_TIMEOUT_SECONDS = 10.0
 FAILURES = 2  # in a row, until a replica is left out
+SILENT = "does not answer"
 
 # A PNG of one grey pixel. The handler counts what has this header apart from clients' requests.
 PIXEL = base64.b64decode(
@@ -57,14 +58,15 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
     except requests.Timeout:
         return f"no prediction of {model} within {timeout:g} s"
     except requests.RequestException:
-        return "does not answer"
+        return SILENT
     failed = answer.status_code >= 500 and answer.status_code != 503
     return f"predictions of {model} fail with status {answer.status_code}" if failed else ""
 
 
 def tell(control: Path, left_out: Mapping[str, str]) -> bool:
     """Hand nginx the replicas that get no requests; False if it does not take them now."""
-    body = json.dumps(left_out).encode()
+    found = {address: {"why": why, "is_silent": why == SILENT} for address, why in left_out.items()}
+    body = json.dumps(found).encode()
     head = f"POST /left_out HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         with socket.socket(socket.AF_UNIX) as connection:
@@ -108,8 +110,9 @@ class Watch:
                 if not replica.asking:
                     replica.asking = True
                     threading.Thread(target=self._ask, args=(address, replica), daemon=True).start()
-            now = (tuple(self._replicas), self.left_out())
-            if now != told and tell(control, self.left_out()):
+            left_out = self.left_out()
+            now = (tuple(self._replicas), left_out)
+            if now != told and tell(control, left_out):
                 told = now
             self._ended.wait(ASK_SECONDS)
 
@@ -125,7 +128,7 @@ class Watch:
                 session.trust_env = False
                 session.get(f"http://{address}/ping", timeout=PING_TIMEOUT_SECONDS)
         except requests.RequestException:
-            return "does not answer"
+            return SILENT
         if time.monotonic() < replica.predict_at and not replica.reason:
             return ""
         for model in self._models:
@@ -140,6 +143,8 @@ class Watch:
         if failure and replica.failures >= FAILURES and not replica.reason:
             replica.reason = failure
             self._log.event("ERROR", "replica_left_out", replica=address, message=failure)
+        elif failure and replica.reason:
+            replica.reason = failure
         elif not failure and replica.reason:
             replica.reason = ""
             self._log.event("INFO", "replica_taken_back", replica=address)

@@ -9,6 +9,7 @@ from pathlib import Path
 # and it is the same on Linux and macOS. In the background, so that it is nobody's child. What is
 # killed may be in the middle of making a file: the folder goes a second later.
 SCRIPT = """
+groups=
 exec 3<&0
 {
     while read -r line; do

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ class Hung:
     """A worker that was killed."""
 
     pid: int
-    model: str
+    model: str  # "" if it is unloaded by now
 
 
 class Watchdog:
@@ -69,6 +70,9 @@ class Watchdog:
         except ProcessLookupError:
             file.unlink(missing_ok=True)
             return None
-        file.replace(file.with_name(f"{HUNG_PREFIX}{pid}"))  # for the next worker to count
-        manifest = json.loads((file.parent / "MAR-INF" / "MANIFEST.json").read_text("utf-8"))
-        return Hung(pid, manifest["model"]["modelName"])
+        model = ""
+        with suppress(FileNotFoundError):  # the model was unloaded meanwhile
+            file.replace(file.with_name(f"{HUNG_PREFIX}{pid}"))  # for the next worker to count
+            manifest = json.loads((file.parent / "MAR-INF" / "MANIFEST.json").read_text("utf-8"))
+            model = manifest["model"]["modelName"]
+        return Hung(pid, model)

@@ -9,6 +9,7 @@ local capture = ngx.location.capture
 local GRACE_SECONDS = 2 -- a body that has had so long may be given up for another one
 local UNFAIR = 4 -- times the bytes that another client has on their way
 local LEAST_BYTES = 65536 -- that a connection counts for
+local ANSWERED_SECONDS = 10 -- in which an answer says that a replica is alive
 local MAKE_SECONDS = 10 -- after which somebody else tries to make an answer
 
 -- OpenSSL's own, which nginx is linked with.
@@ -39,25 +40,29 @@ function gateway.key_hash()
     end))
 end
 
--- Requests of this nginx worker whose bodies are still on their way, and the memory they may take.
+-- Requests of this nginx worker whose bodies are still on their way, by their ids, and the memory
+-- that they may take.
 local arriving = {}
 local arriving_bytes = 0
 
-local function forget(entry)
-    if arriving[entry] then
-        arriving[entry] = nil
+-- The body of a request is there, or will never be. Gives what was known of it.
+local function forget(id)
+    local entry = arriving[id]
+    if entry then
+        arriving[id] = nil
         arriving_bytes = arriving_bytes - entry.bytes
     end
+    return entry
 end
 
--- The client that has most bytes on their way, how many, and its oldest request.
+-- The bytes that each client has on their way, who has most, and the id of its oldest request.
 local function heaviest()
     local bytes, oldest, most = {}, {}, nil
-    for entry in pairs(arriving) do
+    for id, entry in pairs(arriving) do
         local client = entry.client
         bytes[client] = (bytes[client] or 0) + entry.bytes
-        if not oldest[client] or entry.since < oldest[client].since then
-            oldest[client] = entry
+        if not oldest[client] or entry.since < arriving[oldest[client]].since then
+            oldest[client] = id
         end
         if not most or bytes[client] > bytes[most] then
             most = client
@@ -70,13 +75,12 @@ end
 -- there is room. False if there is none: those that hold much lock nobody else out.
 local function make_room(client, needed)
     while arriving_bytes + needed > settings.arriving_bytes and next(arriving) do
-        local bytes, most, victim = heaviest()
-        local slow = ngx.now() - victim.since >= GRACE_SECONDS
+        local bytes, most, oldest = heaviest()
+        local slow = ngx.now() - arriving[oldest].since >= GRACE_SECONDS
         if not slow and bytes[most] < UNFAIR * ((bytes[client] or 0) + needed) then
             return false
         end
-        forget(victim)
-        victim.leave:post(1)
+        forget(oldest).leave:post(1)
     end
     return true
 end
@@ -92,46 +96,69 @@ function gateway.receive()
     if not make_room(client, bytes) then
         return ngx.exit(429)
     end
+    local id = ngx.var.request_id
     local entry = { client = client, bytes = bytes, since = ngx.now(), leave = semaphore.new() }
-    arriving[entry] = true
+    arriving[id] = entry
     arriving_bytes = arriving_bytes + bytes
-    ngx.ctx.entry = entry
     local watch = ngx.thread.spawn(function()
         entry.leave:wait(settings.body_seconds) -- until it is posted, or time is up
-        return ngx.exit(408)
+        if not entry.is_refused then
+            return ngx.exit(408)
+        end
     end)
     ngx.req.read_body()
     ngx.thread.kill(watch)
-    forget(entry)
+    forget(id)
     return ngx.exec "@predict"
 end
 
--- A request that ended before its body was there.
-function gateway.give_up()
-    if ngx.ctx.entry then
-        forget(ngx.ctx.entry)
+-- nginx has refused a request, perhaps while its body came: in the form that the handler's errors
+-- have. In a filter and not by error_page, which would take the request away from its own threads.
+function gateway.refuse()
+    local entry = forget(ngx.var.request_id)
+    if entry then
+        entry.is_refused = true
     end
+    ngx.ctx.refusal = cjson.encode {
+        status = "error",
+        code = ngx.status,
+        type = ngx.var.error_type,
+        message = ngx.var.error_message,
+    }
+    ngx.header["Content-Type"] = "application/json"
+    ngx.header["Content-Length"] = #ngx.ctx.refusal
+end
+
+function gateway.print_refusal()
+    ngx.arg[1] = ngx.ctx.refusal or ""
+    ngx.ctx.refusal = nil -- the page may come in several pieces
 end
 
 -- --- predictions
 
 -- Requests that this nginx worker has under way at each replica, and who is next among equals.
 local under_way = {}
+local asked = {} -- the replica that has a request, by the request's id
 local turn = 0
 
-local function is_left_out(replica)
-    return ngx.shared.left_out:get(replica.address) ~= nil
+-- Why a replica gets no requests, or nil. One that does answer clients gets them, whatever became of
+-- the question of scripts/gateway_watch.py (the queue may be long), unless it is silent altogether.
+local function left_out(replica)
+    local why, is_silent = ngx.shared.left_out:get(replica.address)
+    if why and is_silent ~= 1 and ngx.shared.answered:get(replica.address) then
+        return nil
+    end
+    return why
 end
 
 -- The replica with the fewest requests under way: one that answers, and not the one that was tried,
 -- if there is such a one.
 local function choose(tried)
     local best, least
-    turn = turn + 1
     for i = 1, #settings.replicas do
         local replica = settings.replicas[(turn + i) % #settings.replicas + 1]
         local load = under_way[replica.name] or 0
-        if is_left_out(replica) then
+        if left_out(replica) then
             load = load + 1e6
         end
         if replica == tried then
@@ -154,8 +181,9 @@ local function count(replica, change)
 end
 
 local function ask(location, replica)
+    local id = ngx.var.request_id
     count(replica, 1)
-    ngx.ctx.asked = replica
+    asked[id] = replica
     local seen = {}
     local reply = capture(location .. replica.name .. ngx.var.target, {
         method = ngx.HTTP_POST,
@@ -164,8 +192,14 @@ local function ask(location, replica)
         ctx = seen,
     })
     count(replica, -1)
-    ngx.ctx.asked = nil
+    asked[id] = nil
+    if reply.truncated and reply.status < 500 then -- its connection broke off
+        reply = { status = 502, header = {}, body = "" }
+    end
     reply.by_handler = reply.header["X-Model-Version"] ~= nil
+    if reply.by_handler and reply.status < 500 then
+        ngx.shared.answered:set(replica.address, true, ANSWERED_SECONDS)
+    end
     append("tried_addresses", replica.address)
     append("tried_statuses", seen.status or "")
     append("tried_seconds", seen.seconds or "")
@@ -178,10 +212,13 @@ function gateway.note()
     ngx.ctx.seconds = ngx.var.upstream_header_time
 end
 
--- A request that ended before its answer was there.
+-- A request has ended, perhaps before its body or its answer was there.
 function gateway.leave()
-    if ngx.ctx.asked then
-        count(ngx.ctx.asked, -1)
+    local id = ngx.var.request_id
+    forget(id)
+    if asked[id] then
+        count(asked[id], -1)
+        asked[id] = nil
     end
 end
 
@@ -201,9 +238,10 @@ end
 local SEEN_AS = { [502] = 503, [507] = 500 }
 
 function gateway.predict()
+    turn = turn + 1
     local replica = choose()
     local other = choose(replica)
-    local alone = other == replica or is_left_out(other)
+    local alone = other == replica or left_out(other)
     local reply = ask(alone and "/_second/" or "/_first/", replica)
     local again = another(reply, replica)
     if again then
@@ -294,12 +332,12 @@ local function make_health()
             missing[#missing + 1] = target .. ": no replica has a READY worker"
         end
     end
-    local left_out = {}
+    local silent = {}
     for _, replica in ipairs(settings.replicas) do
-        local why = ngx.shared.left_out:get(replica.address)
-        left_out[#left_out + 1] = why and replica.address .. ": " .. why
+        local why = left_out(replica)
+        silent[#silent + 1] = why and replica.address .. ": " .. why
     end
-    local answering = #settings.replicas - #left_out
+    local answering = #settings.replicas - #silent
     if answering == 0 then
         missing[#missing + 1] = "no replica answers a prediction"
     end
@@ -308,7 +346,7 @@ local function make_health()
         model = settings.targets[1]:match "[^/]+",
         replicas = { ready = math.min(whole, answering), total = settings.management },
         missing = #missing > 0 and missing or nil,
-        left_out = #left_out > 0 and left_out or nil,
+        left_out = #silent > 0 and silent or nil,
     }
 end
 
@@ -347,25 +385,25 @@ function gateway.metrics()
     ngx.print "# HELP gateway_replica_in_use Whether a replica answers, so that it gets requests\n"
     ngx.print "# TYPE gateway_replica_in_use gauge\n"
     for _, replica in ipairs(settings.replicas) do
-        local in_use = is_left_out(replica) and 0 or 1
+        local in_use = left_out(replica) and 0 or 1
         ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica.address, in_use))
     end
 end
 
--- What scripts/gateway_watch.py has found: all replicas that do not answer, and why, as JSON.
+-- What scripts/gateway_watch.py has found: as JSON, by address, `why` a replica gets no requests,
+-- and whether it `is_silent`.
 function gateway.take_left_out()
     ngx.req.read_body()
     local found = cjson.decode(ngx.req.get_body_data())
     if type(found) ~= "table" then
         return ngx.exit(400)
     end
-    local left_out = ngx.shared.left_out
     for _, replica in ipairs(settings.replicas) do
-        local why = found[replica.address]
-        if why then
-            left_out:set(replica.address, why)
+        local state = found[replica.address]
+        if state then
+            ngx.shared.left_out:set(replica.address, state.why, 0, state.is_silent and 1 or 0)
         else
-            left_out:delete(replica.address)
+            ngx.shared.left_out:delete(replica.address)
         end
     end
     ngx.exit(204)

@@ -197,13 +197,47 @@ def test_a_replica_that_hangs_takes_nothing_away(replicas: list[Server], tmp_pat
         finally:
             hung.resume()
         bad = [answer for answer in answers if answer[0] != 200 or answer[1] > 5]
-        assert len(bad) <= 4, bad
+        assert len(bad) <= 12, bad  # one in a hundred of a minute's; all were before
         assert [line["replica"] for line in gateway.lines("replica_left_out")] == [address]
         wait_for(lambda: health(gateway.url) == {"ready": 2, "total": 2})
         with Load(url, SMALL) as load:
             load.wait(100)
         assert load.failures == []
         assert any(line.get("upstream") == address for line in gateway.lines()[-100:])
+
+
+def answer_of(body: bytes, status: bytes = b"200 OK", length: int | None = None) -> bytes:
+    """What a replica says; a `length` above the body's is what it breaks off from."""
+    head = b"HTTP/1.1 %s\r\nX-Model-Version: 1.0\r\ncontent-type: application/json\r\n"
+    return head % status + b"content-length: %d\r\n\r\n" % (length or len(body)) + body
+
+
+def test_three_replicas_take_turns(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        replicas = [stack.enter_context(torchserve_that(answer_of(b"{}"))) for _ in range(3)]
+        env = {"GATEWAY_UPSTREAMS": ",".join(replicas)}
+        gateway = stack.enter_context(running(tmp_path, env))
+        with requests.Session() as session:  # one connection: one of nginx's workers
+            for _ in range(30):
+                assert session.post(f"{gateway.url}/predict", data=SMALL).status_code == 200
+        wait_for(lambda: len(gateway.lines()) == 30)
+        asked = Counter(line["upstream"] for line in gateway.lines())
+    assert asked == dict.fromkeys(replicas, 10)
+
+
+def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
+    with ExitStack() as stack:
+        whole = stack.enter_context(torchserve_that(answer_of(b'{"whole":true}')))
+        cut = stack.enter_context(torchserve_that(answer_of(b'{"who', length=14)))
+        for upstreams, status in ((f"{cut},{whole}", 200), (cut, 503)):
+            with running(tmp_path, {"GATEWAY_UPSTREAMS": upstreams}) as gateway:
+                for _ in range(6):
+                    answer = requests.post(f"{gateway.url}/predict", data=SMALL, timeout=TIMEOUT)
+                    assert answer.status_code == status
+                    if status == 503:
+                        check_error(answer, 503)
+                    else:
+                        assert answer.json() == {"whole": True}
 
 
 def test_a_service_that_cannot_answer_is_not_healthy(tmp_path: Path) -> None:

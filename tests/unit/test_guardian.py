@@ -3,7 +3,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,7 +31,9 @@ guardian.dismiss()
 
 
 @contextmanager
-def launcher(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+def launcher(
+    folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """A launcher, and the processes that its server consists of."""
     folder.mkdir()
     (folder / "archive").write_text("28 MB")
@@ -40,7 +42,7 @@ def launcher(folder: Path) -> Iterator[tuple[subprocess.Popen[str], list[psutil.
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | dict(env or {}),
     )
     assert process.stdout is not None
     server = psutil.Process(int(process.stdout.readline()))
@@ -79,6 +81,20 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(tmp_path: Path) -> None:
         process.kill()
         wait_until_gone([*started, guardian])
         assert not folder.exists()
+
+
+def test_nothing_else_is_killed_whatever_the_environment_says(tmp_path: Path) -> None:
+    """The names of the shell's variables are in nobody's hands."""
+    bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        env = {"groups": f"-{bystander.pid}", "line": str(bystander.pid)}
+        with launcher(tmp_path / "folder", env) as (process, started):
+            process.kill()
+            wait_until_gone(started)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
 
 
 def test_a_signal_to_the_launchers_group_spares_the_guardian(tmp_path: Path) -> None:

@@ -405,6 +405,18 @@ def test_a_cached_image_shares_a_batch_with_a_new_one(model_dir: Path) -> None:
     assert old.body["predictions"] == alone.body["predictions"]
 
 
+def test_a_health_check_asks_the_model_and_not_the_cache(model_dir: Path) -> None:
+    classifier = start(model_dir, cache_bytes=2**20)
+    counted = Counted(classifier)
+    probe = {"X-Probe": "1"}
+    ask(classifier, {"body": JPEG})
+    assert ask(classifier, {"body": JPEG}, headers=probe)[0].status == 200
+    classifier.engine = Fake(broken)
+    assert ask(classifier, {"body": JPEG}, headers=probe)[0].status == 500
+    assert counted.read("probes_total") == {"200": 1, "500": 1}
+    assert counted.read("requests_total") == {"200": 1}
+
+
 def test_what_failed_is_not_cached(model_dir: Path) -> None:
     classifier = start(model_dir, cache_bytes=2**20)
     engine, classifier.engine = classifier.engine, Fake(not_a_number)

@@ -1,3 +1,4 @@
+import json
 import os
 import signal
 import subprocess
@@ -43,13 +44,19 @@ def test_a_worker_that_waits_for_requests_beats(tmp_path: Path, fast: None) -> N
     assert beats(tmp_path)
 
 
-def test_a_batch_that_gets_on_beats_however_long_it_takes(tmp_path: Path, fast: None) -> None:
+def test_a_batch_that_gets_on_beats_however_long_it_takes(
+    tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pulse, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pulse, "process_time", lambda: 0)
     worker = Pulse(tmp_path, 0.001)
     worker.start()
     with worker.batch():
         for _ in range(8):
-            time.sleep(0.1)
+            now[0] += 0.4  # of the 0.5 s that a step may take
             worker.step()
+        assert not worker.is_stuck()
         assert beats(tmp_path)
 
 
@@ -121,9 +128,10 @@ def test_an_exception_ends_a_batch(tmp_path: Path, fast: None) -> None:
 
 
 def test_a_folder_that_cannot_be_written_is_no_reason_not_to_serve(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Pulse(tmp_path / "missing", 0.001).start()
+    assert [record for record in caplog.messages if json.loads(record)["event"] == "not_watched"]
 
 
 def test_each_hung_worker_is_counted_once(tmp_path: Path) -> None:

@@ -17,17 +17,19 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.report import draw, table
 from benchmarks.run import Run, StartFailed, say
 from benchmarks.subjects import Subject, empty, ours
-from handler.decoders import CpuDecoder, Decoder, GpuDecoder, choose_decoder, nvjpeg
+from handler.decoders import CpuDecoder, DecodeJpegs, Decoder, GpuDecoder, choose_decoder, nvjpeg
 from handler.engines import Engine, load_engine
 from handler.errors import SetupError
 from handler.images import open_image, read_picture
@@ -100,6 +102,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def jpeg_decoder(device: str) -> DecodeJpegs:
+    """nvJPEG on a GPU; torchvision's libjpeg if all of this is tried on a CPU."""
+    return nvjpeg(device) if device != "cpu" else partial(decode_jpeg, mode=ImageReadMode.RGB)
+
+
 class Bench(Run):
     """The servers, environments and checks of benchmarks.run, on another device."""
 
@@ -159,7 +166,7 @@ class Bench(Run):
         bodies = [picture.body for picture in self.pictures]
         pixels = [read_picture(body, transform, Settings()).pixels for body in bodies]
         wanted = in_passes(reference, pixels)
-        gpu = GpuDecoder(transform, nvjpeg(self.device), CpuDecoder(transform))
+        gpu = GpuDecoder(transform, jpeg_decoder(self.device), CpuDecoder(transform))
         decoded = [picture.pixels for picture in decode(gpu, bodies)]
         levels = [
             (one.float() - other.cpu().float()).abs().mean().item()
@@ -219,7 +226,7 @@ class Bench(Run):
             "CPU, 1 thread": CpuDecoder(transform),
             f"CPU, {cores} threads": CpuDecoder(transform, cores),
             f"torchvision on {self.device}": GpuDecoder(
-                transform, nvjpeg(self.device), CpuDecoder(transform)
+                transform, jpeg_decoder(self.device), CpuDecoder(transform)
             ),
         }
         rows = []

@@ -18,13 +18,12 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from handler.errors import SetupError
+from scripts.java import find_java, utf8_locale
 from scripts.torchserve import (
     CLASS_ARCHIVE,
     FRONTEND,
     LOG_CONFIG,
     SERVER_HOME,
-    find_java,
-    utf8_locale,
 )
 
 START_SECONDS = 60

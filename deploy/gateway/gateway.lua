@@ -13,7 +13,10 @@ local ANSWERED_SECONDS = 10 -- in which an answer says that a replica is alive
 local MAKE_SECONDS = 10 -- after which somebody else tries to make an answer
 
 -- OpenSSL's own, which nginx is linked with.
-ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
+ffi.cdef [[
+    unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);
+    int kill(int process, int signal);
+]]
 local digest = ffi.new "unsigned char[32]"
 
 local gateway = {}
@@ -134,6 +137,61 @@ function gateway.print_refusal()
     ngx.ctx.refusal = nil -- the page may come in several pieces
 end
 
+-- --- places: how many requests are under way
+
+local places, workers = ngx.shared.places, ngx.shared.workers
+local own = "" -- this worker's process id, a part of its keys
+local living, looked = {}, 0 -- nginx's workers, and when that was
+local placed = {} -- the client whose place a request has, by the request's id
+
+-- Counted by worker, so that what a worker had that was killed goes with it.
+function gateway.start_worker()
+    own = tostring(ngx.worker.pid())
+    for _, key in ipairs(places:get_keys(0)) do
+        if key:find(own .. " ", 1, true) == 1 then -- of an earlier process with this number
+            places:delete(key)
+        end
+    end
+    workers:set(own, true)
+end
+
+local function taken(name)
+    if ngx.now() - looked >= 1 then
+        living, looked = {}, ngx.now()
+        for _, worker in ipairs(workers:get_keys(0)) do
+            if ffi.C.kill(tonumber(worker), 0) == 0 then
+                living[#living + 1] = worker
+            else
+                workers:delete(worker)
+            end
+        end
+    end
+    local sum = 0
+    for _, worker in ipairs(living) do
+        sum = sum + (places:get(worker .. " " .. name) or 0)
+    end
+    return sum
+end
+
+local function change(name, by)
+    local key = own .. " " .. name
+    if places:incr(key, by, 0) == 0 then
+        places:delete(key)
+    end
+end
+
+-- Take a place for the request until it ends; false if there is none.
+local function take_place()
+    local client = ngx.var.client_id
+    if taken "all" >= settings.max_concurrent or taken(client) >= settings.max_concurrent_per_client then
+        return false
+    end
+    change("all", 1)
+    change(client, 1)
+    placed[ngx.var.request_id] = client
+    return true
+end
+
 -- --- predictions
 
 -- Requests that this nginx worker has under way at each replica, and who is next among equals.
@@ -220,17 +278,29 @@ function gateway.leave()
         count(asked[id], -1)
         asked[id] = nil
     end
+    if placed[id] then
+        change("all", -1)
+        change(placed[id], -1)
+        placed[id] = nil
+    end
+end
+
+-- Another replica than one that was chosen, or nil: one that is left out is no better.
+local function another_than(replica)
+    local other = choose(replica)
+    if other ~= replica and (not left_out(other) or left_out(replica)) then
+        return other
+    end
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
 -- that the handler gives would come again, unless it is the GPU's; a worker that died (500, and 507
 -- after kill -9) has neighbours even in a replica that is alone.
-local function another(reply, tried)
-    local other = choose(tried)
+local function try_again_at(reply, tried)
     if reply.status == 507 or reply.status == 500 and not reply.by_handler then
-        return other
-    elseif reply.status >= 502 and reply.status <= 504 and other ~= tried then
-        return other
+        return another_than(tried) or tried
+    elseif reply.status >= 502 and reply.status <= 504 then
+        return another_than(tried)
     end
 end
 
@@ -238,14 +308,15 @@ end
 local SEEN_AS = { [502] = 503, [507] = 500 }
 
 function gateway.predict()
+    if not take_place() then
+        return ngx.exit(429)
+    end
     turn = turn + 1
     local replica = choose()
-    local other = choose(replica)
-    local alone = other == replica or left_out(other)
-    local reply = ask(alone and "/_second/" or "/_first/", replica)
-    local again = another(reply, replica)
-    if again then
-        reply = ask("/_second/", again)
+    local reply = ask(another_than(replica) and "/_first/" or "/_second/", replica)
+    local other = try_again_at(reply, replica)
+    if other then
+        reply = ask("/_second/", other)
     end
     ngx.var.torchserve_id = reply.header["x-request-id"] or ""
     ngx.var.version_answered = reply.header["X-Model-Version"] or ""
@@ -253,12 +324,13 @@ function gateway.predict()
         ngx.status = SEEN_AS[reply.status] or reply.status
         ngx.header["Content-Type"] = "application/json"
         -- TorchServe's message, if it tells the client something.
-        local own = reply.status < 500 and (cjson.decode(reply.body) or {}).message
+        local content = reply.status < 500 and cjson.decode(reply.body)
+        local theirs = type(content) == "table" and content.message
         return ngx.print(cjson.encode {
             status = "error",
             code = ngx.status,
             type = ngx.var.error_type,
-            message = own or ngx.var.error_message,
+            message = theirs or ngx.var.error_message,
         })
     end
     ngx.status = reply.status
@@ -283,7 +355,12 @@ local function answer(name, seconds, make)
         end
     end
     if not text then
-        status, text = make()
+        local made
+        made, status, text = pcall(make)
+        if not made then -- whatever a replica has said
+            ngx.log(ngx.ERR, status)
+            status, text = 503, cjson.encode { status = "unhealthy" }
+        end
         answers:set(name, text, status == 200 and seconds or 1, status)
         answers:set(name .. " before", text, 60, status)
         answers:delete(name .. " is made")
@@ -299,8 +376,9 @@ local function decoded(reply)
 end
 
 local function is_ready(reply)
-    for _, worker in ipairs(decoded(reply).workers or {}) do
-        if worker.status == "READY" then
+    local workers = decoded(reply).workers
+    for _, worker in ipairs(type(workers) == "table" and workers or {}) do
+        if type(worker) == "table" and worker.status == "READY" then
             return true
         end
     end
@@ -356,6 +434,9 @@ end
 
 -- The handler's own description of the model, to the letter, from the first replica that gives one.
 function gateway.info()
+    if not take_place() then
+        return ngx.exit(429)
+    end
     local target = ngx.var.described
     answer("info " .. target, 10, function()
         for replica = 0, settings.management - 1 do
@@ -398,13 +479,14 @@ function gateway.take_left_out()
     if type(found) ~= "table" then
         return ngx.exit(400)
     end
-    for _, replica in ipairs(settings.replicas) do
-        local state = found[replica.address]
-        if state then
-            ngx.shared.left_out:set(replica.address, state.why, 0, state.is_silent and 1 or 0)
-        else
-            ngx.shared.left_out:delete(replica.address)
+    local left_out = ngx.shared.left_out
+    for _, address in ipairs(left_out:get_keys(0)) do -- those of an earlier configuration, too
+        if not found[address] then
+            left_out:delete(address)
         end
+    end
+    for address, state in pairs(found) do
+        left_out:set(address, state.why, 0, state.is_silent and 1 or 0)
     end
     ngx.exit(204)
 end

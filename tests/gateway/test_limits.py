@@ -58,9 +58,10 @@ def torchserve_that(answer: bytes | None) -> Iterator[str]:
                 return
             held.enter_context(connection)
             if answer is not None:
-                connection.recv(65536)
-                connection.sendall(answer)
-                connection.shutdown(socket.SHUT_WR)
+                with suppress(OSError):  # whoever asked wants no more of it
+                    connection.recv(65536)
+                    connection.sendall(answer)
+                    connection.shutdown(socket.SHUT_WR)
 
     with held, socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

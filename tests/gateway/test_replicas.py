@@ -240,6 +240,58 @@ def test_an_answer_that_breaks_off_is_asked_for_again(tmp_path: Path) -> None:
                         assert answer.json() == {"whole": True}
 
 
+@pytest.mark.parametrize("size", [300_000, 5_000_000])
+def test_large_answers(tmp_path: Path, size: int) -> None:
+    """Of many images and classes. nginx's own buffers hold 256 KB."""
+    body = b'{"padding":"' + b"x" * size + b'"}'
+    with (
+        torchserve_that(answer_of(body)) as upstream,
+        running(tmp_path, {"GATEWAY_UPSTREAMS": upstream}) as gateway,
+    ):
+        for _ in range(3):
+            answer = requests.post(f"{gateway.url}/predict", data=SMALL, timeout=TIMEOUT)
+            assert (answer.status_code, answer.content) == (200, body)
+
+
+def test_a_worker_of_nginx_that_is_killed_takes_no_places_with_it(tmp_path: Path) -> None:
+    with torchserve_that(None) as upstream, ThreadPoolExecutor(4) as pool:
+        env = {
+            "GATEWAY_UPSTREAMS": upstream,
+            "GATEWAY_MAX_CONCURRENT": "2",
+            "GATEWAY_RESPONSE_TIMEOUT_SECONDS": "10",
+        }
+        with running(tmp_path, env) as gateway:
+            url = f"{gateway.url}/predict"
+            held = [pool.submit(ask, requests.Session(), url) for _ in range(2)]
+            time.sleep(2)  # they are under way
+            assert ask(requests.Session(), url)[0] == 429
+            nginx, *_ = psutil.Process(gateway.process.pid).children()
+            for worker in nginx.children():
+                worker.kill()
+            assert [one.result()[0] for one in held] == [0, 0]
+            wait_for(lambda: len(nginx.children()) >= 2)  # there are others
+            time.sleep(2)
+            assert ask(requests.Session(), url)[0] == 504
+
+
+def test_nothing_is_tried_again_at_a_replica_that_is_left_out(tmp_path: Path) -> None:
+    """The queue of the only one that answers is full."""
+    full = answer_of(b'{"code":503,"message":"no worker"}', b"503 ").replace(b"X-Model", b"X-No")
+    with (
+        torchserve_that(full) as busy,
+        torchserve_that(None) as hung,
+        running(tmp_path, {"GATEWAY_UPSTREAMS": f"{busy},{hung}"}) as gateway,
+    ):
+        wait_for(lambda: gateway.lines("replica_left_out"))
+        time.sleep(1)  # until nginx knows
+        for _ in range(4):
+            answer = requests.post(f"{gateway.url}/predict", data=SMALL, timeout=TIMEOUT)
+            check_error(answer, 503)
+            assert answer.elapsed.total_seconds() < 2
+        wait_for(lambda: len(gateway.lines()) == 4)
+        assert {line["upstream"] for line in gateway.lines()} == {busy}
+
+
 def test_a_service_that_cannot_answer_is_not_healthy(tmp_path: Path) -> None:
     """Its workers are READY, and every prediction fails."""
     body = b'[{"workers": [{"status": "READY"}]}]'

@@ -106,7 +106,7 @@ def test_one_failure_is_none(web: Web, tmp_path: Path, quick: None) -> None:
         wait_for(lambda: failed[0] > 20)
     finally:
         watch.stop()
-    assert nginx.told == [{}]
+    assert {json.dumps(told) for told in nginx.told} == {"{}"}
 
 
 def test_a_replica_that_is_gone_is_no_longer_told_of(

@@ -171,6 +171,9 @@ def test_200_slow_connections_do_not_harm_a_fast_client(gateway: Served, tmp_pat
                     pass
 
 
+DRIP_SECONDS = 60  # at most: a test that fails must end, too
+
+
 def drip(port: int, stop: threading.Event, connections: int, address: str, length: int) -> float:
     """Bodies of which a byte comes now and then; gives the seconds until all were cut off."""
     head = f"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n"
@@ -184,7 +187,7 @@ def drip(port: int, stop: threading.Event, connections: int, address: str, lengt
             connection.sendall(head.encode() + b"x")
             connection.settimeout(0)
             left.append(connection)
-        while left and not stop.wait(0.2):
+        while left and not stop.wait(0.2) and time.monotonic() - started < DRIP_SECONDS:
             for connection in [*left]:
                 try:
                     connection.sendall(b"x")

@@ -27,9 +27,10 @@ FROM libraries AS models
 COPY config.properties ./
 COPY deploy/gateway deploy/gateway
 COPY handler handler
+COPY service service
 COPY scripts scripts
-RUN .venv/bin/python scripts/class_archive.py \
-    && .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash handler scripts
+RUN .venv/bin/python scripts/java_cds.py \
+    && .venv/bin/python -m compileall -q --invalidation-mode unchecked-hash handler service scripts
 ARG MODELS=mobilenet_v2
 # pretrained, untrained, or a file beside this Dockerfile: weights/flowers.pth
 ARG WEIGHTS=pretrained
@@ -82,6 +83,7 @@ COPY --from=models /app/.venv/java-classes.jsa .venv/
 COPY --from=models /app/config.properties ./
 COPY --from=models /app/deploy deploy
 COPY --from=models /app/handler handler
+COPY --from=models /app/service service
 COPY --from=models /app/scripts scripts
 COPY --from=models /app/model_store model_store
 ENV PATH=/app/.venv/bin:$PATH PYTHONDONTWRITEBYTECODE=1 GATEWAY_HOST=0.0.0.0

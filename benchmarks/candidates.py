@@ -38,8 +38,8 @@ from handler.images import decode_image, to_input
 from handler.model_card import InputTransform
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
-from scripts.benchmark import machine
-from scripts.conversion import to_openvino
+from service.archive.conversion import to_openvino
+from service.load.generator import machine
 
 Decode = Callable[[bytes], Tensor]  # JPEG bytes -> uint8 [3, H, W]
 Compute = Callable[[Tensor], Any]  # uint8 [B, 3, H, W] -> probabilities [B, C]

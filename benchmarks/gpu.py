@@ -36,7 +36,7 @@ from handler.images import open_image, read_picture
 from handler.machine import available_cores
 from handler.model_card import ModelCard
 from handler.settings import Settings
-from scripts.benchmark import BOUNDARY, Expectations, Load, Picture, measure
+from service.load.generator import BOUNDARY, Expectations, Load, Picture, measure
 
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"

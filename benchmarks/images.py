@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from scripts.benchmark import Picture, load_pictures
+from service.load.generator import Picture, load_pictures
 
 LABELS_FILE = "labels.csv"
 

@@ -32,10 +32,9 @@ import yaml
 from benchmarks import report
 from benchmarks.environments import SetupFailed, prepare
 from benchmarks.images import load_rgb, read_labels
-from benchmarks.processes import Server, free_base_port, memory, running
 from benchmarks.subjects import PEERS, ROOT, Subject, all_subjects
 from handler.machine import available_cores
-from scripts.benchmark import (
+from service.load.generator import (
     Expectations,
     Load,
     Measurement,
@@ -47,6 +46,7 @@ from scripts.benchmark import (
     read_predictions,
     without_tensor_header,
 )
+from service.load.processes import Server, free_base_port, memory, running
 
 FOLDER = Path(__file__).parent
 START_SECONDS = 180

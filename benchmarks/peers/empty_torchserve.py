@@ -14,9 +14,9 @@ import yaml
 from model_archiver.model_packaging import generate_model_archive
 
 from benchmarks.peers.classifier import PORT
-from scripts.java import find_java
-from scripts.serve import listen
-from scripts.torchserve import Address, Addresses, TorchServe, read_config
+from service.serving import listen
+from service.torchserve.java import find_java
+from service.torchserve.server import Address, Addresses, TorchServe, read_config
 
 
 def make_archive(folder: Path, model_config: Path) -> Path:

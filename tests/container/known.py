@@ -8,8 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 
 from handler.settings import Settings
-from scripts.gateway_settings import GatewaySettings
-from scripts.torchserve import CONFIG_KEYS
+from service.gateway.settings import GatewaySettings
+from service.torchserve.server import CONFIG_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -9,10 +9,10 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from scripts import healthcheck
-from scripts.gateway_settings import GatewaySettings
-from scripts.options import parse_serve
-from scripts.torchserve import read_address, read_config
+from service import health as healthcheck
+from service.gateway.settings import GatewaySettings
+from service.options import parse_serve
+from service.torchserve.server import read_address, read_config
 from tests.container.known import ROOT, check_variables, dockerfile
 
 DEPLOY = ROOT / "deploy"

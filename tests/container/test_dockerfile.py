@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.gateway_settings import GatewaySettings
-from scripts.options import parse_serve
+from service.gateway.settings import GatewaySettings
+from service.options import parse_serve
 from tests.container.known import ROOT, check_variables, dockerfile, words
 
 DOCKERFILE = ROOT / "Dockerfile"

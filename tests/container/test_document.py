@@ -6,8 +6,8 @@ from dataclasses import fields
 import pytest
 
 from handler.settings import Settings
-from scripts.gateway_settings import GatewaySettings
-from scripts.options import parse_serve
+from service.gateway.settings import GatewaySettings
+from service.options import parse_serve
 from tests.container.known import ROOT, dockerfile
 
 TEXT = (ROOT / "docs" / "deploy.md").read_text("utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.options import parse_serve
+from service.options import parse_serve
 from tests.container.known import ROOT, check_variables
 
 UNIT = ROOT / "deploy" / "systemd" / "classifier.service"

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from handler.errors import SetupError
-from scripts.gateway import find_nginx
+from service.gateway.process import find_nginx
 from tests.gateway.running import free_port
 from tests.server.conftest import colour_weights
 from tests.server.serving import Server, serving

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from scripts import gateway
-from scripts.gateway import Gateway
-from scripts.gateway_settings import GatewaySettings
-from scripts.logs import Log
+from service.gateway import process as gateway
+from service.gateway.process import Gateway
+from service.gateway.settings import GatewaySettings
+from service.logs import Log
 from tests.gateway.running import free_port
 
 DEADLINE_SECONDS = 20
@@ -66,7 +66,7 @@ def test_the_gateway_follows_a_name(nginx: str, port: int, monkeypatch: pytest.M
             raise OSError("no such name")
         return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
 
-    monkeypatch.setattr("scripts.gateway_settings.socket.getaddrinfo", resolve)
+    monkeypatch.setattr("service.gateway.settings.socket.getaddrinfo", resolve)
     monkeypatch.setattr(gateway, "RESOLVE_SECONDS", 0)
     listening = free_port()
     served = Gateway(

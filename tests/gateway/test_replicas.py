@@ -387,10 +387,10 @@ def test_serve_ends_when_nginx_does(tmp_path: Path, colours: list[str], store: P
 
 def test_serve_without_nginx_says_so_first(tmp_path: Path, colours: list[str]) -> None:
     """On a machine without nginx: a copy of the repository that looks in no folder for it."""
-    for name in ("handler", "scripts", "config.properties", "examples"):
+    for name in ("handler", "service", "scripts", "config.properties", "examples"):
         path = ROOT / name
         shutil.copytree(path, tmp_path / name) if path.is_dir() else shutil.copy(path, tmp_path)
-    gateway = tmp_path / "scripts" / "gateway.py"
+    gateway = tmp_path / "service" / "gateway" / "process.py"
     gateway.write_text(gateway.read_text().replace('"/usr/sbin"', '"/nowhere"'))
     programs = tmp_path / "bin"
     programs.mkdir()

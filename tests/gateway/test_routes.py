@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import requests
 
-from scripts.banner import banner
-from scripts.torchserve import Address, Addresses
+from service.banner import banner
+from service.torchserve.server import Address, Addresses
 from tests.gateway.conftest import Served
 from tests.gateway.running import running, settings
 from tests.server.colours import encoded

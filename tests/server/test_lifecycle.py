@@ -98,7 +98,7 @@ def test_a_mistake_is_one_clear_line(
 
 def test_a_typo_in_config_properties_is_named(tmp_path: Path) -> None:
     """Run from a copy of the repository, because the file is part of it."""
-    for name in ("handler", "scripts"):
+    for name in ("handler", "service", "scripts"):
         shutil.copytree(ROOT / name, tmp_path / name)
     text = (ROOT / "config.properties").read_text()
     (tmp_path / "config.properties").write_text(text.replace("metrics_mode=", "metric_mode="))
@@ -161,7 +161,7 @@ def test_a_checkpoint_without_tensors_is_refused(tmp_path: Path) -> None:
 def test_paths_of_any_name_in_the_locale_c(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Java, too, reads and writes checkout, weights, archive and temporary folder."""
     folder = tmp_path / "übung 猫"
-    for name in ("handler", "scripts"):
+    for name in ("handler", "service", "scripts"):
         shutil.copytree(ROOT / name, folder / name)
     shutil.copy(ROOT / "config.properties", folder)
     monkeypatch.setattr(

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from scripts.tuned import read_tuned
+from service.tuning.tuned import read_tuned
 from tests.server.serving import ROOT, environment, serving
 
 MODEL = "shufflenet_v2_x0_5"

@@ -10,7 +10,7 @@ import pytest
 
 from handler import errors
 from handler.settings import PREFIX, Settings
-from scripts.gateway_settings import GatewaySettings
+from service.gateway.settings import GatewaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BOTH = "tests/unit/test_engines.py::test_openvino_gives_torchvisions_probabilities"
+BOTH = "tests/unit/handler/test_engines.py::test_openvino_gives_torchvisions_probabilities"
 
 
 def test_without_bf16_its_tests_are_skipped_by_name_and_the_report_says_so() -> None:

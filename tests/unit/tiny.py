@@ -9,7 +9,7 @@ from torch import nn
 
 from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
 from handler.networks import build_network, get_recipe, input_transform
-from scripts.conversion import to_openvino
+from service.archive.conversion import to_openvino
 
 ARCHITECTURE = "squeezenet1_1"
 RECIPE = get_recipe(ARCHITECTURE)

@@ -1,0 +1,1 @@
+"""From weights and labels to a model archive."""

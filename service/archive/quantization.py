@@ -1,0 +1,295 @@
+"""int8 at packaging time: calibrated on some images, judged on others, or refused.
+
+NNCF quantises; scripts/saturation.py makes the result right on CPUs without VNNI. Depthwise
+convolutions stay in floating point: they are bound by memory, so int8 gains nothing (MobileNetV2:
+7.1 ms an image with and without), and their few weights each carry the most error (mean divergence
+0.007 instead of 0.020 nats). So do the layers that cause the most of the remaining error: how many,
+the held-out images decide.
+"""
+
+import contextlib
+import logging
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+from tqdm import tqdm
+
+from handler.errors import InvalidModel, SetupError
+from service.archive.saturation import (
+    Int8Layer,
+    compile_for_one,
+    depthwise_layers,
+    fit_ranges,
+    input_quantizer,
+    int8_layers,
+    weighted_layers,
+)
+
+# Half are measured, and of 50 one differing answer is 2 points: of fewer, nothing can be said
+# about an agreement of 0.97 (its standard error is 2.4 points with 50).
+MINIMUM_IMAGES = 100
+MINIMUM_AGREEMENT = 0.97
+RANKING_IMAGES = 32
+OUTLIER = 0.05  # a layer that causes this share of the error by itself is never worth its int8
+TRIES = 5
+METHOD = "NNCF post-training, per-channel weights, ranges fitted to 16-bit saturation"
+REQUIREMENTS = "requirements-int8.txt"
+
+Image = NDArray[np.uint8]  # RGB [3, H, W]
+Probabilities = NDArray[np.float32]  # [N, C]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Report:
+    """What was measured when a model was made int8."""
+
+    method: str
+    calibration_images: int
+    measured_images: int  # none of which calibrated it
+    agreement: float  # share of measured images with the same best class as fp32
+    accuracy_fp32: float | None  # on the measured images; None without labels
+    accuracy_int8: float | None
+    largest_probability_difference: float  # of any class of any measured image
+    fp32_ms: float  # processor time, median of single images on one core
+    int8_ms: float
+    layers: int  # that could be int8
+    floating_point_layers: tuple[str, ...]  # the ones that stayed
+    cpu: str  # that it was measured on
+    nncf: str
+    openvino: str
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A model's answers to images, and the processor time of one: a busy machine tells no lies."""
+
+    probabilities: Probabilities
+    milliseconds: float
+
+
+def quantize(
+    model: ov.Model,
+    images: Sequence[Image],
+    labels: Sequence[int] | None = None,
+    minimum_agreement: float = MINIMUM_AGREEMENT,
+) -> tuple[ov.Model, Int8Report]:
+    """An int8 copy of a model of uint8 [B, 3, H, W] -> probabilities [B, C], and its report.
+
+    Every other image calibrates, the rest measure. `labels` are class indices, one an image.
+    Raises InvalidModel where there are too few images, or where the agreement with fp32 stays
+    under the minimum; SetupError where NNCF is not installed.
+    """
+    check_images(images, labels)
+    nncf = import_nncf()
+    core = ov.Core()
+    calibration, held_out = images[0::2], images[1::2]
+    truth = None if labels is None else np.asarray(labels[1::2])
+    fp32 = measure(model, held_out, core)
+    if truth is not None and truth.max() >= (classes := fp32.probabilities.shape[1]):
+        raise InvalidModel(f"a label is class {truth.max()}, the model has {classes} classes")
+
+    first = _quantize_once(nncf, model, calibration, (), core)
+    ranking = rank_layers(model, first, calibration[:RANKING_IMAGES], core)
+    best: tuple[ov.Model, Int8Report] | None = None
+    for count in _counts(ranking):
+        kept = tuple(name for name, _ in ranking[:count])
+        int8 = _quantize_once(nncf, model, calibration, kept, core) if kept else first
+        report = _report(
+            fp32,
+            measure(int8, held_out, core),
+            truth,
+            calibration_images=len(calibration),
+            layers=len(ranking),
+            kept=tuple(readable_names(model, kept)),
+        )
+        print(_line(report), file=sys.stderr, flush=True)
+        if best is None or report.agreement > best[1].agreement:
+            best = int8, report
+        if report.agreement >= minimum_agreement:
+            return int8, report
+    if best is None:
+        raise InvalidModel("int8: the model has no layer that can be int8")
+    raise InvalidModel(f"int8 is refused: {_line(best[1])}; the minimum is {minimum_agreement:g}")
+
+
+def check_images(images: Sequence[Image], labels: Sequence[int] | None) -> None:
+    """Raise InvalidModel where there is too little to calibrate and measure with."""
+    if len(images) < MINIMUM_IMAGES:
+        raise InvalidModel(
+            f"int8 needs {MINIMUM_IMAGES} images or more (half calibrate, half measure), "
+            f"got {len(images)}"
+        )
+    if labels is not None and len(labels) != len(images):
+        raise InvalidModel(f"{len(labels)} labels for {len(images)} calibration images")
+
+
+def import_nncf() -> Any:
+    """NNCF, quiet. Raises SetupError where it is not installed."""
+    os.environ.setdefault("NNCF_CI", "1")  # or it reports its use to its maker
+    try:
+        import nncf
+    except ImportError as exc:
+        raise SetupError(
+            f"int8 needs NNCF, which is not installed: pip install -r {REQUIREMENTS}"
+        ) from exc
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
+def _quantize_once(
+    nncf: Any,
+    model: ov.Model,
+    images: Sequence[Image],
+    floating_point: Sequence[str],
+    core: ov.Core,
+) -> ov.Model:
+    """An int8 copy in which the named layers stay as they are."""
+    parameters = nncf.AdvancedQuantizationParameters(
+        overflow_fix=nncf.OverflowFix.DISABLE  # fit_ranges does it better
+    )
+    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+        int8 = nncf.quantize(
+            model.clone(),
+            nncf.Dataset([image[None] for image in images]),
+            subset_size=len(images),
+            ignored_scope=nncf.IgnoredScope(names=[*depthwise_layers(model), *floating_point]),
+            advanced_parameters=parameters,
+        )
+    fit_ranges(int8, model, images, core)
+    return int8
+
+
+def rank_layers(
+    fp32: ov.Model, int8: ov.Model, images: Sequence[Image], core: ov.Core
+) -> list[tuple[str, float]]:
+    """Names of the int8 layers and the harm of each, most harmful first.
+
+    Harm: the Kullback-Leibler divergence of the probabilities, in nats an image, where this layer
+    alone is quantised.
+    """
+    wanted = measure(fp32, images, core).probabilities
+    harms = []
+    for layer in tqdm(int8_layers(int8), desc="Ranking layers", unit="layer", file=sys.stderr):
+        alone = measure(_only(fp32, layer), images, core).probabilities
+        harms.append((layer.name, divergence(wanted, alone)))
+    return sorted(harms, key=lambda entry: entry[1], reverse=True)
+
+
+def _only(model: ov.Model, layer: Int8Layer) -> ov.Model:
+    """A copy of the model with the input and the weights of one layer quantised."""
+    copy = model.clone()
+    node = next(n for n in weighted_layers(copy) if n.get_friendly_name() == layer.name)
+    node.input(1).replace_source_output(ops.constant(layer.real_weights()).output(0))
+    quantizer = input_quantizer(layer.node)
+    if quantizer is not None:
+        bounds = [quantizer.input_value(port).get_node().data for port in range(1, 5)]
+        levels = quantizer.get_attributes()["levels"]
+        quantized = ops.fake_quantize(node.input_value(0), *map(ops.constant, bounds), levels)
+        node.input(0).replace_source_output(quantized.output(0))
+    return copy
+
+
+def _counts(ranking: Sequence[tuple[str, float]]) -> Iterator[int]:
+    """How many layers to leave in floating point: the outliers, then more, a third at most."""
+    if not ranking:
+        return
+    total = sum(harm for _, harm in ranking)
+    outliers = sum(harm > OUTLIER * total for _, harm in ranking)
+    count = min(outliers, len(ranking) // 3)
+    for _ in range(TRIES):
+        yield count
+        if count == len(ranking) // 3:
+            return
+        count = min(max(1, 2 * count), len(ranking) // 3)
+
+
+def measure(model: ov.Model, images: Sequence[Image], core: ov.Core) -> Measurement:
+    """Answers to single images on one core."""
+    request = compile_for_one(model, images[0].shape, core)
+    answers, times = [], []
+    for image in images:
+        begin = time.process_time()
+        request.infer([image[None]], share_inputs=True)
+        times.append(time.process_time() - begin)
+        answers.append(np.array(request.get_output_tensor(0).data[0]))
+    return Measurement(np.stack(answers), 1000 * float(np.median(times)))
+
+
+def divergence(wanted: Probabilities, got: Probabilities) -> float:
+    """Mean Kullback-Leibler divergence of rows of probabilities, in nats."""
+    tiny = 1e-9
+    return float((wanted * np.log((wanted + tiny) / (got + tiny))).sum(axis=1).mean())
+
+
+def readable_names(model: ov.Model, names: Sequence[str]) -> Iterator[str]:
+    """The module's name in torch, where the graph's own name is a number."""
+    nodes = {node.get_friendly_name(): node for node in weighted_layers(model)}
+    for name in names:
+        users = nodes[name].output(0).get_target_inputs()
+        near = [name, *sorted(user.get_node().get_friendly_name() for user in users)]
+        module = next((text for text in near if text.startswith("__module.")), name)
+        yield module.removeprefix("__module.").split("/")[0]
+
+
+def _report(
+    fp32: Measurement,
+    int8: Measurement,
+    truth: NDArray[Any] | None,
+    *,
+    calibration_images: int,
+    layers: int,
+    kept: tuple[str, ...],
+) -> Int8Report:
+    best_fp32, best_int8 = (m.probabilities.argmax(axis=1) for m in (fp32, int8))
+    return Int8Report(
+        method=METHOD,
+        calibration_images=calibration_images,
+        measured_images=len(best_fp32),
+        agreement=float(np.mean(best_fp32 == best_int8)),
+        accuracy_fp32=None if truth is None else float(np.mean(best_fp32 == truth)),
+        accuracy_int8=None if truth is None else float(np.mean(best_int8 == truth)),
+        largest_probability_difference=float(np.abs(fp32.probabilities - int8.probabilities).max()),
+        fp32_ms=round(fp32.milliseconds, 3),
+        int8_ms=round(int8.milliseconds, 3),
+        layers=layers,
+        floating_point_layers=kept,
+        cpu=cpu_name(),
+        nncf=version("nncf"),
+        openvino=version("openvino"),
+    )
+
+
+def _line(report: Int8Report) -> str:
+    """A report for people."""
+    accuracy = (
+        f", accuracy {report.accuracy_int8:.3f} (fp32 {report.accuracy_fp32:.3f})"
+        if report.accuracy_int8 is not None
+        else ""
+    )
+    return (
+        f"int8 agrees with fp32 on {report.agreement:.3f} of {report.measured_images} images"
+        f"{accuracy}, {report.int8_ms:.1f} ms an image (fp32 {report.fp32_ms:.1f}), "
+        f"{len(report.floating_point_layers)} of {report.layers} layers in floating point"
+    )
+
+
+def cpu_name() -> str:
+    """The processor's name, and whether it has VNNI, which decides how int8 is computed."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:  # macOS
+        return platform.processor() or platform.machine()
+    facts = {key.strip(): text.strip() for key, _, text in (line.partition(":") for line in lines)}
+    name = facts.get("model name", platform.machine())
+    return f"{name}, {'with' if 'vnni' in facts.get('flags', '') else 'without'} VNNI"

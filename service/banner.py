@@ -1,0 +1,82 @@
+"""What ./scripts/serve says when it is ready."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+
+from service import health as healthcheck
+from service.gateway.process import Gateway
+from service.logs import Log
+from service.torchserve.server import ROOT, Addresses
+
+EXAMPLE = ROOT / "examples" / "clock.jpg"
+
+
+def announce(
+    log: Log,
+    served: Sequence[str],
+    addresses: Addresses,
+    gateway: Gateway | None,
+    seconds: float,
+) -> None:
+    """Say that the service is ready, in the log or to the people at the terminal."""
+    if log.form == "json":
+        log.event(
+            "INFO",
+            "ready",
+            message=f"Ready after {seconds:.1f} s.",
+            models=served,
+            predictions=addresses.inference.url,
+            management=addresses.management.url,
+            metrics=addresses.metrics.url,
+            gateway=gateway.url if gateway else None,
+        )
+    if log.form == "text" or sys.stderr.isatty():
+        text = banner(served, addresses, gateway, seconds) + "\n"
+        log.text(text) if log.form == "text" else sys.stderr.write(text)
+
+
+def banner(
+    served: Sequence[str], addresses: Addresses, gateway: Gateway | None, seconds: float
+) -> str:
+    """What people need next, with lines that work when pasted."""
+    example = shlex.quote(os.path.relpath(EXAMPLE))
+    management = addresses.management.url
+    lines = []
+    for model in served:
+        info = healthcheck.describe(management, model, "?customized=true", timeout=30) or {}
+        facts = info["customizedMetadata"]
+        workers = info["minWorkers"]
+        top_k = min(3, facts["classes"])
+        predict = f"{addresses.inference.url}/predictions/{model}"
+        described = f"{management}/models/{model}"
+        lines += [
+            f"{model} is ready: {workers} worker{'s' if workers > 1 else ''} on {facts['device']}, "
+            f"{facts['engine']}, weights {facts['weights']['name']}",
+            "",
+            f"  predict   curl {predict} -T {example}",
+            f"  top {top_k}     curl {predict} -F file=@{example} -F top_k={top_k}",
+            f"  info      curl '{described}?customized=true'",
+            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
+            "",
+        ]
+    if gateway:
+        url, key = gateway.url, "-H 'X-API-Key: KEY' " if gateway.has_keys else ""
+        lines += [
+            f"The gateway is {url}/",
+            "",
+            f"  predict   curl {key}{url}/predict -F file=@{example}",
+            f"  health    curl {url}/health",
+            f"  info      curl {key}{url}/info",
+            "",
+        ]
+    lines += [f"  metrics   curl {addresses.metrics.url}/metrics", "  stop      Ctrl-C"]
+    for purpose, address in (
+        ("predictions", addresses.inference),
+        ("management", addresses.management),
+        ("metrics", addresses.metrics),
+    ):
+        if address.host not in ("127.0.0.1", "localhost"):
+            lines.append(f"  {purpose} are open to the network on {address.host}: see Security")
+    return "\n".join(["", *lines, "", f"Ready after {seconds:.1f} s.", ""])

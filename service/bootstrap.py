@@ -1,0 +1,182 @@
+"""Make .venv match the pinned requirements, then run a command in it.
+
+    bootstrap.py serve ARGS…    set up and start scripts/serve.py
+    bootstrap.py dev            set up with the tools that scripts/test needs
+
+Runs with the system's Python and the standard library only.
+"""
+
+from __future__ import annotations  # so that an old Python gets as far as the message for it
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "installed.json"
+CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main(argv: list[str]) -> int:
+    if sys.version_info < (3, 10):
+        return _fail(
+            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()}; "
+            "name another with PYTHON=/path/to/python3"
+        )
+    command, *rest = argv
+    torch_build = "auto"
+    if command == "serve":
+        from service.options import parse_serve  # after the version check: newer syntax
+
+        torch_build = parse_serve(rest).torch
+    try:
+        set_up("requirements-dev.txt" if command == "dev" else "requirements.txt", torch_build)
+    except subprocess.CalledProcessError as exc:
+        return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
+    except OSError as exc:
+        return _fail(f"the set-up failed: {exc}")
+    except KeyboardInterrupt:
+        return 130
+    if command == "serve":
+        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / "serve.py"), *rest])
+    return 0
+
+
+def set_up(requirements: str, torch_build: str) -> None:
+    """Create or update .venv; does nothing, and writes nothing, if the pins have not changed.
+
+    Raises CalledProcessError if venv or pip failed (they have said why).
+    """
+    wanted = {
+        name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
+        for name in {"requirements.txt", requirements, *_included(requirements)}
+    }
+    if _is_current(_read_stamp(), wanted, torch_build):
+        return
+    with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        installed = _read_stamp()
+        if _is_current(installed, wanted, torch_build):
+            return
+        same_torch = torch_build in ("auto", installed.get("torch"))
+        print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
+        if not installed:
+            _run([sys.executable, "-m", "venv", "--clear", VENV])
+            # The repository itself becomes importable, as an editable install would make it. The
+            # path is relative: a checkout that is moved or copied never runs another one's code,
+            # and Python reads such files in ASCII if LC_ALL is C.
+            site = next((VENV / "lib").glob("python*/site-packages"))
+            (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
+        STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
+        if not same_torch and installed:
+            _pip("uninstall", "--yes", "torch", "torchvision")
+        build = installed["torch"] if same_torch and installed else torch_build
+        if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
+            build = _install_torch(build)  # before the rest, which would take the default build
+        _pip("install", "-r", ROOT / requirements)
+        with contextlib.suppress(
+            subprocess.CalledProcessError
+        ):  # it has said so; Java does without
+            _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
+        facts = {"torch": build, "python": _real_python()}
+        STAMP.write_text(json.dumps(installed | wanted | facts))
+
+
+def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
+    """Whether a set-up has nothing to do."""
+    return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
+
+
+def _included(requirements: str) -> list[str]:
+    """The files that a requirements file takes in with -r."""
+    return re.findall(r"^-r (\S+)", (ROOT / requirements).read_text(), re.MULTILINE)
+
+
+def _install_torch(build: str) -> str:
+    """Install the pinned torch and torchvision; returns the build taken, "cpu" or "cuda"."""
+    text = (ROOT / "requirements.txt").read_text()
+    pins = re.findall(r"^(?:torch|torchvision)==\S+", text, re.MULTILINE)
+    if build == "cpu":
+        _pip("install", "--index-url", CPU_INDEX, *pins)
+        return "cpu"
+    if build == "cuda" or platform.system() != "Linux":
+        reason = "as asked" if build == "cuda" else "the only one on this system"
+    elif has_gpu():
+        reason = "there is a GPU"
+    elif cpu_index_answers():
+        print(f"torch: the CPU build from {CPU_INDEX} (there is no GPU)", file=sys.stderr)
+        try:
+            _pip("install", "--index-url", CPU_INDEX, *pins)
+            return "cpu"
+        except subprocess.CalledProcessError:
+            reason = "the CPU build could not be installed"
+    else:
+        reason = "no GPU here, but PyTorch's CPU index does not answer"
+    print(f"torch: the default build ({reason})", file=sys.stderr, flush=True)
+    _pip("install", *pins)
+    return "cuda"
+
+
+def has_gpu() -> bool:
+    """Whether an NVIDIA driver lists a GPU."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return False
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, check=False)
+    return listed.returncode == 0 and "GPU" in listed.stdout
+
+
+def cpu_index_answers(url: str = f"{CPU_INDEX}/torch/", seconds: float = 3) -> bool:
+    """Ask PyTorch's CPU index once, in a process of its own: no DNS lookup outlasts the limit."""
+    probe = f"import urllib.request; urllib.request.urlopen({url!r})"
+    try:
+        asked = subprocess.run(
+            [sys.executable, "-c", probe], capture_output=True, timeout=seconds, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return False
+    return asked.returncode == 0
+
+
+def _pip(*args: object) -> None:
+    quiet = [] if sys.stderr.isatty() else ["--quiet"]
+    _run([PYTHON, "-m", "pip", *args, "--disable-pip-version-check", *quiet])
+
+
+def _run(command: list[object]) -> None:
+    """Run with what it prints on stderr, so that stdout is the command's own."""
+    subprocess.run([str(word) for word in command], check=True, stdout=sys.stderr)
+
+
+def _read_stamp() -> dict[str, str]:
+    """What is installed; nothing in a .venv that was never finished, or whose Python is gone."""
+    try:
+        installed = dict(json.loads(STAMP.read_text()))
+    except (OSError, ValueError):
+        return {}
+    # An upgrade of the system may leave another Python behind the same link, without our packages.
+    same = installed.get("python", _real_python()) == _real_python()
+    return installed if PYTHON.exists() and same else {}
+
+
+def _real_python() -> str:
+    return os.path.realpath(PYTHON)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

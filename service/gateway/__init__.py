@@ -1,0 +1,1 @@
+"""nginx in front of one or more TorchServes."""

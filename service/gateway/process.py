@@ -1,0 +1,281 @@
+"""Run nginx in front of TorchServe: POST /predict, GET /health, GET /info, keys, limits, retries.
+
+Settings are environment variables GATEWAY_…, listed in docs/gateway.md.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Event
+
+from handler.errors import SetupError
+from service.gateway.config import (
+    DEPLOY,
+    Replicas,
+    render,
+    stop_seconds,
+    targets,
+    worker_user,
+)
+from service.gateway.settings import NAME, GatewaySettings, name_ignored, read_keys
+from service.gateway.watch import Watch
+from service.guardian import Guardian
+from service.logs import Log, default_form
+from service.ports import check_ports
+from service.signals import on_stop
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
+MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs the first
+PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
+POLL_SECONDS = 0.2
+RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="scripts/gateway.py", description=__doc__)
+    parser.add_argument(
+        "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
+    )
+    args = parser.parse_args(argv)
+    if args.new_key is not None:
+        return new_key(args.new_key)
+    stop = Event()
+    on_stop(lambda *_: stop.set())
+    gateway = None
+    log = Log(default_form())
+    name_ignored(log)
+    try:
+        settings = GatewaySettings.load()
+        gateway = Gateway(settings, log)
+        gateway.start()
+        print(f"Gateway on {settings.url}", file=sys.stderr, flush=True)
+        while not stop.wait(POLL_SECONDS):
+            gateway.check()
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except GatewayEnded as exc:
+        print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
+        return 1
+    finally:
+        if gateway:
+            gateway.stop()
+    return 0
+
+
+def new_key(name: str) -> int:
+    """Print a key, which is kept nowhere, and the line that lets it in."""
+    if not NAME.fullmatch(name):
+        print(f"error: a client's name must match {NAME.pattern}, got {name!r}", file=sys.stderr)
+        return 2
+    key = secrets.token_urlsafe(32)
+    print(f"key, for the client: {key}")
+    print(f"line for the file:   {name} {hashlib.sha256(key.encode()).hexdigest()}")
+    return 0
+
+
+class GatewayEnded(Exception):
+    """nginx was up and is no more; its log has the cause."""
+
+
+class Gateway:
+    """One nginx, in a folder of its own."""
+
+    def __init__(self, settings: GatewaySettings, output: Log) -> None:
+        """`output` takes the access log.
+
+        Raises SetupError where nginx or its module is not installed, or a key is malformed.
+        """
+        self._settings = settings
+        self._output = output
+        self._nginx, self._modules = find_nginx()
+        self._clients = read_keys(settings.keys_file) if settings.keys_file else []
+        self._replicas = Replicas.find(settings)
+        self._looked = time.monotonic()
+        self._watch = Watch(lambda: self._replicas.upstreams, targets(settings), output)
+        self._seen = self._changed = self._stamp()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: threading.Thread | None = None
+        self._guardian: Guardian | None = None
+        self._folder = Path()
+
+    def start(self) -> None:
+        """Check the configuration and start nginx. Raises SetupError."""
+        check_ports({"the gateway (GATEWAY_PORT)": self.address})
+        self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
+        self._guardian = Guardian(self._folder)
+        self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
+        copy_pages(self._folder / "pages")  # which may not reach into our home
+        for name, owner in (("control", None), ("inside", worker_user())):
+            path = self._folder / name  # of a socket: nginx lets everybody write to it
+            path.mkdir(0o700)
+            if owner:
+                os.chown(path, owner.pw_uid, owner.pw_gid)
+        reader, writer = os.pipe()
+        self._access_log = f"/dev/fd/{writer}"
+        try:
+            self._write()
+            checked = subprocess.run(
+                [*self._command(), "-t", "-q"],
+                capture_output=True,
+                text=True,
+                check=False,
+                pass_fds=[writer],
+            )
+            if checked.returncode != 0:
+                _, _, reason = checked.stderr.splitlines()[0].partition(": ")  # time, process
+                raise SetupError(f"nginx refuses its configuration: {reason}")
+            pid_file = self._folder / "nginx.pid"
+            pid_file.unlink(missing_ok=True)  # the check leaves one
+            self._process = subprocess.Popen(
+                self._command(),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[writer],
+                start_new_session=True,  # Ctrl-C reaches us alone
+            )
+            self._guardian.watch(self._process.pid)
+        finally:
+            os.close(writer)
+            self._log = threading.Thread(target=self._relay, args=(reader,))
+            self._log.start()
+        deadline = time.monotonic() + 10
+        while not pid_file.exists():  # it is written when nginx listens
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise SetupError("nginx did not start; the cause is in the log above")
+            time.sleep(0.02)
+        self._watch.start(self._folder / "control" / "sock")
+
+    def _command(self) -> list[str]:
+        return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
+
+    def _relay(self, reader: int) -> None:
+        """Pass the access log on until nginx has ended.
+
+        Through a pipe, because nginx would open stdout anew, and write over what others write to
+        the same file.
+        """
+        with open(reader, "rb") as output:
+            self._output.relay(output)
+
+    def _write(self) -> None:
+        config = render(
+            self._settings,
+            self._replicas,
+            self._clients,
+            self._folder,
+            self._access_log,
+            self._modules,
+        )
+        path = self._folder / "nginx.conf"
+        path.with_suffix(".new").write_text(config, "utf-8")
+        path.with_suffix(".new").replace(path)
+
+    def _stamp(self) -> tuple[object, ...]:
+        """What changes with the keys file, and with the replicas."""
+        replicas = self._find_replicas()
+        try:
+            stat = self._settings.keys_file.stat() if self._settings.keys_file else None
+        except OSError:
+            return (0, replicas)
+        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, replicas) if stat else (replicas,)
+
+    def _find_replicas(self) -> Replicas:
+        """The replicas, as they were last found: a name that fails holds nothing else up."""
+        if time.monotonic() - self._looked >= RESOLVE_SECONDS:
+            with suppress(SetupError):
+                self._replicas = Replicas.find(self._settings)
+            self._looked = time.monotonic()
+        return self._replicas
+
+    def check(self) -> None:
+        """To be called again and again: take in a keys file, or replicas, that have changed.
+
+        What is broken leaves them as they were. Raises GatewayEnded.
+        """
+        if self._process is None:
+            return
+        if (status := self._process.poll()) is not None:
+            raise GatewayEnded(f"nginx ended with status {status}")
+        stamp = self._stamp()
+        if stamp != self._changed:  # and may still be changing: editors empty a file first
+            self._changed = stamp
+            return
+        if stamp == self._seen:
+            return
+        self._seen = stamp
+        try:
+            if self._settings.keys_file:
+                self._clients = read_keys(self._settings.keys_file)
+            self._write()
+        except SetupError as exc:
+            print(f"error: {exc}; the keys stay as they were", file=sys.stderr, flush=True)
+            return
+        self._process.send_signal(signal.SIGHUP)
+
+    @property
+    def url(self) -> str:
+        """For a client on this machine."""
+        return self._settings.url
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return self._settings.host, self._settings.port
+
+    @property
+    def has_keys(self) -> bool:
+        return self._settings.keys_file is not None
+
+    def stop(self) -> None:
+        """Close the listeners, let requests in flight be answered, and end."""
+        self._watch.stop()
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            try:
+                self._process.wait(stop_seconds(self._settings) + 5)
+            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
+                self._process.terminate()
+                self._process.wait()
+            with suppress(ProcessLookupError):  # workers outlive a master that was killed
+                os.killpg(self._process.pid, signal.SIGKILL)
+        if self._log is not None:
+            self._log.join()
+        if self._folder != Path():
+            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._guardian is not None:
+            self._guardian.dismiss()
+
+
+def copy_pages(folder: Path) -> None:
+    """Copy deploy/gateway so that every user can read it, however the checkout was made."""
+    shutil.copytree(DEPLOY, folder, copy_function=shutil.copyfile)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def find_nginx() -> tuple[str, list[Path]]:
+    """nginx and what it has to load for Lua. Raises SetupError that says how to get them."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
+    nginx = shutil.which("nginx", path=path)
+    if nginx is None:
+        raise SetupError(f"the gateway needs nginx: apt-get install {PACKAGES}")
+    built = subprocess.run([nginx, "-V"], capture_output=True, text=True, check=False).stderr
+    found = re.search(r"--modules-path=(\S+)", built)
+    folder = Path(found[1] if found else "/usr/lib/nginx/modules")
+    modules = [folder / name for name in MODULES]
+    for module in modules:
+        if not module.is_file():
+            raise SetupError(f"the gateway needs nginx's {module.name}: apt-get install {PACKAGES}")
+    return nginx, modules

@@ -1,0 +1,249 @@
+"""Settings of the gateway and its keys: checked, so that nothing in them can be nginx's syntax."""
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from handler.errors import InvalidSettings, SetupError
+from handler.settings import PREFIX as HANDLER_PREFIX
+from handler.settings import own_variables, platform_variables
+from service.logs import Log
+
+PREFIX = "GATEWAY_"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a model, or a client
+VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+
+# setting: lowest and highest
+RANGES = {
+    "port": (1, 65535),
+    "rate": (0, 1_000_000),
+    "burst": (0, 1_000_000),
+    "max_concurrent": (1, 100_000),
+    "max_concurrent_per_client": (1, 100_000),
+    "max_body_bytes": (1, 2**30),
+    "client_timeout_seconds": (1, 3600),
+    "body_timeout_seconds": (1, 3600),
+    "response_timeout_seconds": (1, 3600),
+}
+
+
+@dataclass(frozen=True)
+class Client:
+    """A line of the keys file."""
+
+    name: str
+    sha256: str  # of the key, in hex
+    disabled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GatewaySettings:
+    """Texts and numbers as the environment gives them; a value that breaks its rule raises
+    InvalidSettings."""
+
+    host: str = "127.0.0.1"  # an address of this machine, 0.0.0.0 for all
+    port: int = 8000
+    upstreams: str = "127.0.0.1:8080"  # TorchServe's predictions: HOST:PORT[,HOST:PORT…]
+    management: str = "127.0.0.1:8081"  # TorchServe's management, for /health and /info
+    models: str = "mobilenet_v2"  # NAME[,NAME…]: the first answers /predict, all make /health
+    split: str = ""  # VERSION=PERCENT,… of the first model's clients; "": its default version
+    keys: str = ""  # a file, or off; "": off on loopback, else an error
+    tls_certificate: str = ""  # PEM files; both or neither
+    tls_key: str = ""
+    rate: int = 200  # requests a second of one client; 0: no limit
+    burst: int = 400  # requests that a client may be ahead of its rate
+    max_concurrent: int = 256  # requests under way
+    max_concurrent_per_client: int = 64
+    max_body_bytes: int = 16 * 2**20  # as max_request_size in config.properties
+    client_timeout_seconds: int = 10  # for the headers, and between two pieces of a body
+    body_timeout_seconds: int = 60  # for a whole body
+    response_timeout_seconds: int = 60  # of a prediction
+    metrics_allow: str = "127.0.0.1,::1"  # addresses or networks that may read /metrics
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise _invalid(name, f"must be {low} to {high}", value)
+        if not _is_address(self.host):
+            raise _invalid("host", "must be an IP address", self.host)
+        for name in ("upstreams", "management"):
+            for entry in _entries(name, getattr(self, name)):
+                _split_address(name, entry)
+        for model in self.model_names:
+            if not NAME.fullmatch(model):
+                raise _invalid("models", "must be names with commas between", self.models)
+        self.weights()
+        self.metrics_networks()
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise InvalidSettings(
+                f"{PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY go together, and one is missing"
+            )
+        for name in ("tls_certificate", "tls_key"):
+            if path := getattr(self, name):
+                _check_file(name, path)
+        if self.keys not in ("", "off"):
+            _check_file("keys", self.keys)
+        elif not self.keys and not self.on_loopback:
+            raise InvalidSettings(
+                f"{PREFIX}HOST is {self.host}, so that others may reach it: give "
+                f"{PREFIX}KEYS=FILE (scripts/gateway.py --new-key NAME makes a line of it), "
+                f"or {PREFIX}KEYS=off"
+            )
+
+    @classmethod
+    def load(cls, environ: Mapping[str, str] = os.environ) -> "GatewaySettings":
+        """Settings from the environment. Raises InvalidSettings: the name, the rule, the value."""
+        known = {spec.name: spec for spec in fields(cls)}
+        values: dict[str, str | int] = {}
+        for name, text in own_variables(environ, PREFIX).items():
+            key = name[len(PREFIX) :].lower()
+            if key not in known or name != name.upper():
+                names = ", ".join(PREFIX + key.upper() for key in known)
+                raise InvalidSettings(f"{name} is unknown; known: {names}")
+            if known[key].type is int:
+                if not re.fullmatch(r"-?[0-9]{1,18}", text):
+                    raise _invalid(key, "must be a whole number", text)
+                values[key] = int(text)
+            else:
+                values[key] = text
+        return cls(**values)  # type: ignore[arg-type]
+
+    @property
+    def on_loopback(self) -> bool:
+        return ipaddress.ip_address(self.host).is_loopback
+
+    @property
+    def keys_file(self) -> Path | None:
+        return None if self.keys in ("", "off") else Path(self.keys).resolve()
+
+    @property
+    def model_names(self) -> list[str]:
+        return _entries("models", self.models)
+
+    @property
+    def url(self) -> str:
+        """The gateway for a client on this machine."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        scheme = "https" if self.tls_certificate else "http"
+        return (
+            f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
+        )
+
+    def weights(self) -> dict[str, int]:
+        """Version -> percent of the clients; empty without a split."""
+        if not self.split:
+            return {}
+        weights: dict[str, int] = {}
+        for entry in _entries("split", self.split):
+            version, _, percent = entry.partition("=")
+            if not VERSION.fullmatch(version) or version in weights:
+                raise _invalid("split", "must be VERSION=PERCENT,…", self.split)
+            if not re.fullmatch("[0-9]{1,3}", percent):
+                raise _invalid("split", "must have whole percents", self.split)
+            weights[version] = int(percent)
+        if sum(weights.values()) != 100:
+            raise _invalid("split", "must add up to 100 percent", self.split)
+        return weights
+
+    def metrics_networks(self) -> list[str]:
+        """Networks in CIDR form."""
+        try:
+            return [
+                str(ipaddress.ip_network(entry))
+                for entry in _entries("metrics_allow", self.metrics_allow)
+            ]
+        except ValueError:
+            raise _invalid(
+                "metrics_allow", "must be addresses or networks", self.metrics_allow
+            ) from None
+
+    def addresses(self, name: str) -> list[str]:
+        """`upstreams` or `management` as IP:PORT, all that a name stands for.
+
+        Resolved here once, as nginx would do itself: gateway.conf tells replicas by their address.
+        Raises SetupError.
+        """
+        found: dict[str, None] = {}
+        for entry in _entries(name, getattr(self, name)):
+            host, port = _split_address(name, entry)
+            try:
+                answers = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
+            except OSError as exc:
+                raise SetupError(f"{PREFIX}{name.upper()}: {host} is not found: {exc}") from exc
+            found |= {f"{address[0]!s}:{port}": None for *_, address in answers}
+        return list(found)
+
+
+def name_ignored(log: Log, environ: Mapping[str, str] = os.environ) -> None:
+    """Say once, at the start, which variables look like settings of ours and are the platform's."""
+    if names := sorted(platform_variables(environ, HANDLER_PREFIX, PREFIX)):
+        message = f"{', '.join(names)}: made by Kubernetes or Docker for a service of that name"
+        log.event("INFO", "ignored", message=message)
+
+
+def read_keys(path: Path) -> list[Client]:
+    """The clients in a keys file: `NAME SHA256 [disabled]` a line, # begins a comment.
+
+    Raises InvalidSettings with the line's number; the line itself, which may hold a key by mistake,
+    is not shown.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise InvalidSettings(f"{path} cannot be read: {exc}") from exc
+    clients: list[Client] = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        name, digest, *rest = [*words, ""] if len(words) == 1 else words
+        if (
+            not NAME.fullmatch(name)
+            or not SHA256.fullmatch(digest)
+            or rest not in ([], ["disabled"])
+        ):
+            raise InvalidSettings(
+                f"{path}, line {number} must be NAME SHA256 [disabled], with the sha256 of the key "
+                "in 64 lower-case hex digits"
+            )
+        if any(digest == client.sha256 for client in clients):
+            raise InvalidSettings(f"{path}, line {number}: the key is in the file already")
+        clients.append(Client(name, digest, disabled=bool(rest)))
+    return clients
+
+
+def _entries(name: str, text: str) -> list[str]:
+    entries = [entry.strip() for entry in text.split(",")]
+    if not all(entries):
+        raise _invalid(name, "must be entries with commas between", text)
+    return entries
+
+
+def _split_address(name: str, entry: str) -> tuple[str, int]:
+    match = re.fullmatch(r"([A-Za-z0-9][A-Za-z0-9.-]{0,252}):([0-9]{1,5})", entry)
+    if not match or not 1 <= int(match[2]) <= 65535:
+        raise _invalid(name, "must be HOST:PORT[,HOST:PORT…]", entry)
+    return match[1], int(match[2])
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # a zone, which may hold anything
+
+
+def _check_file(name: str, text: str) -> None:
+    if not os.access(text, os.R_OK) or not Path(text).is_file():
+        raise _invalid(name, "must be a file that can be read", text)
+
+
+def _invalid(name: str, rule: str, value: object) -> InvalidSettings:
+    return InvalidSettings(f"{PREFIX}{name.upper()} {rule}, got {value!r}")

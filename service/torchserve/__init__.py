@@ -1,0 +1,1 @@
+"""TorchServe as a process, and the Java that it runs in."""

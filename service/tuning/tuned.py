@@ -1,0 +1,181 @@
+"""The file that scripts/tune.py writes and `--tuned` reads: the best configuration, its facts.
+
+It goes over handler/configs/*.yaml. Options and the environment go over it, and that is said.
+"""
+
+import os
+from argparse import Namespace
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_origin
+
+import yaml
+
+from handler.errors import InvalidSettings, SetupError
+from handler.machine import available_cores, cpu_model
+from handler.settings import PREFIX, Settings
+from service.options import RANGES
+from service.torchserve.server import read_config, read_path
+
+COMMENT = "# Written by scripts/tune.py, for ./scripts/serve --tuned.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedOptions:
+    """What options of ./scripts/serve say as well."""
+
+    device: str
+    precision: str
+    workers: int
+    batch_size: int
+    max_batch_delay_ms: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TunedHandler:
+    """What settings of the handler say as well."""
+
+    engine: str
+    threads: int
+    max_forward: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Where and how the configuration was measured."""
+
+    slo_p99_ms: float
+    throughput_rps: float | None  # None while it is being measured
+    p99_ms: float | None
+    concurrency: int | None  # clients, each with one request at a time
+    date: str
+    cpu: str
+    cores: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuned:
+    """The content of the file."""
+
+    model: str
+    options: TunedOptions
+    handler: TunedHandler
+    facts: Facts
+
+    def write(self, path: Path) -> None:
+        """Raises SetupError."""
+        text = COMMENT + yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(text, "utf-8")
+            part.replace(path)
+        except OSError as exc:
+            raise SetupError(f"{path} cannot be written: {exc.strerror}") from exc
+
+    def fill_in(self, options: Namespace) -> Namespace:
+        """The options of a command, where they say nothing as the file says."""
+        given = {name: value for name, value in vars(options).items() if _is_given(value)}
+        return Namespace(**vars(options) | asdict(self.options) | given)
+
+
+def tuned_path(model: str, choice: str) -> Path:
+    """The file that `--tuned` names; "auto": where scripts/tune.py writes it by itself."""
+    if choice != "auto":
+        return Path(choice)
+    return read_path(read_config(), "model_store") / f"tuned-{model}.yaml"
+
+
+def find_tuned(model: str, options: Namespace) -> Tuned | None:
+    """The file of a model; None without `--tuned`. Raises InvalidSettings."""
+    return read_tuned(tuned_path(model, options.tuned), model) if options.tuned else None
+
+
+def read_tuned(path: Path, model: str) -> Tuned:
+    """Raises InvalidSettings for a damaged file, an unknown key, a wrong value, another model."""
+    try:
+        content = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError as exc:
+        raise InvalidSettings(f"{path} is missing: scripts/tune.py writes it") from exc
+    except OSError as exc:
+        raise InvalidSettings(f"{path} cannot be read: {exc.strerror}") from exc
+    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        raise InvalidSettings(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
+    try:
+        tuned: Tuned = _build(Tuned, content, "")
+        for name, (low, high) in RANGES.items():
+            value = getattr(tuned.options, name)
+            if not low <= value <= high:
+                raise InvalidSettings(f"options.{name} must be {low} to {high}, got {value!r}")
+        device, precision = tuned.options.device, tuned.options.precision
+        Settings(device=device, precision=precision, **asdict(tuned.handler))
+    except InvalidSettings as exc:
+        raise InvalidSettings(f"{path}: {exc}") from exc
+    if tuned.model != model:
+        raise InvalidSettings(f"{path} was tuned for {tuned.model}, and the model is {model}")
+    return tuned
+
+
+def describe_differences(model: str, options: Namespace) -> list[str]:
+    """Lines for the operator: what is not as the file of `--tuned` says or was measured.
+
+    Raises InvalidSettings.
+    """
+    tuned = find_tuned(model, options)
+    if tuned is None:
+        return []
+    path, facts = tuned_path(model, options.tuned), tuned.facts
+    lines = []
+    here = (cpu_model(), available_cores())
+    # A warning, not a refusal: the settings still work, only their speed is in doubt, and a service
+    # that its host moved to another CPU overnight must come up. What cannot run here (bf16, a GPU)
+    # is refused by its own check.
+    if (facts.cpu, facts.cores) != here:
+        lines.append(
+            f"warning: {path} was tuned on another machine ({facts.cpu}, cores: {facts.cores}; "
+            f"here {here[0]}, cores: {here[1]}): run scripts/tune.py again"
+        )
+    for name, value in asdict(tuned.options).items():
+        given = getattr(options, name)
+        if _is_given(given) and given != value:
+            option = f"--{name.replace('_', '-')}"
+            lines.append(f"warning: {option} {given} goes over {path}, which has {value}")
+    for name, value in (asdict(tuned.options) | asdict(tuned.handler)).items():
+        variable = PREFIX + name.upper()
+        given = os.environ.get(variable)
+        if given not in (None, str(value)):
+            lines.append(f"warning: {variable}={given} goes over {path}, which has {value}")
+    return lines
+
+
+def _is_given(value: object) -> bool:
+    """Whether an option says something: its default is None, or "auto" where that is a choice."""
+    return value not in (None, "auto")
+
+
+def _build(kind: type[Any], content: Any, name: str) -> Any:
+    """A dataclass out of YAML that has exactly its keys, of their types. Raises InvalidSettings."""
+    known: dict[str, Any] = {spec.name: spec.type for spec in fields(kind)}
+    if not isinstance(content, dict):
+        raise InvalidSettings(
+            f"{name or 'the file'} must be a mapping of {', '.join(known)}, got {content!r}"
+        )
+    prefix = f"{name}." if name else ""
+    for key in content:
+        if key not in known:
+            raise InvalidSettings(f"{prefix}{key} is unknown; known: {', '.join(known)}")
+    values = {}
+    for key, wanted in known.items():
+        if key not in content:
+            raise InvalidSettings(f"{prefix}{key} is missing")
+        value = content[key]
+        if is_dataclass(known[key]):
+            values[key] = _build(wanted, value, prefix + key)
+            continue
+        plain = dict if get_origin(wanted) is dict else wanted
+        if isinstance(value, bool) or not isinstance(value, plain):
+            rule = getattr(plain, "__name__", str(plain))
+            raise InvalidSettings(f"{prefix}{key} must be {rule}, got {value!r}")
+        values[key] = value
+    return kind(**values)

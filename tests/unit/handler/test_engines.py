@@ -1,0 +1,383 @@
+"""Engines against plain torchvision: the same probabilities, whatever the batch."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms import functional as F  # noqa: N812
+
+from handler.engines import Engine, OpenVino, TorchEager, choose_device, has_bf16, load_engine
+from handler.errors import InvalidModel, InvalidSettings
+from handler.images import to_input
+from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
+from handler.networks import input_transform
+from handler.settings import Settings
+from tests.drawing import BLUE, GREEN, RED, noise, plain, quarters
+from tests.precisions import each
+from tests.unit.tiny import RECIPE, make_model_dir, tiny_card, tiny_network
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# The recipe's own but for the size: a third of the work.
+TRANSFORM = replace(input_transform(RECIPE), resize_size=144, crop_size=128)
+PICTURES = [noise((300, 200)), quarters(), plain(RED), plain(GREEN), plain(BLUE)]
+CPU = Settings(device="cpu", threads=1)
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def pixels(transform: InputTransform = TRANSFORM) -> Tensor:
+    """uint8 [5, 3, H, W]."""
+    return torch.stack([to_input(np.array(picture), transform) for picture in PICTURES])
+
+
+def reference(network: nn.Module | None = None) -> Tensor:
+    """torchvision's own steps, one after the other: float32 [5, 3]."""
+    inputs = F.normalize(pixels().float() / 255, TRANSFORM.mean, TRANSFORM.std)
+    with torch.inference_mode():
+        return (network or tiny_network())(inputs).softmax(dim=1)
+
+
+def eager(precision: str = "fp32", device: str = "cpu") -> TorchEager:
+    return TorchEager(tiny_network(), TRANSFORM, precision, device)
+
+
+def test_the_reference_tells_pictures_apart() -> None:
+    assert (reference().std(dim=0) > 0.05).any()
+
+
+def test_eager_gives_torchvisions_probabilities() -> None:
+    torch.testing.assert_close(eager().probabilities(pixels()), reference(), rtol=0, atol=1e-6)
+
+
+def test_eager_gives_what_the_recipe_gives() -> None:
+    transform = input_transform(RECIPE)
+    network = tiny_network()
+    with torch.inference_mode():
+        inputs = torch.stack([RECIPE.transforms()(picture) for picture in PICTURES])
+        wanted = network(inputs).softmax(dim=1)
+    given = TorchEager(network, transform, "fp32", "cpu").probabilities(pixels(transform))
+    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_rows_sum_to_one(precision: str) -> None:
+    probabilities = eager(precision).probabilities(pixels())
+    assert (probabilities.shape, probabilities.dtype) == ((5, 3), torch.float32)
+    assert probabilities.device.type == "cpu"
+    torch.testing.assert_close(probabilities.sum(dim=1), torch.ones(5), rtol=0, atol=1e-6)
+
+
+def test_bf16_is_close() -> None:
+    bf16 = eager("bf16").probabilities(pixels())
+    torch.testing.assert_close(bf16, reference(), rtol=0, atol=0.05)
+    assert not torch.equal(bf16, reference())  # or it was not bf16
+
+
+def test_a_batch_is_as_good_as_one_by_one() -> None:
+    engine, images = eager(), pixels()
+    alone = torch.cat([engine.probabilities(images[i : i + 1]) for i in range(len(images))])
+    torch.testing.assert_close(engine.probabilities(images), alone, rtol=0, atol=1e-5)
+
+
+def test_images_are_left_as_they_came() -> None:
+    images = pixels()
+    eager().probabilities(images)
+    assert torch.equal(images, pixels())
+
+
+def test_answers_do_not_change_with_time() -> None:
+    """No dropout, no running statistics."""
+    engine, images = eager(), pixels()
+    assert torch.equal(engine.probabilities(images), engine.probabilities(images))
+
+
+def test_network_in_training_mode_is_put_out_of_it() -> None:
+    engine = TorchEager(tiny_network().train(), TRANSFORM, "fp32", "cpu")
+    torch.testing.assert_close(engine.probabilities(pixels()), reference(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_engine_says_what_it_is(precision: str) -> None:
+    engine = eager(precision)
+    assert (engine.name, engine.precision, engine.device) == (
+        f"torch-{precision}",
+        precision,
+        "cpu",
+    )
+
+
+# --- From an archive
+
+
+def test_load_engine_runs_the_archives_weights(tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path)
+    engine = load_engine(tiny_card(), folder, CPU, gpu_id=None, workers=1)
+    torch.testing.assert_close(engine.probabilities(pixels()), reference(), rtol=0, atol=1e-6)
+    assert (engine.name, engine.device) == ("torch-fp32", "cpu")
+
+
+@pytest.mark.parametrize("architecture", ["mobilenet_v3_small", "regnet_y_400mf"])
+def test_load_engine_of_other_kinds(tmp_path: Path, architecture: str) -> None:
+    folder = make_model_dir(tmp_path, architecture)
+    engine = load_engine(tiny_card(architecture), folder, CPU, gpu_id=None, workers=1)
+    wanted = reference(tiny_network(architecture))
+    torch.testing.assert_close(engine.probabilities(pixels()), wanted, rtol=0, atol=1e-6)
+
+
+# --- OpenVINO
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked archive of a model that was packaged for OpenVINO."""
+    return make_model_dir(tmp_path_factory.mktemp("converted"), openvino=True)
+
+
+@pytest.mark.parametrize("max_forward", [1, 2, 4, 8])
+@pytest.mark.parametrize(("precision", "off"), each(fp32=1e-4, bf16=0.05))
+def test_openvino_gives_torchvisions_probabilities(
+    converted: Path, precision: str, off: float, max_forward: int
+) -> None:
+    """Whatever the number of images is that it was compiled for: here there are five."""
+    engine = OpenVino(converted / OPENVINO_FILE, precision, max_forward=max_forward)
+    images = pixels(tiny_card().transform)
+    wanted = TorchEager(tiny_network(), tiny_card().transform, "fp32", "cpu").probabilities(images)
+    given = torch.cat([engine.probabilities(part) for part in images.split(max_forward)])
+    torch.testing.assert_close(given, wanted, rtol=0, atol=off)
+    assert precision == "fp32" or (given - wanted).abs().max() > 1e-4  # or it was not bf16
+
+
+def test_openvinos_answers_are_not_overwritten_by_the_next(converted: Path) -> None:
+    engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=2)
+    images = pixels(tiny_card().transform)
+    first = engine.probabilities(images[:2])
+    kept = first.clone()
+    engine.probabilities(images[2:4])
+    assert torch.equal(first, kept)
+
+
+def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / OPENVINO_FILE).write_text("<net/>")
+    with pytest.raises(InvalidModel, match=r"openvino\.xml in the archive cannot be loaded"):
+        OpenVino(tmp_path / OPENVINO_FILE, "fp32")
+
+
+# --- Which engine
+
+
+def load(folder: Path, card: ModelCard | None = None, **settings: Any) -> Engine:
+    chosen = Settings(**{"device": "cpu", "threads": 1} | settings)
+    return load_engine(card or tiny_card(), folder, chosen, gpu_id=None, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"engine": "openvino", "precision": "fp32"}, "openvino-fp32"),
+        ({"precision": "fp32"}, "openvino-fp32"),
+        ({}, "openvino-bf16" if has_bf16() else "openvino-fp32"),
+        ({"engine": "torch"}, "torch-fp32"),
+        ({"engine": "torch", "precision": "bf16"}, "torch-bf16"),
+    ],
+)
+def test_engine_and_precision_of_the_settings(
+    converted: Path, settings: dict[str, str], name: str
+) -> None:
+    engine = load(converted, **settings)
+    assert engine.name == name
+    assert engine.precision == name.partition("-")[2]
+    assert (engine.device, engine.max_forward) == ("cpu", 4)
+
+
+def test_max_forward_of_the_settings(converted: Path) -> None:
+    assert load(converted, max_forward=2).max_forward == 2
+
+
+def test_an_archive_for_torch_alone_runs_on_torch(tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path)
+    assert load(folder).name == "torch-fp32"
+    with pytest.raises(InvalidModel, match="was packaged for torch alone"):
+        load(folder, engine="openvino")
+
+
+def test_int8_is_taken_where_the_archive_has_it(converted: Path, tmp_path: Path) -> None:
+    for path in converted.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    int8 = tmp_path / INT8_FILE
+    int8.symlink_to(converted / OPENVINO_FILE)  # what is inside is quantisation's business
+    int8.with_suffix(".bin").symlink_to((converted / OPENVINO_FILE).with_suffix(".bin"))
+    card = replace(tiny_card(), int8={"agreement": 0.99})
+    assert load(tmp_path, card).name == "openvino-int8"
+    assert load(tmp_path, card, precision="int8").name == "openvino-int8"
+    assert load(tmp_path, card, precision="fp32").name == "openvino-fp32"
+
+
+def test_int8_without_calibration_is_refused(converted: Path) -> None:
+    with pytest.raises(InvalidSettings, match="package it with --calibration"):
+        load(converted, precision="int8")
+    with pytest.raises(InvalidSettings, match="which only the engine openvino has"):
+        load(converted, precision="int8", engine="torch")
+
+
+class CoreOnBf16:
+    """What OpenVINO says on a CPU that computes in bf16."""
+
+    def get_property(self, device: str, name: str) -> list[str]:
+        return ["BF16", "FP32", "INT8"]
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [
+        (None, True),
+        ("", True),
+        ("ALL", True),
+        ("AVX512_CORE_BF16", True),
+        ("AVX512_CORE_AMX", True),
+        ("AVX512_CORE_VNNI", False),
+        ("AVX512_CORE", False),
+        ("avx2", False),  # oneDNN takes either case
+    ],
+)
+def test_bf16_that_onednn_may_not_use_is_not_taken(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, used: bool
+) -> None:
+    """It would be emulated, at the accuracy of bf16 and at less than the speed of fp32."""
+    monkeypatch.setattr("openvino.Core", CoreOnBf16)
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    assert has_bf16.__wrapped__() is used
+
+
+def test_bf16_without_a_cpu_for_it_is_refused(
+    converted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("handler.engines.has_bf16", lambda: False)
+    with pytest.raises(InvalidSettings, match="this CPU does not compute in bf16"):
+        load(converted, precision="bf16")
+    assert load(converted).name == "openvino-fp32"
+
+
+def test_openvino_on_a_gpu_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(InvalidSettings, match="and device is cuda:0"):
+        load(converted, engine="openvino", device="auto")
+
+
+def test_openvino_needs_no_torchvision(converted: Path) -> None:
+    """1.5 s and 170 MB for every worker."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from handler.engines import load_engine\n"
+        "from handler.image_classifier import ImageClassifier\n"
+        "from handler.model_card import ModelCard\n"
+        "from handler.settings import Settings\n"
+        f"folder = Path({str(converted)!r})\n"
+        "card, settings = ModelCard.read(folder), Settings(device='cpu')\n"
+        "assert load_engine(card, folder, settings, None, 1).name.startswith('openvino')\n"
+        "heavy = {'torchvision', 'torch._dynamo', 'onnxruntime', 'nncf'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=ROOT)
+
+
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    folder = make_model_dir(tmp_path)
+    state = load_file(folder / WEIGHTS_FILE)
+    del state["features.0.weight"]
+    save_file(state, folder / WEIGHTS_FILE)
+    with pytest.raises(RuntimeError, match=r"features\.0\.weight"):
+        load_engine(tiny_card(), folder, CPU, gpu_id=None, workers=1)
+
+
+def test_labels_decide_the_number_of_classes(tmp_path: Path) -> None:
+    card = replace(tiny_card(), labels=("a", "b", "c", "d"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        load_engine(card, make_model_dir(tmp_path), CPU, gpu_id=None, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("threads", "workers", "cores", "used"),
+    [(0, 1, 8, 8), (0, 2, 8, 4), (0, 3, 8, 2), (0, 16, 8, 1), (0, 0, 8, 8), (3, 2, 8, 3)],
+)
+def test_workers_share_the_cores(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    threads: int,
+    workers: int,
+    cores: int,
+    used: int,
+) -> None:
+    monkeypatch.setattr("handler.engines.available_cores", lambda: cores)
+    settings = Settings(device="cpu", threads=threads)
+    load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=workers)
+    assert torch.get_num_threads() == used
+
+
+# --- Devices and precisions
+
+
+@NO_GPU
+def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    settings = Settings(device="cuda")
+    with pytest.raises(InvalidSettings, match="device is cuda, and torch sees no GPU here"):
+        load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "gpu_id", "chosen"),
+    [
+        ("auto", True, None, "cuda:0"),
+        ("auto", True, 0, "cuda:0"),
+        ("auto", True, 3, "cuda:3"),
+        ("auto", False, None, "cpu"),
+        ("auto", False, 0, "cpu"),
+        ("cpu", True, 1, "cpu"),
+        ("cpu", False, None, "cpu"),
+        ("cuda", True, None, "cuda:0"),
+        ("cuda", True, 1, "cuda:1"),
+    ],
+)
+def test_device_of_a_worker(
+    monkeypatch: pytest.MonkeyPatch, device: str, gpus: bool, gpu_id: int | None, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    assert choose_device(Settings(device=device), gpu_id) == chosen
+
+
+@NO_GPU
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"engine": "cuda"}, "engine is cuda, which runs on a GPU, and device is cpu"),
+        ({"precision": "fp16"}, "precision is fp16, which only GPUs compute in"),
+        ({"precision": "fp16", "engine": "torch"}, "precision is fp16, which only GPUs compute in"),
+    ],
+)
+def test_what_only_gpus_have_is_refused_without_one(
+    converted: Path, settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(InvalidSettings, match=message):
+        load(converted, **settings)
+
+
+def test_a_launch_is_the_same_as_a_call() -> None:
+    engine, images = eager(), pixels()
+    wait = engine.launch(list(images))
+    assert torch.equal(wait(), engine.probabilities(images))
+    assert not engine.is_lost()
+
+
+@pytest.mark.gpu
+def test_gpu_gives_the_same_probabilities() -> None:
+    on_gpu = eager(device="cuda:0").probabilities(pixels())
+    torch.testing.assert_close(on_gpu, reference(), rtol=0, atol=1e-3)

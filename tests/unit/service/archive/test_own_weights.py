@@ -1,0 +1,255 @@
+"""Checkpoints and labels as people have them: packaged, and answered from the archive."""
+
+import json
+import re
+import zipfile
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms.functional import normalize
+
+from handler.engines import load_engine
+from handler.model_card import ModelCard
+from handler.networks import get_recipe
+from handler.settings import Settings
+from service.archive.packaging import main, package
+from service.options import parse_package
+from tests.unit.tiny import ARCHITECTURE, tiny_network
+
+LABELS = "heron\ncrane\nowl\n"
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("CI", "true")  # main sets it; this takes it back
+    return tmp_path / "store"
+
+
+def arguments(folder: Path, content: Any, *argv: str, model: str = ARCHITECTURE) -> list[str]:
+    torch.save(content, folder / "birds.ckpt")
+    if not (folder / "birds.txt").exists():
+        (folder / "birds.txt").write_text(LABELS)
+    files = ["--weights", str(folder / "birds.ckpt"), "--labels", str(folder / "birds.txt")]
+    return ["--model", model, *files, "--workers", "1", *argv]
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line, after whatever was said before it."""
+    assert main(argv) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def answers(archive: Path, images: Tensor, **settings: Any) -> Tensor:
+    """Probabilities of uint8 images, from what is in an archive."""
+    folder = archive.parent / "unpacked"
+    with zipfile.ZipFile(archive) as content:
+        content.extractall(folder)
+    chosen = Settings(device="cpu", precision="fp32", **settings)
+    engine = load_engine(ModelCard.read(folder), folder, chosen, None, workers=2)
+    return torch.cat([engine.probabilities(image[None]) for image in images])
+
+
+def pixels(side: int, images: int = 2) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, 256, (images, 3, side, side), dtype=torch.uint8, generator=generator)
+
+
+def expected(network: nn.Module, images: Tensor, architecture: str = ARCHITECTURE) -> Tensor:
+    """Logits as torchvision gives them, normalised by the recipe."""
+    preset = get_recipe(architecture).transforms()
+    with torch.no_grad():
+        return network.eval()(normalize(images / 255, preset.mean, preset.std))
+
+
+def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in state.items()}
+
+
+def test_a_lightning_checkpoint_is_served(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny_network()
+    optimizer = torch.optim.SGD(network.parameters(), momentum=0.9, lr=0.1)
+    content = {
+        "epoch": 3,
+        "global_step": 120,
+        "pytorch-lightning_version": "2.5.0",
+        "state_dict": under("model._orig_mod.", dict(network.state_dict()))
+        | {"criterion.weight": torch.ones(3)},
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 4}}}},
+        "callbacks": {
+            "ModelCheckpoint{'monitor': 'val_loss'}": {"best_k_models": {}, "mode": "min"}
+        },
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {"lr": 0.1, "data": Path("birds")},
+    }
+    assert main(arguments(tmp_path, content)) == 0
+    said = capsys.readouterr().err
+    assert "birds.ckpt: the weights are those under 'state_dict.model._orig_mod.'\n" in said
+    assert "birds.ckpt: not used: loops, callbacks, optimizer_states, lr_schedulers" in said
+    given = answers(store / f"{ARCHITECTURE}.mar", pixels(224))
+    wanted = expected(network, pixels(224)).softmax(1)
+    assert (given - wanted).abs().max() < 1e-3
+    assert wanted.std(dim=1).min() > 0.01  # so that other weights would show
+
+
+def test_averages_beside_the_weights_are_a_choice(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint as torchvision's references write it."""
+    network = tiny_network()
+    average = AveragedModel(network, use_buffers=True)
+    with torch.no_grad():
+        for parameter in average.module.parameters():
+            parameter.mul_(0.9)
+    content = {
+        "model": network.state_dict(),
+        "model_ema": average.state_dict(),
+        "epoch": 5,
+        "args": Namespace(lr=0.1, output_dir=Path("runs")),
+    }
+    argv = arguments(tmp_path, content)
+    assert refusal(argv, capsys).endswith(
+        f"birds.ckpt: holds 2 different sets of weights that fit {ARCHITECTURE}; choose one: "
+        "--weights-prefix 'model' or --weights-prefix 'model_ema.module'"
+    )
+    archive = store / f"{ARCHITECTURE}.mar"
+    for chosen, prefix in ((network, "model"), (average.module, "model_ema.module")):
+        assert main([*argv, "--weights-prefix", prefix]) == 0
+        given = answers(archive, pixels(224))
+        assert (given - expected(chosen, pixels(224)).softmax(1)).abs().max() < 1e-3
+    assert (given - expected(network, pixels(224)).softmax(1)).abs().max() > 0.01
+
+
+def test_a_network_of_one_output_answers_its_sigmoid(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = tiny_network(classes=1)
+    with torch.no_grad():
+        network.classifier[1].weight.div_(60)
+        network.classifier[1].bias.fill_(0.1)
+    (tmp_path / "birds.txt").write_text("heron\n")
+    argv = arguments(tmp_path, network.state_dict())
+    message = refusal(argv, capsys)
+    assert "it has one output, and with a softmax its confidence is 1.0 for every image" in message
+    (tmp_path / "birds.txt").write_text("none\nheron\n")
+    assert main(argv) == 0
+    assert "its sigmoid is the confidence of class 1, 'heron'" in capsys.readouterr().err
+    yes = expected(network, pixels(224)).sigmoid()
+    given = answers(store / f"{ARCHITECTURE}.mar", pixels(224))
+    assert (given - torch.cat([1 - yes, yes], 1)).abs().max() < 1e-4
+    assert (yes < 0.999).all()
+
+
+@pytest.mark.parametrize("choice", ["on", "off"])
+def test_googlenet_is_served_as_it_was_built(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], choice: str
+) -> None:
+    torch.manual_seed(0)
+    network = torchvision.models.googlenet(
+        num_classes=3, init_weights=False, transform_input=choice == "on"
+    )
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = None  # one pass in training mode gives them what they see
+    with torch.no_grad():
+        network(torch.randn(8, 3, 224, 224))
+        network.fc.weight.mul_(0.3)
+    argv = arguments(tmp_path, network.state_dict(), model="googlenet")
+    message = refusal(argv, capsys)
+    assert "say --transform-input on if torchvision built it with pretrained weights" in message
+    assert main([*argv, "--transform-input", choice]) == 0
+    given = answers(store / "googlenet.mar", pixels(224))
+    wanted = expected(network, pixels(224), "googlenet").softmax(1)
+    network.transform_input = choice != "on"
+    other = expected(network, pixels(224), "googlenet").softmax(1)
+    assert (given - wanted).abs().max() < 1e-3 < 1e-2 < (other - wanted).abs().max()
+
+
+def test_mnasnet_is_packaged_and_loaded(tmp_path: Path) -> None:
+    """By torch alone too, whose loading asks for a version that plain tensors lack."""
+    torch.manual_seed(0)
+    network = torchvision.models.mnasnet0_5(num_classes=3).eval()
+    argv = arguments(tmp_path, dict(network.state_dict()), model="mnasnet0_5")
+    archive = package("mnasnet0_5", parse_package(argv), tmp_path / "store")
+    wanted = expected(network, pixels(224), "mnasnet0_5").softmax(1)
+    for engine in ("openvino", "torch"):
+        assert (answers(archive, pixels(224), engine=engine) - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("engine", ["auto", "torch"])
+def test_what_is_no_number_is_refused_at_packaging(
+    tmp_path: Path,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    engine: str,
+) -> None:
+    monkeypatch.setattr("service.archive.packaging.model_config", with_engine(engine))
+    state = tiny_network().state_dict()
+    state["features.0.weight"][0, 0, 0, 0] = float("nan")
+    message = refusal(arguments(tmp_path, state), capsys)
+    assert "features.0.weight holds 1 numbers of 1728 that are NaN or infinite" in message
+    state["features.0.weight"][0, 0, 0, 0] = 1.0
+    state["features.0.weight"] *= 1e30  # numbers, whose products are none
+    state["features.3.squeeze.weight"] *= 1e30
+    message = refusal(arguments(tmp_path, state), capsys)
+    assert "its answers are NaN, although each weight is a number" in message
+    assert not [*store.glob("*.mar")]
+
+
+def with_engine(engine: str) -> Any:
+    from service.archive.store import model_config
+
+    def config(*given: Any) -> dict[str, Any]:
+        made = model_config(*given)
+        return made | {"handler": made["handler"] | {"engine": engine}}
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('["ant", "\\ud800", "cat"]', "the name of class 1, '\\ud800', holds half of a surrogate"),
+        ("[" * 100_000, "nested too deep"),
+    ],
+    ids=["surrogate", "nested"],
+)
+def test_labels_that_cannot_be_sent_are_one_line(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str], content: str, message: str
+) -> None:
+    (tmp_path / "birds.json").write_text(content)
+    argv = arguments(tmp_path, tiny_network().state_dict())
+    argv += ["--labels", str(tmp_path / "birds.json")]
+    assert message in refusal(argv, capsys)
+
+
+def test_class_to_idx_is_understood(tmp_path: Path, store: Path) -> None:
+    (tmp_path / "class_to_idx.json").write_text(json.dumps({"owl": 2, "crane": 1, "heron": 0}))
+    argv = arguments(tmp_path, tiny_network().state_dict())
+    assert main([*argv, "--labels", str(tmp_path / "class_to_idx.json")]) == 0
+    card = zipfile.ZipFile(store / f"{ARCHITECTURE}.mar").read("model.json")
+    assert ModelCard.from_json(card).labels == ("heron", "crane", "owl")
+
+
+def test_names_that_do_not_fit_are_shown_with_the_nearest(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = under("net.", dict(tiny_network().state_dict()))
+    state["net.head.weight"] = state.pop("net.classifier.1.weight")
+    message = refusal(arguments(tmp_path, {"state_dict": state}), capsys)
+    assert re.search(
+        r"classifier\.1\.weight is missing .*; nearest in the file: .*state_dict\.net", message
+    )

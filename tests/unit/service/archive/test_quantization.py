@@ -1,0 +1,196 @@
+"""int8: what is measured, what is kept in floating point, and what is refused."""
+
+import importlib.util
+import sys
+from dataclasses import replace
+
+import numpy as np
+import openvino as ov
+import pytest
+from numpy.typing import NDArray
+from openvino import opset13 as ops
+
+from handler.errors import InvalidModel, SetupError
+from service.archive import quantization
+from service.archive.quantization import Int8Report, divergence, quantize, rank_layers
+from service.archive.saturation import _errors, _least_error, fit_ranges, int8_layers
+
+needs_nncf = pytest.mark.skipif(
+    importlib.util.find_spec("nncf") is None, reason="requirements-int8.txt is not installed"
+)
+SIDE = 16
+CLASSES = 4
+REPORT = Int8Report(
+    method="by hand",
+    calibration_images=50,
+    measured_images=50,
+    agreement=0.98,
+    accuracy_fp32=None,
+    accuracy_int8=None,
+    largest_probability_difference=0.125,
+    fp32_ms=2.0,
+    int8_ms=1.0,
+    layers=3,
+    floating_point_layers=("features.0", "classifier"),
+    cpu="abacus, without VNNI",
+    nncf="3",
+    openvino="2026",
+)
+
+
+def tiny_model(seed: int = 0) -> ov.Model:
+    """uint8 [B, 3, H, W] -> convolution, depthwise convolution, linear -> probabilities [B, 4]."""
+    rng = np.random.default_rng(seed)
+
+    def weights(*shape: int) -> ov.Node:
+        return ops.constant(rng.normal(0, 0.5, shape).astype(np.float32))
+
+    images = ops.parameter([-1, 3, SIDE, SIDE], np.uint8, name="images")
+    x = ops.multiply(ops.convert(images, np.float32), ops.constant(np.float32(1 / 64)))
+    x = ops.convolution(x, weights(16, 3, 3, 3), [2, 2], [1, 1], [1, 1], [1, 1], name="stem")
+    x = ops.relu(x)
+    x = ops.group_convolution(
+        x, weights(16, 1, 1, 3, 3), [1, 1], [1, 1], [1, 1], [1, 1], name="depthwise"
+    )
+    x = ops.reduce_mean(ops.relu(x), ops.constant([2, 3]), keep_dims=False)
+    x = ops.matmul(x, weights(CLASSES, 16), False, True, name="classifier")
+    return ov.Model([ops.softmax(x, 1)], [images])
+
+
+def pictures(count: int) -> list[NDArray[np.uint8]]:
+    """Noise around a colour: every picture another."""
+    rng = np.random.default_rng(1)
+    colours = rng.integers(30, 226, (count, 3, 1, 1))
+    noise = rng.integers(-30, 30, (count, 3, SIDE, SIDE))
+    return list((colours + noise).astype(np.uint8))
+
+
+def answers(model: ov.Model, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    return quantization.measure(model, images, ov.Core()).probabilities
+
+
+@needs_nncf
+@pytest.mark.precision("int8")
+def test_quantizes_and_reports():
+    images = pictures(110)
+    model = tiny_model()
+    labels = answers(model, images).argmax(axis=1).tolist()
+
+    int8, report = quantize(model, images, labels, minimum_agreement=0.9)
+
+    assert report.calibration_images == 55
+    assert report.measured_images == 55
+    assert report.accuracy_fp32 == 1
+    assert report.accuracy_int8 == report.agreement >= 0.9
+    wanted, got = answers(model, images[1::2]), answers(int8, images[1::2])
+    assert report.largest_probability_difference == pytest.approx(np.abs(wanted - got).max())
+    assert report.layers == 2  # the depthwise one is none of them
+    assert len(int8_layers(int8)) == 2 - len(report.floating_point_layers)
+    assert int8.inputs[0].element_type == ov.Type.u8
+    assert int8.inputs[0].partial_shape[0].is_dynamic
+
+
+@needs_nncf
+@pytest.mark.precision("int8")
+def test_a_saved_model_answers_alike(tmp_path):
+    images = pictures(100)
+    int8, _ = quantize(tiny_model(), images, minimum_agreement=0.5)
+    ov.save_model(int8, tmp_path / "int8.xml")
+    assert np.allclose(
+        answers(int8, images),
+        answers(ov.Core().read_model(tmp_path / "int8.xml"), images),
+        atol=1e-3,
+    )
+
+
+@needs_nncf
+def test_a_model_that_does_not_agree_is_refused_with_its_figures(monkeypatch):
+    monkeypatch.setattr(
+        quantization,
+        "_report",
+        lambda *_, kept, **__: replace(REPORT, agreement=0.5, floating_point_layers=kept),
+    )
+    with pytest.raises(InvalidModel, match=r"agrees .* 0\.500 of 50 images.*minimum is 0\.97"):
+        quantize(tiny_model(), pictures(100))
+
+
+@needs_nncf
+def test_the_most_harmful_layer_is_ranked_first():
+    nncf = quantization.import_nncf()
+    images, model = pictures(20), tiny_model()
+    int8 = quantization._quantize_once(nncf, model, images, (), ov.Core())
+    next(layer for layer in int8_layers(int8) if layer.name == "stem").replace(
+        np.zeros((1, 16, 3, 9), np.int64), np.ones((1, 16))
+    )
+    ranking = rank_layers(model, int8, images, ov.Core())
+    assert [name for name, _ in ranking] == ["stem", "classifier"]
+
+
+@needs_nncf
+def test_ranges_are_fitted_where_pairs_would_be_clipped():
+    nncf = quantization.import_nncf()
+    images, model = pictures(20), tiny_model()
+    int8 = quantization._quantize_once(nncf, model, images, (), ov.Core())
+    stem = next(layer for layer in int8_layers(int8) if layer.name == "stem")
+    stem.replace(np.full((1, 16, 3, 9), 127), np.ones((1, 16)))
+    before = next(layer for layer in int8_layers(int8) if layer.name == "stem").real_weights()
+    fit_ranges(int8, model, images, ov.Core())
+    after = next(layer for layer in int8_layers(int8) if layer.name == "stem")
+    assert after.grouped().max() < 127
+    assert np.allclose(after.real_weights(), before, rtol=0.02)
+
+
+def test_nothing_is_refitted_without_clipping():
+    pixels = np.full((10, 2), 128, np.float32)
+    weights = np.array([[[[127], [127]]]])  # 128 x 254 is below 2**15
+    rounded, shrinks = _least_error(pixels, 0, weights)
+    assert (rounded == weights).all()
+    assert shrinks == 1
+
+
+def test_clipped_pairs_are_what_vpmaddubsw_gives():
+    pixels = np.array([[255, 255, 1]], np.float32)
+    weights = np.array([[[127], [127], [10]], [[127], [0], [0]]])
+    error, clipped = _errors(pixels, 0, weights, weights, 1)
+    assert error == pytest.approx([(2 * 255 * 127 - 32767) ** 2, 0])
+    assert clipped.tolist() == [True, False]
+
+
+@pytest.mark.parametrize("count", [0, 1, 99])
+def test_too_few_images_are_refused(count):
+    with pytest.raises(InvalidModel, match=f"needs 100 images or more.*got {count}$"):
+        quantize(tiny_model(), pictures(count))
+
+
+def test_labels_must_be_as_many_as_images():
+    with pytest.raises(InvalidModel, match="3 labels for 100"):
+        quantize(tiny_model(), pictures(100), [0, 1, 2])
+
+
+@needs_nncf
+def test_a_label_beyond_the_classes_is_refused():
+    with pytest.raises(InvalidModel, match="a label is class 4, the model has 4 classes"):
+        quantize(tiny_model(), pictures(100), [CLASSES] * 100)
+
+
+def test_without_nncf_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(SetupError, match=r"pip install -r requirements-int8\.txt$"):
+        quantize(tiny_model(), pictures(100))
+
+
+def test_outliers_stay_in_floating_point_then_more_up_to_a_third():
+    ranking = [("a", 50.0), ("b", 20.0), *((f"l{i}", 1.0) for i in range(28))]
+    assert list(quantization._counts(ranking)) == [2, 4, 8, 10]
+    assert list(quantization._counts([(f"l{i}", 1.0) for i in range(90)])) == [0, 1, 2, 4, 8]
+    assert list(quantization._counts([])) == []
+
+
+def test_divergence_of_equals_is_nothing():
+    rows = np.array([[0.5, 0.5], [1, 0]], np.float32)
+    assert divergence(rows, rows) == 0
+    assert divergence(rows, rows[::-1]) > 1
+
+
+def test_cpu_says_whether_it_has_vnni():
+    assert quantization.cpu_name()

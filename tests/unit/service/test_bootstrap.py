@@ -1,0 +1,323 @@
+"""The set-up's questions to the machine, and when it has nothing to do."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service import bootstrap
+from service.bootstrap import cpu_index_answers, has_gpu, main, set_up
+from tests.unit.conftest import Web
+
+LISTED = "GPU 0: NVIDIA H200 (UUID: GPU-5c1f)"
+
+
+def nvidia_smi(folder: Path, output: str, status: int) -> None:
+    script = folder / "nvidia-smi"
+    script.write_text(f"#!/bin/sh\n[ \"$*\" = -L ] || exit 64\necho '{output}'\nexit {status}\n")
+    script.chmod(0o755)
+
+
+@pytest.mark.parametrize(
+    ("output", "status", "found"),
+    [
+        (LISTED, 0, True),
+        ("No devices found.", 0, False),
+        ("", 0, False),
+        ("NVIDIA-SMI has failed because it could not communicate with the driver.", 9, False),
+        (LISTED, 1, False),
+    ],
+    ids=["GPU", "no devices", "silent", "no driver", "failing"],
+)
+def test_has_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, status: int, found: bool
+) -> None:
+    nvidia_smi(tmp_path, output, status)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert has_gpu() is found
+
+
+def test_no_driver_is_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert has_gpu() is False
+
+
+def test_index_that_answers(web: Web) -> None:
+    web.answers["/whl/cpu/torch/"] = web.text("<a>torch</a>")
+    assert cpu_index_answers(f"{web.url}/whl/cpu/torch/", 30) is True
+    assert web.asked == ["/whl/cpu/torch/"]
+
+
+@pytest.mark.parametrize("status", [403, 404, 502])
+def test_index_that_refuses(web: Web, status: int) -> None:
+    web.answers["/torch/"] = web.text("no", status)
+    assert cpu_index_answers(f"{web.url}/torch/", 30) is False
+
+
+def test_index_behind_a_closed_port(closed_port: int) -> None:
+    assert cpu_index_answers(f"http://127.0.0.1:{closed_port}/", 30) is False
+
+
+def test_index_that_never_answers_costs_no_more_than_the_limit(silent_port: int) -> None:
+    started = time.perf_counter()
+    assert cpu_index_answers(f"http://127.0.0.1:{silent_port}/", 0.5) is False
+    assert 0.5 <= time.perf_counter() - started < 3
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose .venv was set up from its requirements."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "requirements.txt").write_text("torch==2.0.0\ntorchvision==0.15.0\nrequests==2.0\n")
+    (tmp_path / "requirements-dev.txt").write_text("-r requirements.txt\npytest==9.0\n")
+    names = {"ROOT": "", "VENV": ".venv", "PYTHON": ".venv/bin/python"}
+    for name, place in (names | {"STAMP": ".venv/installed.json"}).items():
+        monkeypatch.setattr(bootstrap, name, tmp_path / place)
+    bootstrap.PYTHON.touch()
+    stamp(tmp_path, "cpu", "requirements.txt")
+    return tmp_path
+
+
+def stamp(root: Path, build: str, *names: str) -> None:
+    hashes = {name: hashlib.sha256((root / name).read_bytes()).hexdigest() for name in names}
+    bootstrap.STAMP.write_text(json.dumps(hashes | {"torch": build}))
+
+
+@pytest.fixture
+def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """What would be run, without the path of the Python in front."""
+    run: list[list[str]] = []
+    monkeypatch.setattr(
+        bootstrap, "_run", lambda command: run.append([str(word) for word in command][1:])
+    )
+    return run
+
+
+def pip_lines(commands: list[list[str]]) -> list[str]:
+    """pip's commands, after which Java's classes are archived."""
+    tail = ("--disable-pip-version-check", "--quiet")
+    *pip, last = commands
+    assert last == [str(bootstrap.ROOT / "scripts" / "java_cds.py")]
+    assert all(command[:2] == ["-m", "pip"] for command in pip)
+    return [" ".join(word for word in command[2:] if word not in tail) for command in pip]
+
+
+@pytest.mark.parametrize("build", ["auto", "cpu"])
+def test_nothing_is_done_where_the_pins_are_the_same(
+    repository: Path, commands: list[list[str]], build: str
+) -> None:
+    before = bootstrap.STAMP.read_text()
+    set_up("requirements.txt", build)
+    assert commands == []
+    assert bootstrap.STAMP.read_text() == before
+    names = {path.name for path in repository.iterdir()}
+    assert ".venv.lock" not in names, "a read-only checkout could not start"
+
+
+def test_another_python_behind_the_same_link_is_set_up_anew(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    """As an upgrade of the system leaves it: the packages are in another Python's folder."""
+    for version in ("3.11", "3.12"):
+        (repository / f"python{version}").touch()
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.11")
+    (bootstrap.VENV / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
+    set_up("requirements-dev.txt", "auto")
+    commands.clear()
+    set_up("requirements-dev.txt", "auto")
+    assert commands == []
+    bootstrap.PYTHON.unlink()
+    bootstrap.PYTHON.symlink_to(repository / "python3.12")
+    set_up("requirements-dev.txt", "auto")
+    assert commands[0] == ["-m", "venv", "--clear", str(bootstrap.VENV)]
+
+
+def test_a_checkout_that_is_moved_runs_its_own_code(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only_venv(command: list[Any]) -> None:
+        if "venv" in command:
+            subprocess.run([*command[:3], "--without-pip", *command[3:]], check=True)
+
+    monkeypatch.setattr(bootstrap, "_run", only_venv)
+    bootstrap.STAMP.unlink()
+    (repository / "ours.py").write_text("")
+    set_up("requirements.txt", "auto")
+    moved = repository.parent / f"{repository.name}-moved"
+    shutil.copytree(repository, moved, symlinks=True)
+    command = [moved / ".venv/bin/python", "-c", "import ours; print(ours.__file__)"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
+    assert done.stdout == f"{moved / 'ours.py'}\n"
+
+
+def test_changed_pins_are_installed_again(repository: Path, commands: list[list[str]]) -> None:
+    requirements = repository / "requirements.txt"
+    requirements.write_text(requirements.read_text() + "orjson==3.0\n")
+    set_up("requirements.txt", "auto")
+    torch, rest = pip_lines(commands)
+    assert "torch==2.0.0" in torch
+    assert "--index-url" in torch  # the CPU build stays the CPU build
+    assert rest == f"install -r {requirements}"
+    commands.clear()
+    set_up("requirements.txt", "auto")
+    assert commands == []
+
+
+def test_tests_need_more_than_serving(repository: Path, commands: list[list[str]]) -> None:
+    set_up("requirements-dev.txt", "auto")
+    assert pip_lines(commands) == [f"install -r {repository / 'requirements-dev.txt'}"]
+    commands.clear()
+    set_up("requirements-dev.txt", "auto")
+    set_up("requirements.txt", "auto")
+    assert commands == []
+
+
+def test_another_build_of_torch_replaces_the_first(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    set_up("requirements.txt", "cuda")
+    assert pip_lines(commands) == [
+        "uninstall --yes torch torchvision",
+        "install torch==2.0.0 torchvision==0.15.0",
+        f"install -r {repository / 'requirements.txt'}",
+    ]
+    assert json.loads(bootstrap.STAMP.read_text())["torch"] == "cuda"
+
+
+def test_the_cpu_build_comes_from_its_own_index(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    stamp(repository, "cuda", "requirements.txt")
+    set_up("requirements.txt", "cpu")
+    assert pip_lines(commands)[1] == (
+        "install --index-url https://download.pytorch.org/whl/cpu torch==2.0.0 torchvision==0.15.0"
+    )
+    assert json.loads(bootstrap.STAMP.read_text())["torch"] == "cpu"
+
+
+def test_an_interrupted_set_up_starts_over(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(command: list[Any]) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bootstrap, "_run", interrupted)
+    with pytest.raises(subprocess.CalledProcessError):
+        set_up("requirements-dev.txt", "auto")
+    assert not bootstrap.STAMP.exists()
+
+
+def test_a_class_archive_that_fails_is_done_without(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(command: list[Any]) -> None:
+        if "pip" not in command:
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bootstrap, "_run", failing)
+    set_up("requirements-dev.txt", "auto")
+    assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
+
+
+def test_python_starts_in_a_folder_of_any_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the locale C, Python reads the names of such folders in .pth files as ASCII."""
+    root = tmp_path / "übung"
+    root.mkdir()
+    (root / "requirements.txt").write_text("torch==2.0.0\ntorchvision==0.15.0\n")
+    (root / "module.py").write_text("")
+    names = {"ROOT": "", "VENV": ".venv", "PYTHON": ".venv/bin/python"}
+    for name, place in (names | {"STAMP": ".venv/installed.json"}).items():
+        monkeypatch.setattr(bootstrap, name, root / place)
+
+    def without_pip(command: list[Any]) -> None:
+        if "venv" in command:
+            subprocess.run([*command, "--without-pip"], check=True)
+
+    monkeypatch.setattr(bootstrap, "_run", without_pip)
+    set_up("requirements.txt", "cuda")
+    for locale in ("C", "C.UTF-8"):
+        command = [bootstrap.PYTHON, "-c", "import module"]
+        subprocess.run(command, env={"LC_ALL": locale}, cwd="/", check=True)
+
+
+def test_a_failing_set_up_is_one_line(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def failing(command: list[Any]) -> None:
+        raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bootstrap, "_run", failing)
+    assert main(["dev"]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the set-up failed: ")
+
+
+def test_old_pythons_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "version_info", (3, 9, 1))
+    assert main(["serve"]) == 2
+    assert "Python 3.10 or newer is needed" in capsys.readouterr().err
+
+
+def test_wrong_options_are_told_before_anything_is_installed(
+    repository: Path, commands: list[list[str]]
+) -> None:
+    (repository / "requirements.txt").write_text("changed")
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "--port", "0"])
+    assert ended.value.code == 2
+    assert commands == []
+
+
+# --- ./scripts/serve in an environment of somebody else's
+
+
+SERVE = bootstrap.ROOT / "scripts" / "serve"
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"PYTHONHOME": "/nowhere"},
+        {"PYTHONPATH": "/nowhere"},
+        {"PYTHONSAFEPATH": "1"},
+        {"CDPATH": "{folder}"},
+    ],
+    ids=lambda environ: next(iter(environ)),
+)
+def test_variables_of_other_tools_do_no_harm(tmp_path: Path, environ: dict[str, str]) -> None:
+    (tmp_path / "scripts").mkdir()  # where CDPATH would lead to
+    extra = {name: text.format(folder=tmp_path) for name, text in environ.items()}
+    done = subprocess.run(
+        ["bash", "scripts/serve", "--help"],
+        cwd=bootstrap.ROOT,
+        env=os.environ | extra,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ./scripts/serve")
+
+
+def test_a_link_to_the_command_is_the_command(tmp_path: Path) -> None:
+    (tmp_path / "serve").symlink_to(SERVE)
+    done = subprocess.run([tmp_path / "serve", "--help"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_both_commands_begin_alike() -> None:
+    first, second = (
+        (SERVE.parent / name).read_text().splitlines()[2:5] for name in ("serve", "test")
+    )
+    assert first == second

@@ -1,0 +1,125 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.processes import alive
+
+# Starts a server that has a child and ignores SIGTERM, tells its pid, and waits.
+LAUNCHER = """
+import subprocess, sys
+from service.guardian import Guardian
+guardian = Guardian(sys.argv[1])
+server = subprocess.Popen(
+    ["sh", "-c", "trap '' TERM; sleep 600 & echo up; wait"],
+    start_new_session=True, stdout=subprocess.PIPE,
+)
+guardian.watch(server.pid)
+server.stdout.readline()
+print(server.pid, flush=True)
+sys.stdin.readline()
+server.kill()
+guardian.dismiss()
+"""
+
+
+@contextmanager
+def launcher(
+    folder: Path, env: Mapping[str, str] | None = None
+) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """A launcher, and the processes that its server consists of."""
+    folder.mkdir()
+    (folder / "archive").write_text("28 MB")
+    process = subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(folder)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | dict(env or {}),
+    )
+    assert process.stdout is not None
+    server = psutil.Process(int(process.stdout.readline()))
+    started = [server, *server.children()]
+    assert len(started) == 2
+    try:
+        yield process, started
+    finally:
+        for child in (process, *started):
+            if child.pid in psutil.pids():
+                child.kill()
+        process.communicate()
+
+
+def guardians(folder: Path) -> list[psutil.Process]:
+    return [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if process.info["cmdline"] and process.info["cmdline"][-1] == str(folder)
+        if process.info["cmdline"][0] == "/bin/sh"
+    ]
+
+
+def wait_until_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while left := alive(processes):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def test_nothing_is_left_of_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    """A folder with a space and a quote in its name: it is no part of the shell's program."""
+    folder = tmp_path / "a 'folder'"
+    with launcher(folder) as (process, started):
+        (guardian,) = guardians(folder)
+        process.kill()
+        wait_until_gone([*started, guardian])
+        assert not folder.exists()
+
+
+def test_nothing_else_is_killed_whatever_the_environment_says(tmp_path: Path) -> None:
+    """The names of the shell's variables are in nobody's hands."""
+    bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    try:
+        env = {"groups": f"-{bystander.pid}", "line": str(bystander.pid)}
+        with launcher(tmp_path / "folder", env) as (process, started):
+            process.kill()
+            wait_until_gone(started)
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_signal_to_the_launchers_group_spares_the_guardian(tmp_path: Path) -> None:
+    with launcher(tmp_path / "folder") as (_, _):
+        (guardian,) = guardians(tmp_path / "folder")
+        assert os.getpgid(guardian.pid) != os.getpgid(0)
+        assert os.getsid(guardian.pid) != os.getsid(0)
+
+
+def test_a_guardian_that_is_dismissed_does_nothing(tmp_path: Path) -> None:
+    """What was in the group by then may be somebody else's: numbers of processes come again."""
+    folder = tmp_path / "folder"
+    with launcher(folder) as (process, started):
+        (guardian,) = guardians(folder)
+        process.communicate("stop\n", timeout=10)
+        wait_until_gone([guardian])
+        assert folder.exists()
+        assert alive(started) == started[1:], "the launcher has killed the first, and nobody more"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_launcher_whose_guardian_is_gone_goes_on(tmp_path: Path, number: signal.Signals) -> None:
+    with launcher(tmp_path / "folder") as (process, _):
+        (guardian,) = guardians(tmp_path / "folder")
+        guardian.send_signal(number)
+        wait_until_gone([guardian])
+        _, _ = process.communicate("stop\n", timeout=10)
+        assert process.returncode == 0

@@ -1,0 +1,204 @@
+"""The launcher's log: whole lines, every one of them, as JSON or for people."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.logs import Log, to_json, to_text
+
+REQUEST = {
+    "time": "2026-11-24T18:10:20.122+00:00",
+    "level": "INFO",
+    "event": "request",
+    "request_id": "719fbfad",
+    "traceparent": None,
+    "model": "mobilenet_v2",
+    "version": "1.0",
+    "weights": "colours.pth",
+    "status": 200,
+    "images": 1,
+    "cached": 0,
+    "batch": 1,
+    "queue_ms": None,
+    "preprocess_ms": 2.14,
+    "inference_ms": 14.029,
+    "postprocess_ms": 0.242,
+    "total_ms": 16.45,
+    "top_class": "green",
+    "confidence": 0.999965,
+    "error": None,
+}
+
+
+def line(**facts: Any) -> bytes:
+    return json.dumps(REQUEST | facts).encode()
+
+
+def relayed(form: str, *parts: bytes, capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """What comes out for what a process prints in parts."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as output:
+        thread = threading.Thread(target=Log(form).relay, args=[output])
+        thread.start()
+        for part in parts:
+            os.write(writer, part)
+        os.close(writer)
+        thread.join(10)
+        assert not thread.is_alive()
+    return capfd.readouterr().out.splitlines()
+
+
+def test_our_lines_pass_as_they_are() -> None:
+    assert to_json(line()) == line()
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("Model server started.", "INFO"),
+        ("WARNING: sun.reflect is not supported", "WARNING"),
+        ('a "quote", a \\ and \u2028', "INFO"),
+        ('{"time": "never closed', "INFO"),
+        ("{}", "INFO"),
+    ],
+)
+def test_any_other_line_becomes_a_message(text: str, level: str) -> None:
+    facts = json.loads(to_json(text.encode()))
+    assert (facts["event"], facts["level"], facts["message"]) == ("java", level, text)
+    assert b"\n" not in to_json(text.encode())
+
+
+def test_bytes_that_are_no_text_become_a_message() -> None:
+    assert json.loads(to_json(b"\xff\xfe"))["message"] == "\ufffd\ufffd"
+
+
+def test_a_request_for_people() -> None:
+    assert to_text(line()).decode()[8:] == (
+        ".122 INFO    200 mobilenet_v2 1.0  16.4 ms (preprocess 2.1, inference 14.0, "
+        "postprocess 0.2)  batch 1  green 100.0%  719fbfad"
+    )
+    refused = to_text(line(status=400, error="NoImage", images=0, inference_ms=0, queue_ms=3.0))
+    assert "(queue 3.0, preprocess 2.1, postprocess 0.2)  batch 1  NoImage  719" in refused.decode()
+    assert "green 100.0% of 3 images" in to_text(line(images=3)).decode()
+
+
+def test_a_failure_for_people_has_its_traceback_below() -> None:
+    head, *cause = to_text(line(event="failure", cause="Traceback:\n  x")).decode().split("\n")
+    assert " failure " in head
+    assert cause == ["Traceback:", "  x"]
+
+
+def test_other_events_for_people() -> None:
+    text = to_text(
+        b'{"time": "2026-11-24T18:10:20.122+00:00", "level": "INFO", "event": "stopped"}'
+    )
+    assert text.endswith(b".122 INFO    stopped")
+    assert to_text(b"Model server started.").endswith(b" INFO    java: Model server started.")
+
+
+@pytest.mark.parametrize("text", [b'{"time": "noon"}', b'{"time": "x}', b'{"time": "1" "event"}'])
+def test_a_line_that_only_looks_like_ours_is_kept(text: bytes) -> None:
+    assert to_text(text) == text
+
+
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_lines_in_parts_come_out_whole(form: str, capfd: pytest.CaptureFixture[str]) -> None:
+    long = b"x" * 200_000
+    whole = line() + b"\n" + b"plain\n\n" + long[:50_000] + b"\nlast without an end"
+    parts = [whole[start : start + 1000] for start in range(0, len(whole), 1000)]
+    lines = relayed(form, *parts, capfd=capfd)
+    assert len(lines) == 4
+    assert "719fbfad" in lines[0]
+    assert "plain" in lines[1]
+    assert "x" * 50_000 in lines[2]
+    assert "last without an end" in lines[3]
+
+
+def test_lines_of_several_threads_do_not_mix(capfd: pytest.CaptureFixture[str]) -> None:
+    log = Log("json")
+    threads = [
+        threading.Thread(
+            target=lambda: [log.event("INFO", "x", text="y" * 5000) for _ in range(50)]
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = [json.loads(text) for text in capfd.readouterr().out.splitlines()]
+    assert len(lines) == 200
+
+
+def test_nobody_reads_and_the_process_is_read_on(tmp_path: Path) -> None:
+    """What prints would stand still with a full pipe, and TorchServe with it."""
+    program = (
+        "import subprocess; from service.logs import Log; "
+        "source = subprocess.Popen(['seq', '200000'], stdout=subprocess.PIPE); "
+        "Log('json').relay(source.stdout); raise SystemExit(source.wait())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout
+    assert process.stderr
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.wait(30) == 0, process.stderr.read()
+    assert not process.stderr.read()
+    process.stderr.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_text_is_for_terminals(terminal: bool) -> None:
+    program = "from service.logs import default_form; print(default_form())"
+    if not terminal:
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+        assert done.stdout == b"json\n"
+        return
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs)
+    assert process.wait(30) == 0
+    os.close(theirs)
+    assert os.read(ours, 100).strip() == b"text"
+    os.close(ours)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="has no /dev/full")
+def test_the_disk_is_full_and_the_process_is_read_on() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "from service.logs import Log\n"
+        "talker = [sys.executable, '-c', 'for _ in range(20_000): print(\"x\" * 50)']\n"
+        "process = subprocess.Popen(talker, stdout=subprocess.PIPE)\n"
+        "Log('json').relay(process.stdout)\n"
+        "sys.stderr.write(f'ended {process.wait(10)}')\n"
+    )
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            check=False,
+        )
+    assert b"ended 0" in done.stderr
+
+
+def test_each_line_is_shown_to_who_looks(capfd: pytest.CaptureFixture[str]) -> None:
+    seen: list[bytes] = []
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as output:
+        thread = threading.Thread(target=Log("json").relay, args=[output, seen.append])
+        thread.start()
+        for part in (b"one\ntw", b"o\n", b"three\n"):
+            os.write(writer, part)
+        os.close(writer)
+        thread.join(10)
+    assert seen == [b"one", b"two", b"three"]

@@ -1,0 +1,502 @@
+"""config.properties, ports, Java, and the process that is TorchServe's."""
+
+import os
+import re
+import select
+import socket
+import struct
+import subprocess
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from handler.errors import InvalidSettings, SetupError
+from service.ports import check_ports
+from service.torchserve import server as torchserve
+from service.torchserve.java import find_java, memory_bounds
+from service.torchserve.server import (
+    CONFIG,
+    CONFIG_KEYS,
+    MODEL_CONFIG_KEYS,
+    Address,
+    TorchServe,
+    read_address,
+    read_config,
+)
+
+READ_BY_THE_LAUNCHER = {"vmargs", "plugins_path"}
+OURS = {"handler"}
+
+
+def constants(name: str) -> set[str]:
+    """The strings in a class file of TorchServe's jar (JVM specification, 4.4)."""
+    spec = find_spec("ts")
+    assert spec is not None
+    assert spec.origin is not None
+    jar = Path(spec.origin).parent / "frontend" / "model-server.jar"
+    data = zipfile.ZipFile(jar).read(name)
+    sizes = {**dict.fromkeys((7, 8, 16, 19, 20), 2), 15: 3, **dict.fromkeys((5, 6), 8)}
+    texts, at, index = set(), 10, 1
+    (count,) = struct.unpack_from(">H", data, 8)
+    while index < count:
+        kind = data[at]
+        if kind == 1:
+            (length,) = struct.unpack_from(">H", data, at + 1)
+            texts.add(data[at + 3 : at + 3 + length].decode("utf-8", "replace"))
+            at += 3 + length
+        else:
+            at += 1 + sizes.get(kind, 4)
+        index += 2 if kind in (5, 6) else 1  # long and double count twice
+    return texts
+
+
+# --- What TorchServe reads
+
+
+def test_every_known_key_is_one_that_torchserve_reads() -> None:
+    read = constants("org/pytorch/serve/util/ConfigManager.class")
+    assert read >= CONFIG_KEYS - READ_BY_THE_LAUNCHER
+    assert not READ_BY_THE_LAUNCHER & read
+
+
+def test_every_known_model_key_is_one_that_torchserve_reads() -> None:
+    read = constants("org/pytorch/serve/archive/model/ModelConfig.class")
+    assert read >= MODEL_CONFIG_KEYS - OURS
+    assert not OURS & read
+
+
+# --- config.properties
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.properties"
+    path.write_text(text, "utf-8")
+    return path
+
+
+def test_our_config_has_known_keys_only() -> None:
+    config = read_config()
+    assert set(config) <= CONFIG_KEYS
+    assert {"inference_address", "model_store", "metrics_config", "metrics_mode"} <= set(config)
+
+
+def test_our_config_explains_every_line() -> None:
+    lines = CONFIG.read_text("utf-8").splitlines()
+    settings = [index for index, line in enumerate(lines) if line and not line.startswith("#")]
+    assert settings
+    for index in settings:
+        commented = lines[index - 1].startswith("#")
+        assert commented or index - 1 in settings, f"line {index + 1} has no comment"
+
+
+def test_our_config_keeps_everything_on_this_machine() -> None:
+    config = read_config()
+    for purpose in ("inference", "management", "metrics"):
+        assert read_address(config, purpose, None, None).host == "127.0.0.1"
+    assert config["grpc_inference_address"] == config["grpc_management_address"] == "127.0.0.1"
+
+
+def test_our_config_names_files_that_exist() -> None:
+    assert (CONFIG.parent / read_config()["metrics_config"]).is_file()
+    assert torchserve.LOG_CONFIG.is_file()
+
+
+def test_config_as_torchserve_reads_it(tmp_path: Path) -> None:
+    text = "# comment\n! comment\n\n  debug = true \nmodel_store=a=b\n\tmetrics_mode=log\nmodels=\n"
+    assert read_config(written(tmp_path, text)) == {
+        "debug": "true",
+        "model_store": "a=b",
+        "metrics_mode": "log",
+        "models": "",
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("inference_adress=http://127.0.0.1:1", "inference_adress"),
+        ("Debug=true", "Debug"),
+        ("batchSize=8", "batchSize"),
+        ("handler=x", "handler"),
+        ("nonsense", "nonsense"),
+        ("=x", ""),
+    ],
+)
+def test_typo_is_named_with_its_line(tmp_path: Path, line: str, key: str) -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        read_config(written(tmp_path, f"# comment\n\ndebug=true\n{line}\n"))
+    assert str(refused.value) == f"config.properties, line 4: {key!r} is not a TorchServe setting"
+
+
+def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TS_MODEL_STORE", "/elsewhere")
+    monkeypatch.setenv("TS_DEBUG", "")
+    monkeypatch.setenv("TS_SURPRISE", "x")
+    config = read_config(written(tmp_path, "model_store=here\nmetrics_mode=log\n"))
+    assert config == {"model_store": "/elsewhere", "metrics_mode": "log", "debug": ""}
+
+
+# --- Addresses
+
+
+@pytest.mark.parametrize(
+    ("purpose", "port"), [("inference", 8080), ("management", 8081), ("metrics", 8082)]
+)
+def test_torchserves_own_addresses(purpose: str, port: int) -> None:
+    assert read_address({}, purpose, None, None) == Address("127.0.0.1", port)
+
+
+def test_options_go_over_the_config() -> None:
+    config = {"inference_address": "http://10.0.0.1:9000"}
+    assert read_address(config, "inference", None, None) == Address("10.0.0.1", 9000)
+    assert read_address(config, "inference", "0.0.0.0", None) == Address("0.0.0.0", 9000)
+    assert read_address(config, "inference", None, 1234) == Address("10.0.0.1", 1234)
+    assert read_address(config, "management", None, 1234) == Address("127.0.0.1", 1234)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "127.0.0.1:8080",
+        "https://127.0.0.1:8080",
+        "http://127.0.0.1",
+        "http://:8080",
+        "http://127.0.0.1:8080/",
+        "http://[::1]:8080",
+        "unix:/tmp/x",
+        "http://127.0.0.1:123456",
+    ],
+)
+def test_other_addresses_are_refused(value: str) -> None:
+    with pytest.raises(InvalidSettings) as refused:
+        read_address({"metrics_address": value}, "metrics", None, None)
+    assert str(refused.value) == f"metrics_address must be http://HOST:PORT, got {value!r}"
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080"),
+        ("0.0.0.0", "http://127.0.0.1:8080"),
+        ("box", "http://box:8080"),
+    ],
+)
+def test_url_for_a_client_here(host: str, url: str) -> None:
+    assert Address(host, 8080).url == url
+
+
+@pytest.mark.parametrize(("port", "grpc"), [(8080, 7070), (8081, 7071), (2034, 1024), (2033, 3043)])
+def test_grpc_port_follows(port: int, grpc: int) -> None:
+    assert Address("127.0.0.1", port).grpc_port == grpc
+
+
+# --- Ports
+
+
+@pytest.fixture
+def free_ports() -> list[int]:
+    with socket.socket() as one, socket.socket() as other:
+        for held in (one, other):
+            held.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1], other.getsockname()[1]]
+
+
+def test_free_ports_pass(free_ports: list[int]) -> None:
+    check_ports({"a": ("127.0.0.1", free_ports[0]), "b": ("0.0.0.0", free_ports[1])})
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
+def test_taken_port_is_named_with_its_purpose(silent_port: int, host: str) -> None:
+    with pytest.raises(SetupError) as refused:
+        check_ports({"predictions (--port)": (host, silent_port)})
+    message = str(refused.value)
+    assert message.startswith(f"{host}:{silent_port} for predictions (--port) cannot be used: ")
+    assert "in use" in message
+
+
+def test_port_just_left_is_free(silent_port: int, free_ports: list[int]) -> None:
+    """After a restart the old connections still wait for their end."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        accepted, _ = listener.accept()
+        accepted.close()  # the server closes first, so its side lingers
+        client.close()
+    check_ports({"a": ("127.0.0.1", port)})
+
+
+def test_one_port_for_two_is_refused(free_ports: list[int]) -> None:
+    port = free_ports[0]
+    with pytest.raises(SetupError) as refused:
+        check_ports({"metrics": ("127.0.0.1", port), "gRPC": ("127.0.0.1", port)})
+    assert str(refused.value) == f"port {port} is wanted for metrics and for gRPC"
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_port_out_of_range_is_refused(port: int) -> None:
+    with pytest.raises(SetupError, match=f"port {port} for metrics is out of range"):
+        check_ports({"metrics": ("127.0.0.1", port)})
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "a" * 70, "exa mple"])
+def test_host_that_is_not_ours_is_refused(free_ports: list[int], host: str) -> None:
+    with pytest.raises(SetupError) as refused:
+        check_ports({"predictions": (host, free_ports[0])})
+    assert f"{host}:{free_ports[0]} for predictions cannot be used: " in str(refused.value)
+
+
+# --- Java
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_java_of_java_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    java = script(tmp_path / "bin" / "java", "exit 0")
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
+    assert find_java() == java
+
+
+@pytest.mark.parametrize("kind", ["no folder", "no java", "not executable"])
+def test_java_home_without_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    home = tmp_path / "java"
+    if kind != "no folder":
+        home.mkdir()
+    if kind == "not executable":
+        script(home / "bin" / "java", "").chmod(0o644)
+    monkeypatch.setenv("JAVA_HOME", str(home))
+    with pytest.raises(SetupError) as refused:
+        find_java()
+    assert str(refused.value) == f"JAVA_HOME is {home}, and there is no bin/java in it"
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+    monkeypatch.delenv("JAVA_HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("JAVA_HOME", home)
+    done = subprocess.run([find_java(), "-version"], capture_output=True, text=True, check=True)
+    assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe wants 17
+
+
+# --- Java's memory
+
+
+@pytest.mark.parametrize(
+    ("available", "megabytes"),
+    [(None, 4096), (0, 256), (2**29, 256), (2 * 2**30, 512), (8 * 2**30, 2048), (2**40, 4096)],
+)
+def test_javas_memory_is_bounded(available: int | None, megabytes: int) -> None:
+    bounds = [f"-Xmx{megabytes}m", f"-XX:MaxDirectMemorySize={megabytes}m"]
+    assert memory_bounds(available) == bounds
+
+
+SAW = "#  fatal error: Saw java.lang.OutOfMemoryError"
+RESERVE = ": Cannot reserve 16777216 bytes of direct buffer memory (allocated: 5, limit: 6)"
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        (f"{SAW}, aborting", "java.lang.OutOfMemoryError"),  # Java 17
+        (f"{SAW}{RESERVE}, aborting", f"java.lang.OutOfMemoryError{RESERVE}"),  # 21, 25
+        (
+            "#  fatal error: Saw io.netty.util.internal.OutOfDirectMemoryError, aborting",
+            "io.netty.util.internal.OutOfDirectMemoryError",
+        ),
+        (
+            "Terminating due to java.lang.OutOfMemoryError: Java heap space",
+            "java.lang.OutOfMemoryError: Java heap space",
+        ),
+        # What clients or models can have written is no such line.
+        (f'{{"event": "torchserve", "message": "{SAW}, aborting"}}', None),
+        ('{"event": "failure", "cause": "torch.OutOfMemoryError: CUDA out of memory"}', None),
+        ("#  SIGSEGV (0xb) at pc=0x0, pid=1, tid=1", None),
+    ],
+)
+def test_what_java_had_no_memory_for(tmp_path: Path, line: str, found: str | None) -> None:
+    server = server_of(tmp_path, "exit 0")
+    server.read(line.encode())
+    server.read(b"# ")
+    assert server.out_of_memory() == found
+
+
+# --- The process, with a shell script for Java
+
+
+class Pipe:
+    """A named pipe that a script writes to, read without waiting for ever."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        os.mkfifo(path)
+        self.end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def wait(self) -> None:
+        ready, _, _ = select.select([self.end], [], [], 10)
+        assert ready, "nothing within 10 s"
+
+    def line(self) -> str:
+        self.wait()
+        return os.read(self.end, 65536).decode()
+
+    def rest(self) -> str:
+        """Everything until no process has the pipe open any more."""
+        text = b""
+        while True:
+            self.wait()
+            part = os.read(self.end, 65536)
+            if not part:
+                return text.decode()
+            text += part
+
+
+@pytest.fixture
+def pipe(tmp_path: Path) -> Iterator[Pipe]:
+    pipe = Pipe(tmp_path / "pipe")
+    yield pipe
+    os.close(pipe.end)
+
+
+@contextmanager
+def running(server: TorchServe) -> Iterator[TorchServe]:
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def server_of(
+    folder: Path, java: str, config: dict[str, str] | None = None, **environ: str
+) -> TorchServe:
+    """Of two archives, with a script in place of Java."""
+    archives = {folder / "birds.mar": {"batchSize": 3}, folder / "fish.mar": None}
+    for archive in archives:
+        with zipfile.ZipFile(archive, "w") as content:
+            content.writestr("MAR-INF/MANIFEST.json", "{}")
+            content.writestr("model-config.yaml", "batchSize: 1\n")
+    return TorchServe(script(folder / "java", java), config or {}, archives, environ)
+
+
+def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None:
+    java = f'echo "$@" >{pipe.path}; exec sleep 600'
+    config = {"vmargs": "-Xmx1g -XX:+ExitOnOutOfMemoryError", "plugins_path": "/plugins"}
+    with running(server_of(tmp_path, java, config)) as server:
+        command = pipe.rest()
+        assert server.exit_status() is None
+    assert " -Xmx1g -XX:+ExitOnOutOfMemoryError " in command
+    assert re.search(r" -Xmx\d+m -XX:MaxDirectMemorySize=\d+m .*-Xmx1g", command), "the last counts"
+    assert f" -XX:SharedArchiveFile={torchserve.CLASS_ARCHIVE} " in command
+    assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
+    assert f" -f {CONFIG} " in command
+    assert re.search(r" -s \S+/torchserve-\w+/store ", command)
+    assert " -ncs " in command
+    assert command.endswith(" -m 0-birds 1-fish\n")
+
+
+def test_a_class_archive_of_another_java_is_ignored_in_silence(
+    tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changes JAVA_HOME would find a warning, or an error, first in the log."""
+    other = tmp_path / "other.jsa"
+    other.write_bytes(struct.pack("=IiI", 0xF00BABA2, 0, 0xB) + bytes(4096))  # as Java 17 does
+    monkeypatch.setattr(torchserve, "CLASS_ARCHIVE", other)
+    options = 'while [ "$1" != -cp ]; do options="$options $1"; shift; done'
+    java = f"{options}; {find_java()} $options -version >{pipe.path} 2>&1; exec sleep 600"
+    with running(server_of(tmp_path, java)):
+        assert pipe.rest().startswith("openjdk version ")
+
+
+def test_what_is_served_is_a_copy_with_the_configuration_of_the_start(
+    tmp_path: Path, pipe: Pipe
+) -> None:
+    java = f"cat store/*/model-config.yaml >{pipe.path}; exec sleep 600"
+    with running(server_of(tmp_path, java)):
+        assert pipe.rest() == "batchSize: 3\nbatchSize: 1\n"
+    with zipfile.ZipFile(tmp_path / "birds.mar") as content:
+        assert content.read("model-config.yaml") == b"batchSize: 1\n"
+
+
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path: Path) -> None:
+    server = server_of(tmp_path, "exit 0")
+    (tmp_path / "fish.mar").write_bytes(b"no zip")
+    with pytest.raises(SetupError, match=r"fish\.mar cannot be unpacked"):
+        server.start()
+    server.stop()
+
+
+def test_environment_of_java(tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    monkeypatch.setenv("TS_CONFIG_FILE", "/somewhere/config.properties")
+    monkeypatch.setenv("CLASSIFIER_TOP_K", "3")
+    java = f"{{ pwd; env; }} >{pipe.path}; exec sleep 600"
+    with running(server_of(tmp_path, java, TS_NUMBER_OF_GPU="0")):
+        folder, *lines = pipe.rest().splitlines()
+        assert Path(folder).is_dir()
+    environ = dict(line.split("=", 1) for line in lines if "=" in line)
+    assert environ["TMPDIR"] == environ["TEMP"] == environ["LOG_LOCATION"] == folder
+    assert environ["TS_NUMBER_OF_GPU"] == "0"
+    assert environ["TS_DECODE_INPUT_REQUEST"] == "false"
+    assert environ["CLASSIFIER_TOP_K"] == "3"
+    assert not {"PYTHONPATH", "TS_CONFIG_FILE"} & set(environ)
+
+
+def test_nothing_is_left_after_stop(tmp_path: Path, pipe: Pipe) -> None:
+    """Neither the workers, which are children of Java, nor the folder."""
+    worker = f"sh -c 'trap \"\" TERM; pwd; exec sleep 600' >{pipe.path} &"
+    with running(server_of(tmp_path, f"{worker}\nexec sleep 600")) as server:
+        folder = Path(pipe.line().strip())
+        assert folder.is_dir()
+    assert pipe.rest() == ""
+    assert not folder.exists()
+    assert server.exit_status() is not None
+
+
+def test_java_that_does_not_stop_is_killed(
+    tmp_path: Path,
+    pipe: Pipe,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torchserve, "STOP_SECONDS", 0.2)
+    java = f"trap '' TERM; exec 3>{pipe.path}; echo up >&3; sleep 600"
+    with running(server_of(tmp_path, java)) as server:
+        assert pipe.line() == "up\n"
+    assert pipe.rest() == ""
+    assert server.exit_status() == -9
+    assert "did not stop in time" in capsys.readouterr().err
+
+
+def test_exit_status_of_java(tmp_path: Path, pipe: Pipe) -> None:
+    server = server_of(tmp_path, f"exec 3>{pipe.path}; echo up >&3; exit 3")
+    assert server.exit_status() is None
+    with running(server):
+        assert pipe.rest() == "up\n"
+    assert server.exit_status() == 3
+
+
+def test_what_java_prints_is_relayed_to_its_end(tmp_path: Path, pipe: Pipe) -> None:
+    """Both its streams; stop() returns when all has been read."""
+    lines: list[bytes] = []
+    java = f"echo out; echo err >&2; trap 'echo last; exit 0' TERM; echo up >{pipe.path}; "
+    server = server_of(tmp_path, f"{java}while :; do sleep 0.05; done")
+    server.start(lambda output: lines.extend(output))
+    try:
+        assert pipe.line() == "up\n"
+    finally:
+        server.stop()
+    assert lines == [b"out\n", b"err\n", b"last\n"]
+
+
+def test_stop_without_start_does_nothing(tmp_path: Path) -> None:
+    server_of(tmp_path, "exit 0").stop()

@@ -1,0 +1,1 @@
+"""The commands: each is thin, and its work is in service/."""

@@ -20,7 +20,7 @@ Draw it again with `--from-json`.
 
 Every server does the same job on the same machine: a JPEG comes in over HTTP, the five likeliest
 classes go out as JSON. One server runs at a time, started afresh in each round; the order of each
-round is shuffled. The load generator (`scripts/benchmark.py`) runs on the same cores, so every
+round is shuffled. The load generator (`./scripts/benchmark`) runs on the same cores, so every
 throughput here is lower than the server alone could give, for fast servers more than for slow ones.
 
 Each server has a worker a core, and each worker one thread (`OMP_NUM_THREADS=1`), which is what

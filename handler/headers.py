@@ -33,6 +33,6 @@ def read_queue_seconds(headers: Mapping[str, Any], arrival: float) -> float | No
 
 
 def is_probe(headers: Mapping[str, Any]) -> bool:
-    """Whether a health check asks (scripts/gateway_watch.py): counted apart, and never answered
+    """Whether a health check asks (service/gateway/watch.py): counted apart, and never answered
     from the cache, because it asks whether the model runs."""
     return headers.get("x-probe") == "1"

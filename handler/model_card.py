@@ -1,4 +1,4 @@
-"""The facts about a packaged model: written by scripts/package.py, read by every worker."""
+"""The facts about a packaged model: written by ./scripts/package, read by every worker."""
 
 import json
 from dataclasses import asdict, dataclass

@@ -1,4 +1,4 @@
-"""A worker's sign of life, for the launcher that watches it (scripts/watchdog.py).
+"""A worker's sign of life, for the launcher that watches it (service/torchserve/watchdog.py).
 
 A process that was stopped, or native code that keeps Python's lock, silences every thread. Native
 code that never returns and has released the lock does not, so the beat depends on progress as well.

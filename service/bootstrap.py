@@ -1,7 +1,7 @@
 """Make .venv match the pinned requirements, then run a command in it.
 
-    bootstrap.py serve ARGS…    set up and start scripts/serve.py
-    bootstrap.py dev            set up with the tools that scripts/test needs
+    bootstrap.py NAME ARGS…     set up what the command needs, and run scripts/NAME.py
+    bootstrap.py test           set up what scripts/test needs
 
 Runs with the system's Python and the standard library only.
 """
@@ -18,12 +18,18 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
+REQUIREMENTS = {  # of the commands that need more than requirements.txt
+    "test": "requirements-dev.txt",
+    "benchmark": "requirements-benchmark.txt",
+    "tune": "requirements-benchmark.txt",
+}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -35,31 +41,37 @@ def main(argv: list[str]) -> int:
         )
     command, *rest = argv
     torch_build = "auto"
-    if command == "serve":
-        from service.options import parse_serve  # after the version check: newer syntax
+    if command in ("serve", "package"):  # their mistakes and --help need no set-up
+        from service import options  # after the version check: newer syntax
 
-        torch_build = parse_serve(rest).torch
+        if command == "serve":
+            torch_build = options.parse_serve(rest).torch
+        else:
+            options.parse_package(rest)
+    requirements = [REQUIREMENTS.get(command, "requirements.txt")]
+    if any(word.partition("=")[0] == "--calibration" for word in rest):
+        requirements.append("requirements-int8.txt")
     try:
-        set_up("requirements-dev.txt" if command == "dev" else "requirements.txt", torch_build)
+        set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:
         return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
     except OSError as exc:
         return _fail(f"the set-up failed: {exc}")
     except KeyboardInterrupt:
         return 130
-    if command == "serve":
-        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / "serve.py"), *rest])
+    if command != "test":
+        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / f"{command}.py"), *rest])
     return 0
 
 
-def set_up(requirements: str, torch_build: str) -> None:
+def set_up(requirements: Sequence[str], torch_build: str) -> None:
     """Create or update .venv; does nothing, and writes nothing, if the pins have not changed.
 
     Raises CalledProcessError if venv or pip failed (they have said why).
     """
     wanted = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
-        for name in {"requirements.txt", requirements, *_included(requirements)}
+        for name in {"requirements.txt", *requirements, *_included(requirements)}
     }
     if _is_current(_read_stamp(), wanted, torch_build):
         return
@@ -83,7 +95,7 @@ def set_up(requirements: str, torch_build: str) -> None:
         build = installed["torch"] if same_torch and installed else torch_build
         if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
-        _pip("install", "-r", ROOT / requirements)
+        _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
         with contextlib.suppress(
             subprocess.CalledProcessError
         ):  # it has said so; Java does without
@@ -97,9 +109,10 @@ def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: 
     return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
 
 
-def _included(requirements: str) -> list[str]:
-    """The files that a requirements file takes in with -r."""
-    return re.findall(r"^-r (\S+)", (ROOT / requirements).read_text(), re.MULTILINE)
+def _included(requirements: Sequence[str]) -> list[str]:
+    """The files that requirements files take in with -r."""
+    text = "".join((ROOT / name).read_text() for name in requirements)
+    return re.findall(r"^-r (\S+)", text, re.MULTILINE)
 
 
 def _install_torch(build: str) -> str:

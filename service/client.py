@@ -16,7 +16,7 @@ TIMEOUT_SECONDS = 60
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="scripts/predict.py",
+        prog="./scripts/predict",
         description=__doc__,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )

@@ -25,7 +25,7 @@ def get(url: str, timeout: float, verify: bool = True) -> requests.Response:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/healthcheck.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
     parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
     parser.add_argument(
         "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"

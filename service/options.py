@@ -81,8 +81,8 @@ def parse_serve(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def parse_package(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options of scripts/package.py."""
-    parser = _parser("scripts/package.py", "Make model_store/{model}.mar.")
+    """Options of ./scripts/package."""
+    parser = _parser("./scripts/package", "Make model_store/{model}.mar.")
     add_model_options(parser)
     _add_tuned(parser)
     parser.add_argument(
@@ -223,7 +223,7 @@ def _add_tuned(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="auto",
         metavar="FILE",
-        help="what scripts/tune.py found to be fastest; other options go over it "
+        help="what ./scripts/tune found to be fastest; other options go over it "
         "(default: not used; without FILE model_store/tuned-{model}.yaml)",
         default=argparse.SUPPRESS,
     )
@@ -258,7 +258,7 @@ def check_model_options(parser: argparse.ArgumentParser, args: argparse.Namespac
 
 
 def package_argv(args: argparse.Namespace, models: Sequence[str]) -> list[str]:
-    """The arguments with which scripts/package.py makes some of the models of `args`."""
+    """The arguments with which ./scripts/package makes some of the models of `args`."""
     names = """
         weights weights_prefix transform_input recipe labels device device_ids precision calibration
         minimum_agreement workers workers_per_gpu batch_size max_batch_delay_ms tuned

@@ -256,7 +256,7 @@ def find_archives(args: Namespace) -> dict[Path, str]:
 
 
 def package_apart(argv: Sequence[str]) -> int:
-    """Run scripts/package.py in a process of its own, with which its memory for torch ends.
+    """Run ./scripts/package in a process of its own, with which its memory for torch ends.
 
     Returns its exit status; raises SetupError where it was killed.
     """

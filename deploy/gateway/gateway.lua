@@ -20,7 +20,7 @@ ffi.cdef [[
 local digest = ffi.new "unsigned char[32]"
 
 local gateway = {}
-local settings -- what scripts/gateway.py fills in, see nginx.conf.template
+local settings -- what ./scripts/gateway fills in, see nginx.conf.template
 
 function gateway.setup(values)
     settings = values
@@ -200,7 +200,7 @@ local asked = {} -- the replica that has a request, by the request's id
 local turn = 0
 
 -- Why a replica gets no requests, or nil. One that does answer clients gets them, whatever became of
--- the question of scripts/gateway_watch.py (the queue may be long), unless it is silent altogether.
+-- the question of service/gateway/watch.py (the queue may be long), unless it is silent altogether.
 local function left_out(replica)
     local why, is_silent = ngx.shared.left_out:get(replica.address)
     if why and is_silent ~= 1 and ngx.shared.answered:get(replica.address) then
@@ -471,7 +471,7 @@ function gateway.metrics()
     end
 end
 
--- What scripts/gateway_watch.py has found: as JSON, by address, `why` a replica gets no requests,
+-- What service/gateway/watch.py has found: as JSON, by address, `why` a replica gets no requests,
 -- and whether it `is_silent`.
 function gateway.take_left_out()
     ngx.req.read_body()

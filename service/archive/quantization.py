@@ -1,6 +1,6 @@
 """int8 at packaging time: calibrated on some images, judged on others, or refused.
 
-NNCF quantises; scripts/saturation.py makes the result right on CPUs without VNNI. Depthwise
+NNCF quantises; service/archive/saturation.py makes the result right on CPUs without VNNI. Depthwise
 convolutions stay in floating point: they are bound by memory, so int8 gains nothing (MobileNetV2:
 7.1 ms an image with and without), and their few weights each carry the most error (mean divergence
 0.007 instead of 0.020 nats). So do the layers that cause the most of the remaining error: how many,

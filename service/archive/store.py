@@ -1,6 +1,6 @@
 """What goes into an archive, and whether one is still up to date: all that needs no torch.
 
-./scripts/serve imports this module and not scripts/package.py, because torch takes seconds to load
+./scripts/serve imports this module and not ./scripts/package, because torch takes seconds to load
 and its memory would stay for as long as the server runs.
 """
 
@@ -44,7 +44,7 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     """The archive of a model, where the same inputs as now have made it.
 
     Its configuration, which is put in when it is served, may be another. None where there is any
-    doubt: scripts/package.py then makes the archive, or says what is wrong. Raises InvalidSettings
+    doubt: ./scripts/package then makes the archive, or says what is wrong. Raises InvalidSettings
     where settings do not go together with an archive that is up to date.
     """
     archive = archive_path(model, options, store)
@@ -241,7 +241,7 @@ def given_config(archive: Path, options: Namespace) -> dict[str, Any]:
     """
     card = read_card(archive)
     if card is None:
-        raise InvalidModel(f"{archive} is damaged, or was not made by scripts/package.py")
+        raise InvalidModel(f"{archive} is damaged, or was not made by ./scripts/package")
     with zipfile.ZipFile(archive) as content:
         config = yaml.safe_load(content.read(CONFIG_FILE))
     config = _under_options(config, options, options)

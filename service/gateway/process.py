@@ -45,7 +45,7 @@ RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' n
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/gateway.py", description=__doc__)
+    parser = argparse.ArgumentParser(prog="./scripts/gateway", description=__doc__)
     parser.add_argument(
         "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
     )

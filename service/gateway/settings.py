@@ -92,7 +92,7 @@ class GatewaySettings:
         elif not self.keys and not self.on_loopback:
             raise InvalidSettings(
                 f"{PREFIX}HOST is {self.host}, so that others may reach it: give "
-                f"{PREFIX}KEYS=FILE (scripts/gateway.py --new-key NAME makes a line of it), "
+                f"{PREFIX}KEYS=FILE (./scripts/gateway --new-key NAME makes a line of it), "
                 f"or {PREFIX}KEYS=off"
             )
 

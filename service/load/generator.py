@@ -397,7 +397,7 @@ def plot(runs: Sequence[Measurement], path: Path) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/benchmark.py", description="Load a running server and check every answer."
+        prog="./scripts/benchmark", description="Load a running server and check every answer."
     )
     parser.add_argument(
         "--url",

@@ -1,4 +1,4 @@
-"""When to have more workers, and when fewer: the decisions of scripts/scale.py --watch."""
+"""When to have more workers, and when fewer: the decisions of ./scripts/scale --watch."""
 
 import json
 import time

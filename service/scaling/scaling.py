@@ -55,7 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     workers = number(*RANGES["workers"])
     milliseconds, seconds = number(1, 600_000), number(1, 86_400)
     parser = argparse.ArgumentParser(
-        prog="scripts/scale.py", description=__doc__, allow_abbrev=False
+        prog="./scripts/scale", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("model", help="its name in the server")
     parser.add_argument(

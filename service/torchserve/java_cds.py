@@ -1,6 +1,6 @@
 """Write down Java's classes as it keeps them in memory, so that TorchServe starts in less time.
 
-    scripts/class_archive.py    once after an installation; ./scripts/serve does it by itself
+    scripts/java_cds.py    once after an installation; ./scripts/serve does it by itself
 
 Starts TorchServe without a model to see which classes it takes, and lets Java dump those into a
 file (class data sharing). Java reads the file only where it is of the same build and the same jar,

@@ -1,4 +1,4 @@
-"""The file that scripts/tune.py writes and `--tuned` reads: the best configuration, its facts.
+"""The file that ./scripts/tune writes and `--tuned` reads: the best configuration, its facts.
 
 It goes over handler/configs/*.yaml. Options and the environment go over it, and that is said.
 """
@@ -17,7 +17,7 @@ from handler.settings import PREFIX, Settings
 from service.options import RANGES
 from service.torchserve.server import read_config, read_path
 
-COMMENT = "# Written by scripts/tune.py, for ./scripts/serve --tuned.\n"
+COMMENT = "# Written by ./scripts/tune, for ./scripts/serve --tuned.\n"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class Tuned:
 
 
 def tuned_path(model: str, choice: str) -> Path:
-    """The file that `--tuned` names; "auto": where scripts/tune.py writes it by itself."""
+    """The file that `--tuned` names; "auto": where ./scripts/tune writes it by itself."""
     if choice != "auto":
         return Path(choice)
     return read_path(read_config(), "model_store") / f"tuned-{model}.yaml"
@@ -97,7 +97,7 @@ def read_tuned(path: Path, model: str) -> Tuned:
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
     except FileNotFoundError as exc:
-        raise InvalidSettings(f"{path} is missing: scripts/tune.py writes it") from exc
+        raise InvalidSettings(f"{path} is missing: ./scripts/tune writes it") from exc
     except OSError as exc:
         raise InvalidSettings(f"{path} cannot be read: {exc.strerror}") from exc
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
@@ -134,7 +134,7 @@ def describe_differences(model: str, options: Namespace) -> list[str]:
     if (facts.cpu, facts.cores) != here:
         lines.append(
             f"warning: {path} was tuned on another machine ({facts.cpu}, cores: {facts.cores}; "
-            f"here {here[0]}, cores: {here[1]}): run scripts/tune.py again"
+            f"here {here[0]}, cores: {here[1]}): run ./scripts/tune again"
         )
     for name, value in asdict(tuned.options).items():
         given = getattr(options, name)

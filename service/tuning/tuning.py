@@ -495,7 +495,7 @@ def plot(trials: Sequence[Trial], slo_ms: float, title: str, path: Path) -> None
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="scripts/tune.py",
+        prog="./scripts/tune",
         description="Find the configuration that serves a model fastest within a latency limit. "
         "A model option that is given (--precision, --workers, …) is kept and not varied.",
         allow_abbrev=False,

@@ -77,7 +77,7 @@ def settings(servers: Sequence[Server], **more: str) -> dict[str, str]:
 
 
 def refused(folder: Path, env: dict[str, str], *options: str) -> str:
-    """What scripts/gateway.py says when it does not start; it must end with 2, on one line."""
+    """What ./scripts/gateway says when it does not start; it must end with 2, on one line."""
     done = subprocess.run(
         [*COMMAND, *options],
         env=environment(folder, env),
@@ -95,7 +95,7 @@ def refused(folder: Path, env: dict[str, str], *options: str) -> str:
 
 @contextmanager
 def running(folder: Path, env: dict[str, str], scheme: str = "http") -> Iterator[Gateway]:
-    """Start scripts/gateway.py, wait until it listens, and end it afterwards."""
+    """Start ./scripts/gateway, wait until it listens, and end it afterwards."""
     port = int(env.get("GATEWAY_PORT", free_port()))
     paths = folder / f"gateway-{port}.out", folder / f"gateway-{port}.err"
     with paths[0].open("wb") as stdout, paths[1].open("wb") as stderr:

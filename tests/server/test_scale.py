@@ -1,4 +1,4 @@
-"""scripts/scale.py with the real TorchServe, and GPUs that are named, hidden or pretended."""
+"""./scripts/scale with the real TorchServe, and GPUs that are named, hidden or pretended."""
 
 import json
 import re

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def test_nothing_is_done_where_the_pins_are_the_same(
     repository: Path, commands: list[list[str]], build: str
 ) -> None:
     before = bootstrap.STAMP.read_text()
-    set_up("requirements.txt", build)
+    set_up(["requirements.txt"], build)
     assert commands == []
     assert bootstrap.STAMP.read_text() == before
     names = {path.name for path in repository.iterdir()}
@@ -130,13 +131,13 @@ def test_another_python_behind_the_same_link_is_set_up_anew(
     bootstrap.PYTHON.unlink()
     bootstrap.PYTHON.symlink_to(repository / "python3.11")
     (bootstrap.VENV / "lib" / "python3.11" / "site-packages").mkdir(parents=True)
-    set_up("requirements-dev.txt", "auto")
+    set_up(["requirements-dev.txt"], "auto")
     commands.clear()
-    set_up("requirements-dev.txt", "auto")
+    set_up(["requirements-dev.txt"], "auto")
     assert commands == []
     bootstrap.PYTHON.unlink()
     bootstrap.PYTHON.symlink_to(repository / "python3.12")
-    set_up("requirements-dev.txt", "auto")
+    set_up(["requirements-dev.txt"], "auto")
     assert commands[0] == ["-m", "venv", "--clear", str(bootstrap.VENV)]
 
 
@@ -150,7 +151,7 @@ def test_a_checkout_that_is_moved_runs_its_own_code(
     monkeypatch.setattr(bootstrap, "_run", only_venv)
     bootstrap.STAMP.unlink()
     (repository / "ours.py").write_text("")
-    set_up("requirements.txt", "auto")
+    set_up(["requirements.txt"], "auto")
     moved = repository.parent / f"{repository.name}-moved"
     shutil.copytree(repository, moved, symlinks=True)
     command = [moved / ".venv/bin/python", "-c", "import ours; print(ours.__file__)"]
@@ -161,33 +162,33 @@ def test_a_checkout_that_is_moved_runs_its_own_code(
 def test_changed_pins_are_installed_again(repository: Path, commands: list[list[str]]) -> None:
     requirements = repository / "requirements.txt"
     requirements.write_text(requirements.read_text() + "orjson==3.0\n")
-    set_up("requirements.txt", "auto")
+    set_up(["requirements.txt"], "auto")
     torch, rest = pip_lines(commands)
     assert "torch==2.0.0" in torch
     assert "--index-url" in torch  # the CPU build stays the CPU build
-    assert rest == f"install -r {requirements}"
+    assert rest == f"install --requirement={requirements}"
     commands.clear()
-    set_up("requirements.txt", "auto")
+    set_up(["requirements.txt"], "auto")
     assert commands == []
 
 
 def test_tests_need_more_than_serving(repository: Path, commands: list[list[str]]) -> None:
-    set_up("requirements-dev.txt", "auto")
-    assert pip_lines(commands) == [f"install -r {repository / 'requirements-dev.txt'}"]
+    set_up(["requirements-dev.txt"], "auto")
+    assert pip_lines(commands) == [f"install --requirement={repository / 'requirements-dev.txt'}"]
     commands.clear()
-    set_up("requirements-dev.txt", "auto")
-    set_up("requirements.txt", "auto")
+    set_up(["requirements-dev.txt"], "auto")
+    set_up(["requirements.txt"], "auto")
     assert commands == []
 
 
 def test_another_build_of_torch_replaces_the_first(
     repository: Path, commands: list[list[str]]
 ) -> None:
-    set_up("requirements.txt", "cuda")
+    set_up(["requirements.txt"], "cuda")
     assert pip_lines(commands) == [
         "uninstall --yes torch torchvision",
         "install torch==2.0.0 torchvision==0.15.0",
-        f"install -r {repository / 'requirements.txt'}",
+        f"install --requirement={repository / 'requirements.txt'}",
     ]
     assert json.loads(bootstrap.STAMP.read_text())["torch"] == "cuda"
 
@@ -196,7 +197,7 @@ def test_the_cpu_build_comes_from_its_own_index(
     repository: Path, commands: list[list[str]]
 ) -> None:
     stamp(repository, "cuda", "requirements.txt")
-    set_up("requirements.txt", "cpu")
+    set_up(["requirements.txt"], "cpu")
     assert pip_lines(commands)[1] == (
         "install --index-url https://download.pytorch.org/whl/cpu torch==2.0.0 torchvision==0.15.0"
     )
@@ -211,7 +212,7 @@ def test_an_interrupted_set_up_starts_over(
 
     monkeypatch.setattr(bootstrap, "_run", interrupted)
     with pytest.raises(subprocess.CalledProcessError):
-        set_up("requirements-dev.txt", "auto")
+        set_up(["requirements-dev.txt"], "auto")
     assert not bootstrap.STAMP.exists()
 
 
@@ -223,7 +224,7 @@ def test_a_class_archive_that_fails_is_done_without(
             raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(bootstrap, "_run", failing)
-    set_up("requirements-dev.txt", "auto")
+    set_up(["requirements-dev.txt"], "auto")
     assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
 
 
@@ -244,7 +245,7 @@ def test_python_starts_in_a_folder_of_any_name(
             subprocess.run([*command, "--without-pip"], check=True)
 
     monkeypatch.setattr(bootstrap, "_run", without_pip)
-    set_up("requirements.txt", "cuda")
+    set_up(["requirements.txt"], "cuda")
     for locale in ("C", "C.UTF-8"):
         command = [bootstrap.PYTHON, "-c", "import module"]
         subprocess.run(command, env={"LC_ALL": locale}, cwd="/", check=True)
@@ -257,7 +258,7 @@ def test_a_failing_set_up_is_one_line(
         raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(bootstrap, "_run", failing)
-    assert main(["dev"]) == 2
+    assert main(["test"]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: the set-up failed: ")
 
 
@@ -316,8 +317,12 @@ def test_a_link_to_the_command_is_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_both_commands_begin_alike() -> None:
-    first, second = (
-        (SERVE.parent / name).read_text().splitlines()[2:5] for name in ("serve", "test")
-    )
-    assert first == second
+def test_every_command_starts_alike() -> None:
+    commands = [path for path in SERVE.parent.iterdir() if os.access(path, os.X_OK)]
+    names = {path.name for path in commands if path.is_file()}
+    modules = {path.stem for path in SERVE.parent.glob("*.py")} - {"__init__", "java_cds"}
+    assert names == {"test", *modules}
+    for name in names:
+        text = (SERVE.parent / name).read_text()
+        assert '/start.sh"\n' in text
+        assert re.search(rf"^\(?start {name}\b", text, re.M)

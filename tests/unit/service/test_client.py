@@ -1,4 +1,4 @@
-"""The table of scripts/predict.py, on terminals of every kind."""
+"""The table of ./scripts/predict, on terminals of every kind."""
 
 import json
 import os

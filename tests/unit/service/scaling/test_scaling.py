@@ -287,7 +287,7 @@ def test_no_memory_of_what_is_no_worker_here(proc: Path) -> None:
 
 
 class Server:
-    """TorchServe as scripts/scale.py sees it; workers start and stop at once unless told."""
+    """TorchServe as ./scripts/scale sees it; workers start and stop at once unless told."""
 
     def __init__(self, web: Web, wanted: int = 1) -> None:
         self.web = web

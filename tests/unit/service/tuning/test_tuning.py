@@ -1,4 +1,4 @@
-"""The search, the Pareto front, and the file between scripts/tune.py and ./scripts/serve."""
+"""The search, the Pareto front, and the file between ./scripts/tune and ./scripts/serve."""
 
 import json
 import sys
@@ -415,7 +415,7 @@ def test_the_file_of_each_model_is_in_the_store(
     content.write(tmp_path / f"tuned-{MODEL}.yaml")
     given = parse_package(["--model", MODEL, "--model", "alexnet", "--tuned"])
     assert model_config(MODEL, given)["minWorkers"] == 3
-    with pytest.raises(InvalidSettings, match=r"tuned-alexnet.yaml is missing: scripts/tune.py"):
+    with pytest.raises(InvalidSettings, match=r"tuned-alexnet.yaml is missing: ./scripts/tune"):
         model_config("alexnet", given)
 
 
@@ -471,7 +471,7 @@ def test_a_damaged_file_is_refused(path: Path, text: bytes, message: str) -> Non
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidSettings, match=r"x.yaml is missing: scripts/tune.py writes it"):
+    with pytest.raises(InvalidSettings, match=r"x.yaml is missing: ./scripts/tune writes it"):
         read_tuned(tmp_path / "x.yaml", MODEL)
     with pytest.raises(InvalidSettings, match="cannot be read"):
         read_tuned(tmp_path, MODEL)

@@ -20,7 +20,7 @@ ffi.cdef [[
 local digest = ffi.new "unsigned char[32]"
 
 local gateway = {}
-local settings -- what ./scripts/gateway fills in, see nginx.conf.template
+local settings -- from nginx.conf
 
 function gateway.setup(values)
     settings = values

@@ -179,7 +179,7 @@ def test_errors_of_the_handler_pass_unchanged(gateway: Served, kind: str) -> Non
         "/_error",
         "/../scripts/gateway.py",
         "/..%2fgateway.lua",
-        "/nginx.conf.template",
+        "/nginx.conf.jinja",
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST"])

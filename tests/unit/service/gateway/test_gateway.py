@@ -205,9 +205,10 @@ def test_new_key_is_the_line_of_its_key(tmp_path: Path, capsys: pytest.CaptureFi
     assert gateway.main(["--new-key", "a b"]) == 2
 
 
-def test_every_name_of_the_template_is_filled_in(tmp_path: Path) -> None:
-    assert not re.search(r"\$\{", rendered(tmp_path))
-    assert not re.search(r"\$\{", rendered(tmp_path, split="1.0=90,2.0=10", rate="0"))
+def test_shares_of_a_split_add_up_and_versions_without_clients_get_none(tmp_path: Path) -> None:
+    config = rendered(tmp_path, models="m", split="1.0=20,2.0=70,3.0=10,4.0=0")
+    block = config.partition("split_clients")[2].partition("}")[0]
+    assert block.split("{")[1].split() == ["20%", "1.0;", "70%", "2.0;", "*", "3.0;"]
 
 
 @pytest.mark.parametrize(("replicas", "first", "second"), [(1, 60, 60), (2, 15, 45)])

@@ -90,14 +90,12 @@ def targets(settings: GatewaySettings) -> list[str]:
 
 
 def described(settings: GatewaySettings) -> dict[str, str]:
-    """What /info describes, by "MODEL/VERSION" as a client asks for it, each part maybe empty."""
-    first, *others = settings.model_names
-    versions = list(settings.weights())
-    return (
-        {"/": f"{first}/{versions[0]}" if versions else first}
-        | {f"{name}/": name for name in (first, *others)}
-        | {f"{name}/{version}": f"{first}/{version}" for version in versions for name in ("", first)}
-    )
+    """What /info describes, by MODEL/VERSION as a client asks for it; either may be empty."""
+    first = settings.model_names[0]
+    found = {"/": targets(settings)[0]} | {f"{name}/": name for name in settings.model_names}
+    for version in settings.weights():
+        found[f"/{version}"] = found[f"{first}/{version}"] = f"{first}/{version}"
+    return found
 
 
 def shares(weights: dict[str, int]) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""The folder given as --calibration: images, and labels where somebody wrote them down."""
+"""The folder of --calibration: images, and their labels if it has a labels.csv."""
 
 import csv
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from handler.model_card import InputTransform
 from handler.settings import Settings
 
 LABELS_FILE = "labels.csv"
-MAXIMUM_IMAGES = 2000  # 300 MB as the model sees them; of a larger folder, evenly chosen ones
+MAXIMUM_IMAGES = 2000  # 300 MB as the model sees them; a larger folder is sampled evenly
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,14 @@ class CalibrationSet:
     """Images as the model sees them, in the order of their file names."""
 
     images: tuple[NDArray[np.uint8], ...]  # RGB [3, H, W]
-    labels: tuple[int, ...] | None  # class indices; None where there is no labels.csv
+    labels: tuple[int, ...] | None  # class indices; None without labels.csv
 
 
 def read_calibration(folder: Path, transform: InputTransform, settings: Settings) -> CalibrationSet:
     """The images of a folder, decoded as a request's are, and the labels beside them.
 
     The folder holds images and, optionally, labels.csv with the columns file and class_id; hidden
-    files are passed over. Raises InvalidModel, with the file's name, for anything else.
+    files are skipped. Raises InvalidModel, with the file's name, for anything else.
     """
     if not folder.is_dir():
         raise InvalidModel(f"--calibration {folder}: there is no such folder")
@@ -59,7 +59,7 @@ def _read_image(path: Path, transform: InputTransform, settings: Settings) -> ND
 
 
 def _read_labels(path: Path, images: set[str]) -> dict[str, int] | None:
-    """Class index by file name: of every image, or of none where there is no file."""
+    """Class index by file name, one for every image; None if there is no such file."""
     if not path.exists():
         return None
     labels: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Files of weights: told apart by their bytes, opened without running code, taken apart."""
+"""Weights files: recognised by their bytes, opened without running code, split into tables."""
 
 import pickle
 import re
@@ -20,14 +20,14 @@ Tables = dict[str, dict[str, Tensor]]  # tensors by name, by the keys that lead 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a weights file holds, as far as it matters here."""
+    """The part of a weights file that matters here."""
 
     tables: Tables
-    entries: tuple[str, ...] = ()  # its outermost keys, but for those of numbers, text and tensors
+    entries: tuple[str, ...] = ()  # outermost keys, except those of numbers, text and tensors
 
 
 SAVE = "save it with torch.save(model.state_dict(), PATH)"
-# What else people have, by a file in the zip or by the first bytes, and what to do with it.
+# Other kinds of files, by a name in the zip or by the first bytes, and what to do with each.
 IN_ZIPS = {
     r"[^/]+/constants\.pkl": (
         "is a TorchScript program, not a state dict; make one with "
@@ -48,7 +48,7 @@ FIRST_BYTES = {
 
 
 class Placeholder:
-    """What stands for every object of a file that is no tensor: it takes any state, and drops it.
+    """A stand-in for every object of a file that is not a tensor: takes any state and drops it.
 
     No class or function that a file names is looked up, let alone called.
     """
@@ -66,14 +66,14 @@ class Placeholder:
 
 
 class DictPlaceholder:
-    """The same for subclasses of dict, which are filled key by key: a plain one, with its keys."""
+    """The same for subclasses of dict, which are filled key by key: an ordinary dict."""
 
     def __new__(cls, *_args: object, **_kwargs: object) -> Any:
-        return OrderedDict()  # nothing else of its kind may be filled
+        return OrderedDict()  # the only type that torch allows a pickle to fill
 
 
 def read_checkpoint(path: Path) -> Any:
-    """The content of a weights file, with placeholders for all that is not plain data or tensors.
+    """The content of a weights file, with placeholders for all but plain data and tensors.
 
     Raises InvalidModel, which says what the file is if that can be seen.
     """
@@ -86,7 +86,7 @@ def read_checkpoint(path: Path) -> Any:
             raise InvalidModel(f"{path} {known}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(_placeholders(path)):
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
-            with path.open("rb") as file:  # of a path, torch would look at the name as well
+            with path.open("rb") as file:  # given a path, torch would look at the name as well
                 return torch.load(file, map_location="cpu", weights_only=True)
     except InvalidModel:
         raise
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> Any:
         raise InvalidModel(
             f"{path} holds Python objects besides tensors, which are never unpickled; {SAVE}"
         ) from exc
-    except Exception as exc:  # torch has many words for a file that is none of its own
+    except Exception as exc:  # torch raises many types for a file that is not its own
         raise InvalidModel(f"{path} is not a readable weights file") from exc
 
 
@@ -175,7 +175,7 @@ def _placeholders(path: Path) -> list[Any]:
     """A placeholder for each class and function that a file names, as torch wants to be told.
 
     Training scripts keep their arguments, paths and numpy's numbers beside the tensors. torch
-    itself goes on refusing what is of os or sys.
+    itself still refuses names from os and sys.
     """
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

@@ -1,4 +1,4 @@
-"""A torchvision network to the OpenVINO model that goes into the archive."""
+"""Conversion of a torchvision network to the OpenVINO model that goes into the archive."""
 
 import warnings
 
@@ -10,15 +10,15 @@ from handler.engines import PixelsToProbabilities
 from handler.errors import InvalidModel
 from handler.model_card import InputTransform
 
-MAX_DIFFERENCE = 1e-3  # of any probability; float32 in another order gives some 1e-6
+MAX_DIFFERENCE = 1e-3  # of any probability; another order of float32 operations gives about 1e-6
 
 
 def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model:
-    """The network between pixels and probabilities: uint8 [B, 3, H, W] to float32 [B, C].
+    """The network from pixels to probabilities: uint8 [B, 3, H, W] to float32 [B, C].
 
-    Raises InvalidModel where OpenVINO cannot express the network, or computes something else.
+    Raises InvalidModel if OpenVINO cannot express the network, or computes something else.
     """
-    model, images, wanted = _try_out(network, transform)
+    model, images, expected = _try_out(network, transform)
     size = transform.crop_size
     with torch.no_grad(), warnings.catch_warnings():  # inference_mode's tensors cannot be traced
         warnings.simplefilter("ignore")  # tracing is deprecated, and what OpenVINO does
@@ -26,13 +26,13 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
             converted = openvino.convert_model(
                 model, example_input=images, input=[openvino.PartialShape([-1, 3, size, size])]
             )
-        except Exception as exc:  # the converter has many words for what it does not know
+        except Exception as exc:  # the converter raises many types for what it does not know
             raise InvalidModel(
                 "OpenVINO cannot convert it; engine: torch in handler/configs does without"
             ) from exc
     precise = {"INFERENCE_PRECISION_HINT": "f32"}
-    given = torch.from_numpy(openvino.compile_model(converted, "CPU", precise)(images.numpy())[0])
-    difference = (given - wanted).abs().max().item()
+    actual = torch.from_numpy(openvino.compile_model(converted, "CPU", precise)(images.numpy())[0])
+    difference = (actual - expected).abs().max().item()
     if not difference <= MAX_DIFFERENCE:
         raise InvalidModel(
             f"OpenVINO's probabilities differ from torch's by {difference:.4f}; "
@@ -42,16 +42,16 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
 
 
 def check_answers(network: nn.Module, transform: InputTransform) -> None:
-    """Raise InvalidModel if a network's own probabilities are no numbers."""
+    """Raise InvalidModel if a network's own probabilities are not finite."""
     _try_out(network, transform)
 
 
 def _try_out(
     network: nn.Module, transform: InputTransform
 ) -> tuple[PixelsToProbabilities, Tensor, Tensor]:
-    """The model, two images uint8 [2, 3, H, W], and its probabilities of them, float32 [2, C].
+    """The model, two images uint8 [2, 3, H, W], and its probabilities for them, float32 [2, C].
 
-    Raises InvalidModel if these are not finite: a worker would refuse to start, for ever.
+    Raises InvalidModel if these are not finite: no worker would ever start.
     """
     model = PixelsToProbabilities(network, transform, torch.float32).eval()
     size = transform.crop_size

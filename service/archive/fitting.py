@@ -1,7 +1,7 @@
-"""A file's tensors held against an architecture: prefixes, old names, the last layer, every shape.
+"""Matches a file's tensors with an architecture: prefixes, old names, the last layer, shapes.
 
-One rule for what trainers put around a network: any single prefix that makes the names fit is taken
-off. If it is not certain which tensors are meant, the user is asked for the prefix.
+One rule covers what trainers put around a network: any single prefix that makes the names fit is
+removed. If it is not certain which tensors are meant, the user is asked for the prefix.
 """
 
 import difflib
@@ -29,7 +29,7 @@ OLD_NAMES = {  # architectures, and names in files that older releases of torchv
 
 @dataclass(frozen=True)
 class Fit:
-    """Tensors that an architecture takes, and where in the file they were."""
+    """Tensors that an architecture takes, and notes on how they were found in the file."""
 
     state: dict[str, Tensor]  # complete, float32, in the network's order
     head: tuple[str, ...]  # names of the last layer's tensors
@@ -40,10 +40,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class _Layout:
-    """What an architecture's tensors are called, and their shapes."""
+    """The names and shapes of an architecture's tensors."""
 
     architecture: str
-    tensors: dict[str, Tensor]  # without memory, for two classes
+    tensors: dict[str, Tensor]  # on the meta device, for two classes
     head: tuple[str, ...]
 
     @property
@@ -68,16 +68,16 @@ class _Layout:
 
 @dataclass
 class _Attempt:
-    """Tensors under one prefix, held against a layout."""
+    """Tensors under one prefix, compared with a layout."""
 
     prefix: str  # in the whole file: "state_dict.model."
     state: dict[str, Tensor]  # as the network calls them
     beside: list[str]  # of the same dict, not under the prefix; whole names
-    layers_beside: list[str]  # those of them that may be layers
+    layers_beside: list[str]  # those of `beside` that may be layers
     problems: list[str]
     notes: list[str]
     classes: int
-    matched: int  # names that are the network's
+    matched: int  # how many names the network has too
 
 
 def fit_checkpoint(
@@ -90,13 +90,13 @@ def fit_checkpoint(
     """
     layout, tables = _layout(recipe, architecture), checkpoint.tables
     attempts = _attempts(tables, layout, lambda name: name)
-    if all(attempt.problems for attempt in attempts):  # wrappers in the middle of names, then
+    if all(attempt.problems for attempt in attempts):  # there may be wrappers inside names
         attempts += _attempts(tables, layout, lambda name: re.sub(WRAPPERS, "", name))
     fits = [attempt for attempt in attempts if not attempt.problems]
     if prefix is not None:
-        wanted = prefix.rstrip(".")
-        inside = [fit for fit in fits if fit.prefix.startswith(f"{wanted}.")]
-        attempts = [attempt for attempt in attempts if attempt.prefix.rstrip(".") == wanted]
+        asked = prefix.rstrip(".")
+        inside = [fit for fit in fits if fit.prefix.startswith(f"{asked}.")]
+        attempts = [attempt for attempt in attempts if attempt.prefix.rstrip(".") == asked]
         attempts = attempts or (inside if len(inside) == 1 else [])  # model_ema: of .module alone
         if not attempts:
             there = _listed([repr(fit.prefix) for fit in fits]) if fits else "none"
@@ -175,7 +175,7 @@ def _attempts(tables: Tables, layout: _Layout, rename: Callable[[str], str]) -> 
 
 
 def _modern(name: str, architecture: str) -> str:
-    """A tensor's name as this release of torchvision has it."""
+    """A tensor's name in this release of torchvision."""
     for family, changes in OLD_NAMES.items():
         if architecture.startswith(family):
             for old, new in changes:
@@ -184,7 +184,7 @@ def _modern(name: str, architecture: str) -> str:
 
 
 def _prefixes(names: Mapping[str, str], layout: _Layout) -> list[str]:
-    """Prefixes under which a good part of the network's names is; else the most likely one."""
+    """Prefixes with at least half as many of the network's names as the best; [""] without any."""
     votes: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")
@@ -198,7 +198,7 @@ def _prefixes(names: Mapping[str, str], layout: _Layout) -> list[str]:
 def _attempt(
     keys: str, prefix: str, modern: Mapping[str, str], table: Mapping[str, Tensor], layout: _Layout
 ) -> _Attempt:
-    """`modern` are today's names by the file's."""
+    """`modern` gives the file's name of each of today's."""
     path = f"{keys}." if keys else ""
     given = {
         name[len(prefix) :]: table[old] for name, old in modern.items() if name.startswith(prefix)
@@ -225,31 +225,31 @@ def _attempt(
     for name in given:
         if name not in layout.tensors and not (auxiliary and re.match(AUXILIARY, name)):
             problems.append(f"{name} is not part of it")
-    where = [path + name for name in beside]
-    return _Attempt(path + prefix, given, where, layers, problems, notes, classes, matched)
+    beside = [path + name for name in beside]
+    return _Attempt(path + prefix, given, beside, layers, problems, notes, classes, matched)
 
 
 def _find_head(
     given: dict[str, Tensor], layout: _Layout
 ) -> tuple[dict[str, Tensor], str | None, str | None]:
-    """The last layer under its own name, whatever `Sequential` it is in; a note, a problem.
+    """The tensors with the last layer under its own name, and perhaps a note, and a problem.
 
-    People replace `fc` by `Sequential(Dropout(), Linear())`: fc.1.weight. What has no weights
-    leaves no trace in the file, and is taken for what does nothing when a model is served.
+    People replace `fc` by `Sequential(Dropout(), Linear())`: fc.1.weight. Layers without weights
+    leave no trace in the file, and are assumed to do nothing when the model is served.
     """
-    root, wanted = layout.head_root, layout.head_layer
+    root, layer = layout.head_root, layout.head_layer
     layers = {name.rpartition(".")[0] for name in given if name.startswith(f"{root}.")}
-    if layers == {wanted} or not layers:
+    if layers == {layer} or not layers:
         return given, None, None
     if len(layers) > 1:
         found = [f"{layer}.weight" for layer in sorted(layers)]
         return given, None, f"{root} is several layers in the file ({_listed(found)}), not one"
     (found_layer,) = layers
     renamed = {
-        f"{wanted}{name[len(found_layer) :]}" if name.startswith(f"{found_layer}.") else name: each
+        f"{layer}{name[len(found_layer) :]}" if name.startswith(f"{found_layer}.") else name: each
         for name, each in given.items()
     }
-    note = f"{found_layer} is the last layer, {wanted}; layers without weights beside it, such as "
+    note = f"{found_layer} is the last layer, {layer}; layers without weights beside it, such as "
     return renamed, f"{note}Dropout, are taken to do nothing", None
 
 
@@ -264,13 +264,13 @@ def _problem(name: str, given: Tensor | None, layout: _Layout, classes: int) -> 
 
 
 def _finite(state: Mapping[str, Tensor], layout: _Layout) -> dict[str, Tensor]:
-    """Copies in the network's order and types. Raises InvalidModel for numbers that are none."""
+    """Copies in the network's order and dtypes. Raises InvalidModel for NaN and infinity."""
     fitted = {}
-    for name, wanted in layout.tensors.items():
+    for name, expected in layout.tensors.items():
         if name not in state:
             fitted[name] = torch.zeros((), dtype=torch.int64)
             continue
-        tensor = state[name].detach().to("cpu", wanted.dtype).contiguous().clone()
+        tensor = state[name].detach().to("cpu", expected.dtype).contiguous().clone()
         bad = int((~torch.isfinite(tensor)).sum())
         if bad:
             raise InvalidModel(

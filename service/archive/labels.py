@@ -1,7 +1,7 @@
-"""Class names from the files in which people keep them, in the order of the class indices.
+"""Class names from the kinds of files that people keep them in, ordered by class index.
 
-The content decides how a file is read, and its name only if the content could mean two things. If
-it is not certain what is meant, the file is refused: the count may fit, and hide the mistake.
+The suffixes of JSON, YAML and CSV decide how a file is read, else its content. If it is not certain
+what is meant, the file is refused: the number of names may be right, and hide the mistake.
 """
 
 import csv
@@ -15,7 +15,7 @@ import yaml
 
 from handler.errors import InvalidModel
 
-# Where the names lie in transformers' config.json, in data.yaml, in what trainers write.
+# The key of the names in transformers' config.json, in data.yaml, in files of trainers.
 KEYS = ("class_to_idx", "id2label", "names", "labels", "classes")
 NAME_COLUMNS = ("name", "label", "class", "class_name", "category", "labels", "names", "classes")
 INDEX_COLUMNS = ("class_id", "class_idx", "class_index", "index", "idx", "id", "label_id")
@@ -32,7 +32,7 @@ class _Unclear(ValueError):
 
 
 class _Malformed(_Unclear):
-    """The content is not of the form it was read as."""
+    """The content is not in the format it was read as."""
 
 
 def read_labels(path: Path) -> list[str]:
@@ -145,7 +145,7 @@ def _rows(lines: Sequence[str], delimiter: str) -> list[list[str]]:
 
 
 def _read_table(rows: list[list[str]]) -> list[str]:
-    """Names of a table: by a column of indices, or row by row if there is but one of names."""
+    """Names of a table: by a column of indices, or row by row if names are the only column."""
     for number, row in enumerate(rows, 1):
         if len(row) != len(rows[0]):
             raise _Unclear(
@@ -216,7 +216,7 @@ def _name(entry: Any) -> Any:
 
 
 def _number(entry: Any) -> int | None:
-    """A class index as JSON's keys have it, or its numbers; None for anything else."""
+    """A class index, written as a number or as text; None for anything else."""
     if isinstance(entry, str) and re.fullmatch("0|[1-9][0-9]{0,8}", entry):
         return int(entry)
     return entry if type(entry) is int else None
@@ -249,7 +249,7 @@ def _in_order(named: Iterable[tuple[int | None, Any]]) -> list[Any]:
 
 
 def _load_json(text: str) -> Any:
-    """Raises _Malformed for what is no JSON, _Unclear for a key that is there twice."""
+    """Raises _Malformed for what is not JSON, _Unclear for a duplicate key."""
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except _Unclear:
@@ -261,7 +261,7 @@ def _load_json(text: str) -> Any:
 def _load_yaml(text: str) -> Any:
     """YAML with every scalar as it is written: `no` is a name, not false.
 
-    Raises _Malformed for what is no YAML, _Unclear for a key that is there twice.
+    Raises _Malformed for what is not YAML, _Unclear for a duplicate key.
     """
     try:
         return _plain(yaml.compose(text, Loader=yaml.BaseLoader))

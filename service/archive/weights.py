@@ -1,4 +1,4 @@
-"""Where weights come from: a download, a file, or a seed."""
+"""The sources of weights: a download, a file, or a seed."""
 
 import re
 import socket
@@ -25,7 +25,7 @@ class DownloadFailed(InvalidModel):
 
 @dataclass(frozen=True)
 class Source:
-    """Weights that are at hand."""
+    """Weights that are on this machine."""
 
     facts: WeightsFacts
     path: Path | None  # None: drawn from the seed
@@ -34,7 +34,7 @@ class Source:
 def find_weights(choice: str, recipe: WeightsEnum, architecture: str) -> Source:
     """`pretrained`, `untrained` or a file's path to a Source; downloads what is not in the cache.
 
-    Raises InvalidModel; DownloadFailed where the network is at fault.
+    Raises InvalidModel; DownloadFailed if the network is at fault.
     """
     if choice == "untrained":
         return Source(untrained_facts(architecture), None)
@@ -56,7 +56,7 @@ def download(url: str, cache: Path) -> Path:
     """The file behind a torchvision weights URL, from torch's own cache or the network.
 
     Its name ends in the first digits of its sha256, which are checked in both cases.
-    Raises DownloadFailed, or InvalidModel where the bytes are not what the name promises.
+    Raises DownloadFailed, or InvalidModel if the bytes do not have the digest in the name.
     """
     name = url.rsplit("/", 1)[-1]
     path = cache / name
@@ -83,13 +83,13 @@ def download(url: str, cache: Path) -> Path:
 
 
 def _digest_in(url: str) -> str:
-    """The first digits of its sha256 that the name of a file of torchvision's ends in."""
+    """The first digits of a file's sha256, in which torchvision's file names end; "" without."""
     match = re.search(r"-([0-9a-f]{8,})\.\w+$", url)
     return match.group(1) if match else ""
 
 
 def read_weights(source: Source, recipe: WeightsEnum, architecture: str) -> Checkpoint:
-    """The tensors of a source by name, in each dict that holds some.
+    """The tensors of a source by name, grouped by the dict that holds them.
 
     Raises InvalidModel if there is no state dict.
     """

@@ -39,9 +39,9 @@ from service.signals import on_stop
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
 MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs the first
-PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
+PLACES = ("/usr/local/sbin", "/usr/sbin")  # nginx's folders, which PATH often lacks
 POLL_SECONDS = 0.2
-RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
+RESOLVE_SECONDS = 5  # between look-ups of the replicas' names
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def new_key(name: str) -> int:
-    """Print a key, which is kept nowhere, and the line that lets it in."""
+    """Print a key, which is stored nowhere, and its line for the keys file."""
     if not NAME.fullmatch(name):
         print(f"error: a client's name must match {NAME.pattern}, got {name!r}", file=sys.stderr)
         return 2
@@ -88,16 +88,16 @@ def new_key(name: str) -> int:
 
 
 class GatewayEnded(Exception):
-    """nginx was up and is no more; its log has the cause."""
+    """nginx has ended by itself; its log has the cause."""
 
 
 class Gateway:
-    """One nginx, in a folder of its own."""
+    """One nginx with its own temporary folder."""
 
     def __init__(self, settings: GatewaySettings, output: Log) -> None:
         """`output` takes the access log.
 
-        Raises SetupError where nginx or its module is not installed, or a key is malformed.
+        Raises SetupError if nginx or its module is not installed, or a key is malformed.
         """
         self._settings = settings
         self._output = output
@@ -118,7 +118,7 @@ class Gateway:
         self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
         self._guardian = Guardian(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
-        copy_pages(self._folder / "pages")  # which may not reach into our home
+        copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
         for name, owner in (("control", None), ("inside", worker_user())):
             path = self._folder / name  # of a socket: nginx lets everybody write to it
             path.mkdir(0o700)
@@ -184,7 +184,7 @@ class Gateway:
         path.with_suffix(".new").replace(path)
 
     def _stamp(self) -> tuple[object, ...]:
-        """What changes with the keys file, and with the replicas."""
+        """A value that changes with the keys file and with the replicas."""
         replicas = self._find_replicas()
         try:
             stat = self._settings.keys_file.stat() if self._settings.keys_file else None
@@ -193,7 +193,7 @@ class Gateway:
         return (stat.st_mtime_ns, stat.st_size, stat.st_ino, replicas) if stat else (replicas,)
 
     def _find_replicas(self) -> Replicas:
-        """The replicas, as they were last found: a name that fails holds nothing else up."""
+        """The replicas as last found: a name that cannot be resolved delays nothing else."""
         if time.monotonic() - self._looked >= RESOLVE_SECONDS:
             with suppress(SetupError):
                 self._replicas = Replicas.find(self._settings)
@@ -201,9 +201,9 @@ class Gateway:
         return self._replicas
 
     def check(self) -> None:
-        """To be called again and again: take in a keys file, or replicas, that have changed.
+        """Load the keys file and the replicas if they have changed; to be called repeatedly.
 
-        What is broken leaves them as they were. Raises GatewayEnded.
+        If either is invalid, both stay as they were. Raises GatewayEnded.
         """
         if self._process is None:
             return
@@ -266,7 +266,7 @@ def copy_pages(folder: Path) -> None:
 
 
 def find_nginx() -> tuple[str, list[Path]]:
-    """nginx and what it has to load for Lua. Raises SetupError that says how to get them."""
+    """nginx's path and those of its Lua modules. Raises SetupError, which says how to get them."""
     path = os.pathsep.join([os.environ.get("PATH", ""), *PLACES])
     nginx = shutil.which("nginx", path=path)
     if nginx is None:

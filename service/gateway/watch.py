@@ -1,4 +1,4 @@
-"""Whether each replica answers: asked again and again, so that requests go to those that do.
+"""Watches which replicas answer, so that requests go to those that do.
 
 TorchServe says READY while its Java is stopped, while a worker hangs, and while every prediction
 fails. So a replica is asked for a sign of life each second, and for a real prediction now and then.
@@ -18,7 +18,7 @@ import requests
 
 from service.logs import Log
 
-ASK_SECONDS = 1.0  # between two questions
+ASK_SECONDS = 1.0  # between two checks
 PING_TIMEOUT_SECONDS = 2.0
 PREDICTION_SECONDS = 10.0  # between two predictions of a replica that answers them
 PREDICTION_TIMEOUT_SECONDS = 10.0
@@ -26,7 +26,7 @@ FAILURES = 2  # in a row, until a replica is left out
 SILENT = "does not answer"
 TELL_SECONDS = 5.0  # between two reports to nginx, if nothing has changed
 
-# Only the status counts: a body may be large, or come drop by drop.
+# Only the status is read: a body may be large, or arrive slowly.
 PLAIN: Any = {"allow_redirects": False, "stream": True}
 
 # A PNG of one grey pixel. The handler counts what has this header apart from clients' requests.
@@ -42,7 +42,7 @@ HEADERS = {
 
 @dataclass
 class _Replica:
-    """What is known of one."""
+    """What is known of one replica."""
 
     failures: int = 0  # in a row
     reason: str = ""  # why it is left out; "": it is not
@@ -53,7 +53,7 @@ class _Replica:
 def ask_prediction(address: str, model: str, timeout: float) -> str:
     """Ask TorchServe at IP:PORT for a real prediction; "" if it can answer, else what is wrong.
 
-    A full queue is no failure: whoever refuses is alive.
+    A full queue is no failure: a replica that refuses is alive.
     """
     url = f"http://{address}/predictions/{model}"
     try:
@@ -69,7 +69,7 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
 
 
 def tell(control: Path, left_out: Mapping[str, str]) -> bool:
-    """Hand nginx the replicas that get no requests; False if it does not take them now."""
+    """Tell nginx which replicas get no requests; False if it does not accept that now."""
     found = {address: {"why": why, "is_silent": why == SILENT} for address, why in left_out.items()}
     body = json.dumps(found).encode()
     head = f"POST /left_out HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -84,10 +84,10 @@ def tell(control: Path, left_out: Mapping[str, str]) -> bool:
 
 
 class Watch:
-    """Asks all replicas at once, each in a thread of its own, as long as it runs."""
+    """Checks all replicas in parallel, each in its own thread, until it is stopped."""
 
     def __init__(self, find: Callable[[], Sequence[str]], models: Sequence[str], log: Log) -> None:
-        """`find` gives the replicas of the moment as IP:PORT."""
+        """`find` gives the current replicas as IP:PORT."""
         self._find = find
         self._models = models
         self._log = log
@@ -95,7 +95,7 @@ class Watch:
         self._ended = threading.Event()
 
     def start(self, control: Path) -> None:
-        """Begin, and tell the nginx that listens on the socket `control` what is found."""
+        """Begin, and report to the nginx that listens on the socket `control`."""
         threading.Thread(target=self._run, args=(control,), name="watch", daemon=True).start()
 
     def stop(self) -> None:

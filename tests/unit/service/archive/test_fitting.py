@@ -1,21 +1,17 @@
-"""State dicts as trainers write them, held against architectures."""
+"""State dicts as trainers write them, matched with architectures."""
 
 import re
-from functools import cache
-from typing import Any
 
 import pytest
 import torch
 import torchvision
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from handler.errors import InvalidModel
 from handler.networks import build_network, empty_network, get_recipe, load_state
-from service.archive.checkpoints import Checkpoint
-from service.archive.fitting import Fit, fit_checkpoint, two_outputs
+from service.archive.fitting import two_outputs
+from tests.unit.service.archive.state_dicts import TINY, fit, misfit, same, state_of, under
 
-TINY = ("squeezenet1_1", "mobilenet_v3_small", "shufflenet_v2_x0_5")
 FAMILIES = (  # the smallest of each kind of last layer
     *TINY,
     "alexnet",
@@ -33,67 +29,6 @@ FAMILIES = (  # the smallest of each kind of last layer
     "vgg11",
     "vit_b_32",
 )
-
-
-def state_of(architecture: str, classes: int = 3) -> dict[str, Tensor]:
-    return dict(_state_of(architecture, classes))
-
-
-@cache
-def _state_of(architecture: str, classes: int) -> dict[str, Tensor]:
-    """The names and shapes that torchvision itself would save, with a number for each tensor.
-
-    The number is there once, not as often as the shape says: most networks are large.
-    """
-    extra = {"init_weights": False} if architecture in ("googlenet", "inception_v3") else {}
-    # torchvision computes the widths of a RegNet with tensors, so its own needs real ones
-    with torch.device("cpu" if architecture.startswith("regnet") else "meta"):
-        network = torchvision.models.get_model(
-            architecture, weights=None, num_classes=classes, **extra
-        )
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.rand((), generator=generator).to(tensor.dtype).expand(tensor.shape)
-        for name, tensor in network.state_dict().items()
-    }
-
-
-def under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {prefix + name: tensor for name, tensor in state.items()}
-
-
-def other(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Other weights of the same shapes, as an average or a later epoch has them."""
-    return {
-        name: tensor * 0.5 if tensor.is_floating_point() else tensor
-        for name, tensor in state.items()
-    }
-
-
-def fit(
-    architecture: str,
-    tables: dict[str, Any],
-    prefix: str | None = None,
-    entries: tuple[str, ...] = (),
-) -> Fit:
-    """A flat state dict, or several under their keys."""
-    if all(isinstance(value, Tensor) for value in tables.values()):
-        tables = {"": tables}
-    return fit_checkpoint(
-        Checkpoint(tables, entries), get_recipe(architecture), architecture, prefix
-    )
-
-
-def misfit(architecture: str, tables: dict[str, Any], prefix: str | None = None) -> str:
-    with pytest.raises(InvalidModel) as refusal:
-        fit(architecture, tables, prefix)
-    return str(refusal.value)
-
-
-def same(fitted: Fit, state: dict[str, Tensor]) -> bool:
-    return list(fitted.state) == list(state) and all(
-        torch.equal(fitted.state[name], state[name]) for name in state
-    )
 
 
 # --- Fitting
@@ -155,156 +90,6 @@ def test_counters_of_batch_norms_may_be_missing() -> None:
     fitted = fit("shufflenet_v2_x0_5", old)
     assert list(fitted.state) == list(state)
     assert fitted.state["conv1.1.num_batches_tracked"] == 0
-
-
-# --- Prefixes
-
-
-PREFIXES = "module. _orig_mod. module._orig_mod. module.module. model. net. backbone. model.model. "
-PREFIXES += "model._orig_mod. a.b.c."
-
-
-@pytest.mark.parametrize("prefix", PREFIXES.split())
-@pytest.mark.parametrize("architecture", [*TINY, "resnet18"])
-def test_any_prefix_that_makes_the_names_fit_is_taken_off(architecture: str, prefix: str) -> None:
-    state = state_of(architecture)
-    fitted = fit(architecture, under(prefix, state))
-    assert same(fitted, state)
-    assert fitted.notes == (f"the weights are those under {prefix!r}",)
-
-
-def test_real_wrappers_are_taken_off() -> None:
-    network = torchvision.models.squeezenet1_1(num_classes=3)
-    state = dict(network.state_dict())
-    for wrapped in (
-        nn.DataParallel(nn.DataParallel(network)),
-        AveragedModel(network, use_buffers=True),  # n_averaged beside module.
-        torch.compile(network),
-        nn.ModuleDict({"net": network}),
-    ):
-        assert same(fit("squeezenet1_1", dict(wrapped.state_dict())), state)
-
-
-def test_what_averaged_model_counts_is_named_as_left_out() -> None:
-    network = torchvision.models.squeezenet1_1(num_classes=3)
-    state = dict(AveragedModel(network).state_dict())
-    assert fit("squeezenet1_1", state).notes == (
-        "the weights are those under 'module.'",
-        "not used: n_averaged",
-    )
-
-
-def test_wrappers_in_the_middle_of_names() -> None:
-    """As PyTorch's ImageNet example wraps alexnet and vgg: their features alone."""
-    state = state_of("squeezenet1_1")
-    wrapped = {
-        name.replace("features.", "features.module.", 1): each for name, each in state.items()
-    }
-    assert same(fit("squeezenet1_1", wrapped), state)
-    assert same(fit("squeezenet1_1", under("model.", wrapped)), state)
-
-
-def test_a_lightning_checkpoint() -> None:
-    """The model in an attribute; the loss's weights and metrics' counts beside it."""
-    state = state_of("resnet18")
-    table = under("net.", state) | {
-        "criterion.weight": torch.ones(3),
-        "val_acc.tp": torch.zeros(3, dtype=torch.int64),
-        "val_matrix.confmat": torch.zeros(3, 3, dtype=torch.int64),
-    }
-    entries = ("loops", "callbacks", "optimizer_states", "state_dict")
-    fitted = fit("resnet18", {"state_dict": table}, entries=entries)
-    assert same(fitted, state)
-    assert fitted.notes == (
-        "the weights are those under 'state_dict.net.'",
-        "not used: loops, callbacks, optimizer_states, state_dict.criterion.weight, "
-        "state_dict.val_acc.tp and 1 more",
-    )
-
-
-def test_a_second_head_is_not_dropped() -> None:
-    """It may be what the answers come from: the user says that it is not."""
-    state = state_of("resnet18")
-    table = under("net.", state) | {"head.weight": torch.ones(5, 3), "head.bias": torch.ones(5)}
-    message = misfit("resnet18", {"state_dict": table})
-    assert "state_dict.head.weight [5, 3] beside the resnet18 under 'state_dict.net.'" in message
-    assert "say --weights-prefix 'state_dict.net'" in message
-    fitted = fit("resnet18", {"state_dict": table}, "state_dict.net")
-    assert same(fitted, state)
-    assert fitted.notes[-1] == "not used: state_dict.head.weight, state_dict.head.bias"
-
-
-def test_a_larger_sibling_is_refused() -> None:
-    """resnet34 has all names and shapes of resnet18, and more."""
-    assert "is not part of it" in misfit("resnet18", state_of("resnet34"))
-    assert "is not part of it" in misfit("resnet18", under("model.", state_of("resnet34")))
-
-
-# --- Several sets of weights
-
-
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        ("model", "model_ema.module"),  # torchvision's references
-        ("state_dict", "state_dict_ema"),  # timm
-        ("state_dict.model", "state_dict.ema_model"),  # one dict, two attributes
-        ("state_dict.student", "state_dict.teacher"),
-        ("state_dict", "current_model_state.model"),
-    ],
-)
-def test_several_that_fit_are_a_choice(first: str, second: str) -> None:
-    state = state_of("squeezenet1_1")
-    average = other(state)
-    tables: dict[str, dict[str, Tensor]] = {}
-    for place, tensors in ((first, state), (second, average)):
-        key, _, prefix = place.partition(".")
-        tables.setdefault(key, {}).update(under(f"{prefix}." if prefix else "", tensors))
-    assert misfit("squeezenet1_1", tables) == (
-        "holds 2 different sets of weights that fit squeezenet1_1; choose one: "
-        f"--weights-prefix {first!r} or --weights-prefix {second!r}"
-    )
-    assert same(fit("squeezenet1_1", tables, first), state)
-    assert same(fit("squeezenet1_1", tables, f"{second}."), average)
-    message = misfit("squeezenet1_1", tables, "modle")
-    assert (
-        f"--weights-prefix modle: no such prefix; those that fit: '{first}.', '{second}.'"
-        in message
-    )
-
-
-def test_the_beginning_of_one_prefix_alone_will_do() -> None:
-    state = state_of("squeezenet1_1")
-    tables = {"model": state, "model_ema": under("module.", other(state))}
-    assert same(fit("squeezenet1_1", tables, "model_ema"), other(state))
-    tables = {"ema": under("a.", state) | under("b.", other(state))}
-    assert "no such prefix; those that fit: 'ema.a.', 'ema.b.'" in misfit(
-        "squeezenet1_1", tables, "ema"
-    )
-
-
-def test_equal_weights_are_no_choice() -> None:
-    state = state_of("squeezenet1_1")
-    copies = {name: tensor.clone() for name, tensor in state.items()}
-    assert same(fit("squeezenet1_1", {"model": state, "model_ema": copies}), state)
-
-
-def test_a_module_under_two_names_is_no_choice() -> None:
-    """As Lightning writes `self.model = self.net = network`."""
-    state = state_of("squeezenet1_1")
-    table = under("model.", state) | under("net.", state)
-    assert same(fit("squeezenet1_1", {"state_dict": table}), state)
-
-
-def test_the_one_that_fits_is_no_choice() -> None:
-    tables = {"teacher": state_of("resnet34"), "student": state_of("resnet18")}
-    assert same(fit("resnet18", tables), state_of("resnet18"))
-    assert same(fit("resnet34", tables), state_of("resnet34"))
-
-
-def test_averages_without_names_are_named_as_left_out() -> None:
-    fitted = fit("squeezenet1_1", {"model": state_of("squeezenet1_1")}, entries=("model", "ema"))
-    assert fitted.notes[-1] == "not used: ema"
 
 
 # --- Names

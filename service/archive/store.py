@@ -21,12 +21,13 @@ import yaml
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
+from handler.rules import check_mapping
 from handler.selection import Hardware, select
 from handler.settings import Settings
 from service.options import DEFAULT_VERSION
 from service.torchserve.server import (
     CONFIG_FILE,
-    MODEL_CONFIG_KEYS,
+    MODEL_CONFIG,
     ROOT,
     dump_config,
     read_config,
@@ -312,25 +313,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         reason = " ".join(str(exc).split())
         raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
-    if not isinstance(content, dict):
-        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
-    for key, value in content.items():
-        if key not in MODEL_CONFIG_KEYS:
-            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
-            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
-        if key == "handler":
-            if not isinstance(value, dict | None):
-                raise InvalidSettings(
-                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
-                )
-        elif key == "deviceIds":
-            if not isinstance(value, list) or not all(type(number) is int for number in value):
-                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
-        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
-            raise InvalidSettings(
-                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
-            )
-    return content
+    try:
+        return check_mapping(MODEL_CONFIG, content)
+    except InvalidSettings as exc:
+        raise InvalidSettings(f"{path.name}: {exc}") from exc
 
 
 def check_limits(

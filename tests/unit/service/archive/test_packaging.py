@@ -44,7 +44,7 @@ from service.archive.weights import DownloadFailed
 from service.logs import Log
 from service.options import parse_package, parse_serve
 from service.serving import find_archives
-from service.torchserve.server import MODEL_CONFIG_KEYS
+from service.torchserve.server import MODEL_CONFIG
 from tests.drawing import encode, noise, plain
 from tests.server.serving import free_ports
 
@@ -82,7 +82,7 @@ WITHOUT_MODEL = {"metrics.yaml"}
 )
 def test_our_configurations_are_valid(path: Path) -> None:
     config = config_of(path.stem)
-    assert set(config) <= MODEL_CONFIG_KEYS | {"minWorkers", "maxWorkers"}
+    assert set(config) <= set(MODEL_CONFIG) | {"minWorkers", "maxWorkers"}
     Settings.load(config["handler"], {})
     assert config["responseTimeout"] > 0  # TorchServe's default is two minutes
     assert config["maxBatchDelay"] > 0  # TorchServe takes 0 for 100

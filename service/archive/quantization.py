@@ -1,10 +1,10 @@
-"""int8 at packaging time: calibrated on some images, judged on others, or refused.
+"""int8 at packaging time: calibrated on some images, measured on others, or refused.
 
 NNCF quantises; service/archive/saturation.py makes the result right on CPUs without VNNI. Depthwise
-convolutions stay in floating point: they are bound by memory, so int8 gains nothing (MobileNetV2:
+convolutions stay in floating point: memory bounds their speed, so int8 gains nothing (MobileNetV2:
 7.1 ms an image with and without), and their few weights each carry the most error (mean divergence
-0.007 instead of 0.020 nats). So do the layers that cause the most of the remaining error: how many,
-the held-out images decide.
+0.007 instead of 0.020 nats). The layers that cause most of the remaining error stay as well; the
+held-out images decide how many.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ from service.archive.saturation import (
     weighted_layers,
 )
 
-# Half are measured, and of 50 one differing answer is 2 points: of fewer, nothing can be said
+# Half are measured, and of 50 one differing answer is 2 points: with fewer, nothing can be said
 # about an agreement of 0.97 (its standard error is 2.4 points with 50).
 MINIMUM_IMAGES = 100
 MINIMUM_AGREEMENT = 0.97
 RANKING_IMAGES = 32
-OUTLIER = 0.05  # a layer that causes this share of the error by itself is never worth its int8
+OUTLIER = 0.05  # a layer with a larger share of the error always stays in floating point
 TRIES = 5
 METHOD = "NNCF post-training, per-channel weights, ranges fitted to 16-bit saturation"
 REQUIREMENTS = "requirements-int8.txt"
@@ -57,22 +57,22 @@ class Int8Report:
     method: str
     calibration_images: int
     measured_images: int  # none of which calibrated it
-    agreement: float  # share of measured images with the same best class as fp32
-    accuracy_fp32: float | None  # on the measured images; None without labels
+    agreement: float  # share of measured images with the same top-1 class as fp32
+    accuracy_fp32: float | None  # top-1 on the measured images; None without labels
     accuracy_int8: float | None
     largest_probability_difference: float  # of any class of any measured image
     fp32_ms: float  # processor time, median of single images on one core
     int8_ms: float
-    layers: int  # that could be int8
-    floating_point_layers: tuple[str, ...]  # the ones that stayed
-    cpu: str  # that it was measured on
+    layers: int  # candidates for int8
+    floating_point_layers: tuple[str, ...]  # the candidates that stayed
+    cpu: str  # on which it was measured
     nncf: str
     openvino: str
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """A model's answers to images, and the processor time of one: a busy machine tells no lies."""
+    """A model's answers to images, and the processor time of one: others may use the machine."""
 
     probabilities: Probabilities
     milliseconds: float
@@ -86,9 +86,9 @@ def quantize(
 ) -> tuple[ov.Model, Int8Report]:
     """An int8 copy of a model of uint8 [B, 3, H, W] -> probabilities [B, C], and its report.
 
-    Every other image calibrates, the rest measure. `labels` are class indices, one an image.
-    Raises InvalidModel where there are too few images, or where the agreement with fp32 stays
-    under the minimum; SetupError where NNCF is not installed.
+    Every other image calibrates, the rest measure. `labels` are class indices, one per image.
+    Raises InvalidModel if there are too few images or the agreement with fp32 stays under the
+    minimum; SetupError if NNCF is not installed.
     """
     check_images(images, labels)
     nncf = import_nncf()
@@ -124,7 +124,7 @@ def quantize(
 
 
 def check_images(images: Sequence[Image], labels: Sequence[int] | None) -> None:
-    """Raise InvalidModel where there is too little to calibrate and measure with."""
+    """Raise InvalidModel if there are too few images, or not one label for each."""
     if len(images) < MINIMUM_IMAGES:
         raise InvalidModel(
             f"int8 needs {MINIMUM_IMAGES} images or more (half calibrate, half measure), "
@@ -135,7 +135,7 @@ def check_images(images: Sequence[Image], labels: Sequence[int] | None) -> None:
 
 
 def import_nncf() -> Any:
-    """NNCF, quiet. Raises SetupError where it is not installed."""
+    """NNCF, quiet. Raises SetupError if it is not installed."""
     os.environ.setdefault("NNCF_CI", "1")  # or it reports its use to its maker
     try:
         import nncf
@@ -154,7 +154,7 @@ def _quantize_once(
     floating_point: Sequence[str],
     core: ov.Core,
 ) -> ov.Model:
-    """An int8 copy in which the named layers stay as they are."""
+    """An int8 copy in which the named layers stay in floating point."""
     parameters = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.DISABLE  # fit_ranges does it better
     )
@@ -175,14 +175,14 @@ def rank_layers(
 ) -> list[tuple[str, float]]:
     """Names of the int8 layers and the harm of each, most harmful first.
 
-    Harm: the Kullback-Leibler divergence of the probabilities, in nats an image, where this layer
+    Harm: the Kullback-Leibler divergence of the probabilities, in nats per image, if this layer
     alone is quantised.
     """
-    wanted = measure(fp32, images, core).probabilities
+    expected = measure(fp32, images, core).probabilities
     harms = []
     for layer in tqdm(int8_layers(int8), desc="Ranking layers", unit="layer", file=sys.stderr):
         alone = measure(_only(fp32, layer), images, core).probabilities
-        harms.append((layer.name, divergence(wanted, alone)))
+        harms.append((layer.name, divergence(expected, alone)))
     return sorted(harms, key=lambda entry: entry[1], reverse=True)
 
 
@@ -201,7 +201,7 @@ def _only(model: ov.Model, layer: Int8Layer) -> ov.Model:
 
 
 def _counts(ranking: Sequence[tuple[str, float]]) -> Iterator[int]:
-    """How many layers to leave in floating point: the outliers, then more, a third at most."""
+    """Numbers of layers to keep in floating point: the outliers, then more, at most a third."""
     if not ranking:
         return
     total = sum(harm for _, harm in ranking)
@@ -226,14 +226,14 @@ def measure(model: ov.Model, images: Sequence[Image], core: ov.Core) -> Measurem
     return Measurement(np.stack(answers), 1000 * float(np.median(times)))
 
 
-def divergence(wanted: Probabilities, got: Probabilities) -> float:
+def divergence(expected: Probabilities, actual: Probabilities) -> float:
     """Mean Kullback-Leibler divergence of rows of probabilities, in nats."""
     tiny = 1e-9
-    return float((wanted * np.log((wanted + tiny) / (got + tiny))).sum(axis=1).mean())
+    return float((expected * np.log((expected + tiny) / (actual + tiny))).sum(axis=1).mean())
 
 
 def readable_names(model: ov.Model, names: Sequence[str]) -> Iterator[str]:
-    """The module's name in torch, where the graph's own name is a number."""
+    """The module's name in torch if one is near: the graph's own names may be numbers."""
     nodes = {node.get_friendly_name(): node for node in weighted_layers(model)}
     for name in names:
         users = nodes[name].output(0).get_target_inputs()
@@ -271,7 +271,7 @@ def _report(
 
 
 def _line(report: Int8Report) -> str:
-    """A report for people."""
+    """A report in one line."""
     accuracy = (
         f", accuracy {report.accuracy_int8:.3f} (fp32 {report.accuracy_fp32:.3f})"
         if report.accuracy_int8 is not None

@@ -2,9 +2,9 @@
 
 Without VNNI a CPU multiplies bytes in pairs (vpmaddubsw): u8 x i8 + u8 x i8, clipped to 16 bits.
 Two neighbouring input channels with large activations and large weights exceed that, and the sum is
-silently wrong. NNCF's remedy halves every weight, which costs a bit of each. Here each output
-channel is rounded to the range that makes its own error on calibration images least, the clipping
-counted in: most channels keep all 8 bits.
+silently wrong. NNCF's overflow fix halves the range of all weights, which costs each of them a bit.
+Here each output channel gets the range with the least error on calibration images, clipping
+included: most channels keep all 8 bits. FIGURES
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ class Int8Layer:
 
     node: Any
     weights: Any  # Constant
-    scale: Any  # Multiply, after it
+    scale: Any  # Multiply, after the weights
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ class Int8Layer:
 
     @property
     def pairs(self) -> bool:
-        """Whether it multiplies in pairs: a depthwise convolution has one input channel."""
+        """Whether it multiplies in pairs, which one input channel (depthwise) does not make."""
         return self.node.get_type_name() != "GroupConvolution" or self.weights.shape[2] > 1
 
     def grouped(self) -> NDArray[np.int64]:
@@ -47,7 +47,7 @@ class Int8Layer:
         return weights.reshape(*weights.shape[:3], -1)
 
     def real_weights(self) -> NDArray[np.float32]:
-        """float32, in the shape that the layer has them."""
+        """The weights that the bytes stand for: float32, in the layer's own shape."""
         scale = self.scale.input_value(1).get_node().data
         return np.asarray(self.weights.data * scale, np.float32)
 
@@ -65,7 +65,7 @@ class Int8Layer:
 
 
 def weighted_layers(model: ov.Model) -> list[Any]:
-    """Convolutions and matrix products with constant weights, in the order of the network."""
+    """Convolutions and matrix products with constant weights, in the network's order."""
     return [
         node
         for node in model.get_ordered_ops()
@@ -74,7 +74,7 @@ def weighted_layers(model: ov.Model) -> list[Any]:
 
 
 def depthwise_layers(model: ov.Model) -> list[str]:
-    """Names of the convolutions that take each channel by itself."""
+    """Names of the convolutions with one input channel per group."""
     return [
         node.get_friendly_name()
         for node in weighted_layers(model)
@@ -97,7 +97,7 @@ def int8_layers(model: ov.Model) -> list[Int8Layer]:
 
 
 def _weights(node: Any) -> tuple[Any, list[Any]]:
-    """Where a layer's weights come from, and the nodes on the way, beginning at the layer."""
+    """The source of a layer's weights, and the nodes from the layer back to it."""
     source, way = node.input_value(1).get_node(), []
     while source.get_type_name() in ("Reshape", "Convert", "Multiply", "Subtract", "FakeQuantize"):
         way.append(source)
@@ -111,7 +111,7 @@ def _is_linear(node: Any) -> bool:
 
 
 def input_quantizer(node: Any) -> Any | None:
-    """The FakeQuantize in front of a layer; None where its input stays in floating point."""
+    """The FakeQuantize in front of a layer; None if its input stays in floating point."""
     source = node.input_value(0).get_node()
     while source.get_type_name() in _KEEPS_RANGE:
         source = source.input_value(0).get_node()
@@ -121,14 +121,14 @@ def input_quantizer(node: Any) -> Any | None:
 def fit_ranges(
     int8: ov.Model, fp32: ov.Model, images: Sequence[NDArray[np.uint8]], core: ov.Core
 ) -> None:
-    """Round the weights of `int8` anew, in place, where pairs of them would be clipped.
+    """Round the weights of `int8` again, in place, if sums of pairs would be clipped.
 
     `fp32` is the model that it was made from, for the activations of every layer.
     """
     layers = {layer.name: layer for layer in int8_layers(int8) if layer.pairs}
     for name, inputs in _sample_inputs(fp32, set(layers), images, core).items():
         quantizer = input_quantizer(layers[name].node)
-        if quantizer is None:  # then the library does not run this layer in int8
+        if quantizer is None:  # then OpenVINO does not run this layer in int8
             continue
         low, high = (_constant(quantizer, port) for port in (1, 2))
         step = (high.max() - low.min()) / 255
@@ -147,7 +147,7 @@ def _constant(node: Any, port: int) -> NDArray[np.float32]:
 def _sample_inputs(
     model: ov.Model, names: set[str], images: Sequence[NDArray[np.uint8]], core: ov.Core
 ) -> dict[str, NDArray[np.float32]]:
-    """float32 [N, channels] by layer: positions of its input drawn from all images alike."""
+    """float32 [N, channels] by layer: positions of its input, as many from each image."""
     model = model.clone()
     nodes = [node for node in weighted_layers(model) if node.get_friendly_name() in names]
     tensors: dict[tuple[str, int], Any] = {}  # several layers may read one tensor
@@ -179,7 +179,7 @@ def _sample_inputs(
 
 
 def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> Any:
-    """An inference request for one image of [3, H, W] at a time, as one thread runs it."""
+    """An inference request for single images [3, H, W] on one thread."""
     model = model.clone()
     model.reshape([1, *shape])
     options = {
@@ -194,7 +194,7 @@ def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> Any
 def _least_error(
     pixels: NDArray[np.float32], zero: float, weights: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Weights [G, O, I, K] rounded for inputs [N, G * I], and by how much each [G, O] shrank.
+    """Weights [G, O, I, K] rounded for inputs [N, G * I], and the shrink factor of each [G, O].
 
     `zero` is the byte that stands for 0.0.
     """
@@ -233,12 +233,12 @@ def _errors(
     error = np.zeros(len(exact), np.float32)
     clipped = np.zeros(len(exact), np.bool_)
     for position in range(exact.shape[2]):
-        wanted = (pixels - zero) @ exact[:, :, position].T.astype(np.float32)
+        expected = (pixels - zero) @ exact[:, :, position].T.astype(np.float32)
         factors = trial[:, :, position].T.astype(np.float32)
-        total = np.tile(-zero * factors.sum(0), (len(pixels), 1))  # as the library puts it right
+        total = np.tile(-zero * factors.sum(0), (len(pixels), 1))  # as OpenVINO corrects for it
         for channel in range(0, len(factors), 2):
             pair = pixels[:, channel : channel + 2] @ factors[channel : channel + 2]
             clipped |= (pair.max(0) > 32767) | (pair.min(0) < -32768)
             total += pair.clip(-32768, 32767, out=pair)
-        error += np.square(total * shrink - wanted).mean(0)
+        error += np.square(total * shrink - expected).mean(0)
     return error, clipped

@@ -22,6 +22,7 @@ from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
 from handler.rules import check_mapping
+from handler.selection import Hardware, select
 from handler.settings import Settings
 from service.options import DEFAULT_VERSION
 from service.torchserve.server import (
@@ -57,14 +58,11 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     weights = _expected_weights(model, options.weights, card)
     if weights is None or not (weights.trained or settings.allow_untrained):
         return None
-    # What only the environment says is not in the digest, so packaging has not checked it.
-    packaged = Settings.load(config["handler"], {})
-    if (settings.engine, settings.precision) != (packaged.engine, packaged.precision):
-        return None
-    # bf16 and fp16: not every machine computes in them.
-    if settings.precision in ("bf16", "fp16") or (settings.precision == "int8" and not card.int8):
-        return None
-    if "cuda" in (settings.device, settings.engine) and not has_gpu():
+    # Whether CPU and GPU compute in bf16 only packaging can tell; here they do not.
+    hardware = Hardware(gpu=0 if has_gpu() else None)
+    try:
+        select(settings, hardware, converted=has_openvino(config), int8=card.int8 is not None)
+    except SetupError:
         return None
     try:
         current = card.inputs_sha256 == digest(model, options, config, weights)

@@ -12,6 +12,7 @@ import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model
+from handler.selection import Hardware
 from service import serving as serve
 from service.archive.store import model_config
 from service.options import parse_package
@@ -188,13 +189,14 @@ def test_a_delay_without_batches_is_not_tried() -> None:
     assert delay(alone) == []
 
 
-def test_engines_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "has_bf16", lambda: False)
-    assert possible_engines("cpu", False) == [("openvino", "fp32"), ("torch", "fp32")]
-    assert ("openvino", "int8") in possible_engines("cpu", True)
-    monkeypatch.setattr(tune, "has_bf16", lambda: True)
-    assert possible_engines("cpu", False)[0] == ("openvino", "bf16")
-    assert {engine for engine, _ in possible_engines("cuda", False)} == {"cuda", "torch"}
+def test_engines_are_those_of_the_machine() -> None:
+    plain, bf16 = Hardware(), Hardware(cpu_bf16=True)
+    gpu = Hardware(gpu=0, capability=(7, 5), cpu_bf16=True)
+    assert possible_engines("cpu", False, plain) == [("openvino", "fp32"), ("torch", "fp32")]
+    assert ("openvino", "int8") in possible_engines("cpu", True, plain)
+    assert possible_engines("cpu", False, bf16)[0] == ("openvino", "bf16")
+    on_gpu = [("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
+    assert possible_engines("cuda", True, gpu) == on_gpu
 
 
 # --- Winner and Pareto front
@@ -238,7 +240,7 @@ def run(
     bf16: bool = False,
 ) -> int:
     monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
-    monkeypatch.setattr(tune, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(tune, "find_hardware", lambda: Hardware(cpu_bf16=bf16))
     monkeypatch.setattr(tune.Bench, "measure", lambda self, configuration: measure(configuration))
     monkeypatch.setattr(tune.signal, "signal", lambda *_: None)
     options = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]

@@ -19,7 +19,7 @@ METRICS = {
         "counter",
         _MODEL,
         "Count",
-        "requests for predictions that arrived, including those refused with 503",
+        "prediction requests that arrived, including those refused with 503",
     ),
     "ts_inference_latency_microseconds": Family(
         "counter", _MODEL, "Microseconds", "sum of the times from arrival to answer"

@@ -8,8 +8,8 @@ import yaml
 
 from handler.errors import SetupError
 from handler.metrics import FAMILIES
-from scripts.generate import main
-from service.generated import metrics_yaml, outdated, tables
+from scripts.generate import commands, main
+from service.generated import ROOT, metrics_yaml, outdated, tables
 
 
 @pytest.fixture
@@ -29,6 +29,12 @@ def document(repository: Path, text: str) -> Path:
 
 def test_everything_is_up_to_date(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--check"]) == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [*tables({}), *(f"options {name}" for name in commands())])
+def test_every_table_is_in_a_document(name: str) -> None:
+    documents = [path.read_text("utf-8") for path in (ROOT / "docs").glob("*.md")]
+    assert any(f"<!-- generated: {name} -->" in text for text in documents)
 
 
 def test_a_stale_table_is_replaced_and_the_rest_is_left_alone(repository: Path) -> None:

@@ -1,16 +1,16 @@
--- What nginx's own directives cannot say: keys by their hash, bodies with a limit in time, a second
--- try at another replica, health and info out of the answers of several replicas, and the errors of
--- TorchServe in the form that the handler's have.
+-- What nginx's own directives cannot express: keys by their hash, bodies with a limit in time, a second
+-- try at another replica, health and info from the answers of several replicas, and the errors of
+-- TorchServe in the form of the handler's.
 local cjson = require "cjson.safe"
 local ffi = require "ffi"
 local semaphore = require "ngx.semaphore"
 
 local capture = ngx.location.capture
-local GRACE_SECONDS = 2 -- a body that has had so long may be given up for another one
-local UNFAIR = 4 -- times the bytes that another client has on their way
-local LEAST_BYTES = 65536 -- that a connection counts for
-local ANSWERED_SECONDS = 10 -- in which an answer says that a replica is alive
-local MAKE_SECONDS = 10 -- after which somebody else tries to make an answer
+local GRACE_SECONDS = 2 -- a body that takes longer may be given up to make room for another
+local UNFAIR = 4 -- times as many arriving bytes as another client has
+local LEAST_BYTES = 65536 -- that each connection counts for
+local ANSWERED_SECONDS = 10 -- for so long an answer proves that a replica is alive
+local MAKE_SECONDS = 10 -- after which another request tries to make the answer
 
 -- OpenSSL's own, which nginx is linked with.
 ffi.cdef [[
@@ -48,7 +48,7 @@ end
 local arriving = {}
 local arriving_bytes = 0
 
--- The body of a request is there, or will never be. Gives what was known of it.
+-- The body of a request has arrived, or never will. Returns its entry, if it has one.
 local function forget(id)
     local entry = arriving[id]
     if entry then
@@ -58,7 +58,7 @@ local function forget(id)
     return entry
 end
 
--- The bytes that each client has on their way, who has most, and the id of its oldest request.
+-- The arriving bytes of each client, the client with most, and the id of its oldest request.
 local function heaviest()
     local bytes, oldest, most = {}, {}, nil
     for id, entry in pairs(arriving) do
@@ -74,8 +74,8 @@ local function heaviest()
     return bytes, most, oldest[most]
 end
 
--- Give up bodies that are slow, or of a client that has far more on their way than this one, until
--- there is room. False if there is none: those that hold much lock nobody else out.
+-- Give up bodies that are slow, or whose client has far more arriving than this one, until there is
+-- room, so that no client locks the others out. False if there is no room.
 local function make_room(client, needed)
     while arriving_bytes + needed > settings.arriving_bytes and next(arriving) do
         local bytes, most, oldest = heaviest()
@@ -93,7 +93,7 @@ function gateway.receive()
     local client = ngx.var.client_id
     local length = tonumber(ngx.var.http_content_length)
     if ngx.var.http_transfer_encoding then
-        length = settings.max_body_bytes -- nobody knows
+        length = settings.max_body_bytes -- unknown before it has arrived
     end
     local bytes = math.max(length or 0, LEAST_BYTES)
     if not make_room(client, bytes) then
@@ -115,8 +115,8 @@ function gateway.receive()
     return ngx.exec "@predict"
 end
 
--- nginx has refused a request, perhaps while its body came: in the form that the handler's errors
--- have. In a filter and not by error_page, which would take the request away from its own threads.
+-- Gives nginx's refusal of a request, perhaps while its body was arriving, the form of the handler's
+-- errors. In a filter and not by error_page, which would take the request away from its own threads.
 function gateway.refuse()
     local entry = forget(ngx.var.request_id)
     if entry then
@@ -134,7 +134,7 @@ end
 
 function gateway.print_refusal()
     ngx.arg[1] = ngx.ctx.refusal or ""
-    ngx.ctx.refusal = nil -- the page may come in several pieces
+    ngx.ctx.refusal = nil -- the page may be sent in several pieces
 end
 
 -- --- places: how many requests are under way
@@ -144,7 +144,7 @@ local own = "" -- this worker's process id, a part of its keys
 local living, looked = {}, 0 -- nginx's workers, and when that was
 local placed = {} -- the client whose place a request has, by the request's id
 
--- Counted by worker, so that what a worker had that was killed goes with it.
+-- Places are counted by worker, so that those of a killed worker go with it.
 function gateway.start_worker()
     own = tostring(ngx.worker.pid())
     for _, key in ipairs(places:get_keys(0)) do
@@ -194,13 +194,13 @@ end
 
 -- --- predictions
 
--- Requests that this nginx worker has under way at each replica, and who is next among equals.
+-- Requests that this nginx worker has under way at each replica, and the turn among equal replicas.
 local under_way = {}
 local asked = {} -- the replica that has a request, by the request's id
 local turn = 0
 
--- Why a replica gets no requests, or nil. One that does answer clients gets them, whatever became of
--- the question of service/gateway/watch.py (the queue may be long), unless it is silent altogether.
+-- Why a replica gets no requests, or nil. One that answers clients gets them, even if the check of
+-- service/gateway/watch.py failed (the queue may be long), unless it is silent altogether.
 local function left_out(replica)
     local why, is_silent = ngx.shared.left_out:get(replica.address)
     if why and is_silent ~= 1 and ngx.shared.answered:get(replica.address) then
@@ -209,8 +209,7 @@ local function left_out(replica)
     return why
 end
 
--- The replica with the fewest requests under way: one that answers, and not the one that was tried,
--- if there is such a one.
+-- The replica with the fewest requests under way, if possible one that answers and was not tried.
 local function choose(tried)
     local best, least
     for i = 1, #settings.replicas do
@@ -264,13 +263,13 @@ local function ask(location, replica)
     return reply
 end
 
--- In the subrequest: what nginx knows of the upstream, for the request itself.
+-- In the subrequest: keep for the request itself what nginx knows of the upstream.
 function gateway.note()
     ngx.ctx.status = ngx.var.upstream_status
     ngx.ctx.seconds = ngx.var.upstream_header_time
 end
 
--- A request has ended, perhaps before its body or its answer was there.
+-- A request has ended, perhaps before its body or its answer was complete.
 function gateway.leave()
     local id = ngx.var.request_id
     forget(id)
@@ -342,8 +341,8 @@ end
 
 -- --- health and info
 
--- Give the answer that `make` made a moment ago, whoever asks. While one request makes a new one, the
--- others get the last, or wait. In memory, so that a full disk does not make a service look ill.
+-- Send the answer that `make` gave a moment ago. While one request makes a new one, the others get the
+-- last, or wait. In memory, so that a full disk does not make a healthy service look unhealthy.
 local function answer(name, seconds, make)
     local answers = ngx.shared.answers
     local text, status = answers:get(name)
@@ -385,8 +384,8 @@ local function is_ready(reply)
     return false
 end
 
--- 200 if every model has a READY worker on at least one replica, and one at least answers when it
--- is asked; else 503 with what is missing.
+-- 200 if every model has a READY worker on some replica, and some replica answers predictions; else
+-- 503 with what is missing.
 local function make_health()
     local asked = {}
     for replica = 0, settings.management - 1 do
@@ -432,7 +431,7 @@ function gateway.health()
     answer("health", 1, make_health)
 end
 
--- The handler's own description of the model, to the letter, from the first replica that gives one.
+-- The handler's own description of the model, verbatim, from the first replica that gives one.
 function gateway.info()
     if not take_place() then
         return ngx.exit(429)

@@ -52,26 +52,6 @@ def test_every_command_is_shown_and_has_the_options_that_are_shown(name: str) ->
     assert {option for line in lines for option in re.findall(r"--[a-z][\w-]+", line)} <= known
 
 
-def test_every_option_of_serve_is_listed() -> None:
-    command = [sys.executable, ROOT / "scripts" / "serve.py", "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    options = set(re.findall(r"^\s+(--[a-z-]+)", text, re.MULTILINE))
-    assert {option for option in options if f"`{option}" not in TEXTS["settings.md"]} == set()
-
-
-@pytest.mark.parametrize("spec", fields(Settings), ids=lambda spec: spec.name)
-def test_every_setting_is_listed_with_its_default(spec: object) -> None:
-    default = str(spec.default).lower()
-    row = rf"\| `{PREFIX}{spec.name.upper()}` \| `{spec.name}` \| `?{default}`? \|"
-    assert re.search(row, TEXTS["settings.md"])
-
-
-@pytest.mark.parametrize("spec", fields(GatewaySettings), ids=lambda spec: spec.name)
-def test_every_setting_of_the_gateway_is_listed_with_its_default(spec: object) -> None:
-    default = f"`{spec.default}`" if spec.default != "" else ""
-    assert f"| `GATEWAY_{spec.name.upper()}` | {default}".rstrip() in TEXTS["gateway.md"]
-
-
 @pytest.mark.parametrize("page", TEXTS)
 def test_no_other_setting_is_named(page: str) -> None:
     known = {f"GATEWAY_{spec.name.upper()}" for spec in fields(GatewaySettings)}

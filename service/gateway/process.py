@@ -1,13 +1,7 @@
-"""Run nginx in front of TorchServe: POST /predict, GET /health, GET /info, keys, limits, retries.
+"""nginx in front of TorchServe as a process: started, kept up to date, and stopped."""
 
-Settings are environment variables GATEWAY_…, listed in docs/gateway.md.
-"""
-
-import argparse
-import hashlib
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -15,10 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
 
 from handler.errors import SetupError
 from service.gateway.config import (
@@ -29,12 +21,11 @@ from service.gateway.config import (
     targets,
     worker_user,
 )
-from service.gateway.settings import NAME, GatewaySettings, name_ignored, read_keys
+from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.guardian import Guardian
-from service.logs import Log, default_form
+from service.logs import Log
 from service.ports import check_ports
-from service.signals import on_stop
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
@@ -42,49 +33,6 @@ MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs t
 PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
 POLL_SECONDS = 0.2
 RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="./scripts/gateway", description=__doc__)
-    parser.add_argument(
-        "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
-    )
-    args = parser.parse_args(argv)
-    if args.new_key is not None:
-        return new_key(args.new_key)
-    stop = Event()
-    on_stop(lambda *_: stop.set())
-    gateway = None
-    log = Log(default_form())
-    name_ignored(log)
-    try:
-        settings = GatewaySettings.load()
-        gateway = Gateway(settings, log)
-        gateway.start()
-        print(f"Gateway on {settings.url}", file=sys.stderr, flush=True)
-        while not stop.wait(POLL_SECONDS):
-            gateway.check()
-    except SetupError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except GatewayEnded as exc:
-        print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
-        return 1
-    finally:
-        if gateway:
-            gateway.stop()
-    return 0
-
-
-def new_key(name: str) -> int:
-    """Print a key, which is kept nowhere, and the line that lets it in."""
-    if not NAME.fullmatch(name):
-        print(f"error: a client's name must match {NAME.pattern}, got {name!r}", file=sys.stderr)
-        return 2
-    key = secrets.token_urlsafe(32)
-    print(f"key, for the client: {key}")
-    print(f"line for the file:   {name} {hashlib.sha256(key.encode()).hexdigest()}")
-    return 0
 
 
 class GatewayEnded(Exception):

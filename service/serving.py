@@ -28,10 +28,10 @@ from service.archive.store import (
 from service.banner import announce
 from service.gateway.process import Gateway, GatewayEnded
 from service.gateway.settings import GatewaySettings, name_ignored
-from service.guardian import Guardian
 from service.logs import Log, default_form
 from service.options import package_argv, parse_serve
 from service.ports import check_ports
+from service.processes import Guardian
 from service.signals import on_stop
 from service.torchserve.java import find_java
 from service.torchserve.server import (

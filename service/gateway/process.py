@@ -23,9 +23,9 @@ from service.gateway.config import (
 )
 from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
-from service.guardian import Guardian
 from service.logs import Log
 from service.ports import check_ports
+from service.processes import Guardian
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names

@@ -23,7 +23,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
-from service.guardian import Guardian
+from service.processes import Guardian
 from service.torchserve.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
 from service.torchserve.watchdog import Hung, Watchdog
 

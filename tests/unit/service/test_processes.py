@@ -15,7 +15,7 @@ from tests.processes import alive
 # Starts a server that has a child and ignores SIGTERM, tells its pid, and waits.
 LAUNCHER = """
 import subprocess, sys
-from service.guardian import Guardian
+from service.processes import Guardian
 guardian = Guardian(sys.argv[1])
 server = subprocess.Popen(
     ["sh", "-c", "trap '' TERM; sleep 600 & echo up; wait"],

@@ -14,7 +14,7 @@ from handler.errors import SetupError
 from service.gateway.process import POLL_SECONDS, Gateway, GatewayEnded
 from service.gateway.settings import NAME, GatewaySettings, name_ignored
 from service.logs import Log, default_form
-from service.signals import on_stop
+from service.processes import on_stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:

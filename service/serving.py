@@ -31,8 +31,7 @@ from service.gateway.settings import GatewaySettings, name_ignored
 from service.logs import Log, default_form
 from service.options import package_argv, parse_serve
 from service.ports import check_ports
-from service.processes import Guardian
-from service.signals import on_stop
+from service.processes import Guardian, on_stop
 from service.torchserve.java import find_java
 from service.torchserve.server import (
     ROOT,
@@ -260,19 +259,10 @@ def package_apart(argv: Sequence[str]) -> int:
 
     Returns its exit status; raises SetupError where it was killed.
     """
-    with Guardian("") as guardian:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
-            stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
-            start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
-        )
-        guardian.watch(process.pid)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+    command = [sys.executable, ROOT / "scripts" / "package.py", *argv]
+    with Guardian() as guardian:
+        # It prints the archives' sizes on stdout; what it has to say goes to stderr.
+        status = guardian.start(command, stdout=subprocess.DEVNULL).wait()
     if status < 0:
         raise SetupError(
             f"packaging was killed by signal {-status} (9 is often the system out of memory)"

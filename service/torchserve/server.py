@@ -23,7 +23,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
-from service.processes import Guardian
+from service.processes import Guardian, end
 from service.torchserve.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
 from service.torchserve.watchdog import Hung, Watchdog
 
@@ -321,18 +321,15 @@ class TorchServe:
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)
         try:
-            self._process = subprocess.Popen(
-                [str(word) for word in command],
+            self._process = self._guardian.start(
+                command,
                 env=environ | self._environ,
                 cwd=self._folder,
-                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if relay else None,
                 stderr=subprocess.STDOUT if relay else None,
-                start_new_session=True,  # Ctrl-C reaches us alone; the group can be ended as one
             )
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
-        self._guardian.watch(self._process.pid)
         self._watchdog = Watchdog(store, self._process.pid)
         if relay:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
@@ -360,17 +357,10 @@ class TorchServe:
     def stop(self) -> None:
         """End Java, then whatever is left of its group, and remove the folder."""
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                print("TorchServe did not stop in time; killing it", file=sys.stderr)
-            except KeyboardInterrupt:  # a second Ctrl-C
-                pass
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
+                if not end(self._process, STOP_SECONDS):
+                    print("TorchServe did not stop in time and was killed", file=sys.stderr)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on it takes no time
-            with suppress(ProcessLookupError):  # nothing is left
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
         if self._reader is not None:  # its last lines
             self._reader.join(READ_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)

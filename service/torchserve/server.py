@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-import ts
 import yaml
 
 from handler.errors import InvalidSettings, SetupError
@@ -24,16 +23,19 @@ from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
 from service.processes import Guardian, end
-from service.torchserve.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
+from service.torchserve.java import (
+    JAVA_CDS,
+    MEMORY_OPTIONS,
+    OUT_OF_MEMORY,
+    memory_bounds,
+    server_command,
+    utf8_locale,
+)
 from service.torchserve.watchdog import Hung, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config.properties"
 CONFIG_FILE = "model-config.yaml"  # in an archive
-SERVER_HOME = Path(ts.__file__).parent.parent
-FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
-CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/java_cds.py
-LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
@@ -286,24 +288,17 @@ class TorchServe:
             unpack(archive, config, store / f"{number}-{archive.stem}", self._digests.get(archive))
             for number, (archive, config) in enumerate(self._archives.items())
         ]
-        plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
-        command = [
-            self._java,
-            f"-Dmodel_server_home={SERVER_HOME}",
-            f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
-            f"-Djava.io.tmpdir={self._folder}",
-            # One that is missing or of another Java is ignored, and newer ones call that an error.
-            *(f"-XX:SharedArchiveFile={CLASS_ARCHIVE}", "-Xlog:cds=off"),
+        options = [
+            # A file that is missing or of another Java is ignored; newer ones call that an error.
+            *(f"-XX:SharedArchiveFile={JAVA_CDS}", "-Xlog:cds=off"),
             "-XX:-UsePerfData",  # a file in /tmp, which kill -9 would leave there
             *MEMORY_OPTIONS,
             *memory_bounds(available_memory()),
             *self._config.get("vmargs", "").split(),
-            *("-cp", ":".join([FRONTEND, *plugins])),
-            "org.pytorch.serve.ModelServer",
-            *("--python", sys.executable),
-            *("-f", CONFIG),
-            *("-s", store),
-            "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
+        ]
+        plugins = self._config.get("plugins_path", "")
+        command = [
+            *server_command(self._java, options, Path(self._folder), CONFIG, plugins),
             *("-m", *(model.name for model in models)),  # served under the names in them
         ]
         environ = os.environ | {

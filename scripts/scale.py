@@ -60,8 +60,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="auto: what ./scripts/serve --workers auto gives on this machine and all visible GPUs",
     )
     address = {"management": "http://127.0.0.1:8081", "metrics": "http://127.0.0.1:8082"}
-    for name, default in address.items():
-        parser.add_argument(f"--{name}", default=default, help="address (%(default)s)")
+    for name, url in address.items():
+        parser.add_argument(f"--{name}", default=url, help="address (%(default)s)")
     parser.add_argument("--version", help="of the model (the default one)")
     parser.add_argument("--force", action="store_true", help="even if memory does not suffice")
     parser.add_argument(

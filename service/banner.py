@@ -1,4 +1,4 @@
-"""What ./scripts/serve says when it is ready."""
+"""What ./scripts/serve prints when it is ready."""
 
 import os
 import shlex
@@ -21,7 +21,7 @@ def announce(
     gateway: Gateway | None,
     seconds: float,
 ) -> None:
-    """Say that the service is ready, in the log or to the people at the terminal."""
+    """Say that the service is ready, in the log and to people at a terminal."""
     if log.form == "json":
         log.event(
             "INFO",

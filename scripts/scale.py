@@ -63,9 +63,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, url in address.items():
         parser.add_argument(f"--{name}", default=url, help="address (%(default)s)")
     parser.add_argument("--version", help="of the model (the default one)")
-    parser.add_argument("--force", action="store_true", help="even if memory does not suffice")
     parser.add_argument(
-        "--timeout", metavar="S", type=SECONDS, default=300, help="until READY (%(default)s)"
+        "--force", action="store_true", help="start more workers even if memory does not suffice"
+    )
+    parser.add_argument(
+        "--timeout",
+        metavar="S",
+        type=SECONDS,
+        default=300,
+        help="seconds until all workers are READY (%(default)s)",
     )
     group = parser.add_argument_group("autoscaler")
     group.add_argument("--watch", action="store_true", help="let the number follow the load")

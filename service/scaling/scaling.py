@@ -60,8 +60,7 @@ def scale(model: Model, workers: int | None, *, force: bool, timeout: float) -> 
 
 
 def check_memory(state: ModelState, more: int, force: bool) -> None:
-    """Raise ScalingFailed if memory does not suffice for so many more workers; print a warning
-    instead with `force`."""
+    """Raise ScalingFailed if so many more workers do not fit; `force` makes that a warning."""
     headroom = headroom_of(state)
     for note in missing_checks(headroom, state.on_gpu):
         print(f"note: {note}")
@@ -88,17 +87,15 @@ def is_quiet(model: Model) -> bool:
 def wait_until_ready(model: Model, workers: int, seconds: float) -> ModelState:
     """The state when all workers are READY, or at the deadline; prints the progress."""
     started = time.monotonic()
-    state = model.describe()
-    told, told_at = None, started
+    state, told = model.describe(), None
 
     def is_done() -> bool:
-        nonlocal state, told, told_at
-        state, now = model.describe(), time.monotonic()
-        if told != state.ready or now - told_at > TELL_SECONDS:
-            print(
-                f"{state.ready} of {workers} workers READY after {now - started:.1f} s", flush=True
-            )
-            told, told_at = state.ready, now
+        nonlocal state, told
+        state, passed = model.describe(), time.monotonic() - started
+        news = (state.ready, passed // TELL_SECONDS)
+        if news != told:
+            print(f"{state.ready} of {workers} workers READY after {passed:.1f} s", flush=True)
+            told = news
         return len(state.workers) == state.ready == workers
 
     wait_until(is_done, seconds, POLL_SECONDS)

@@ -4,14 +4,15 @@
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import requests
 
+T = TypeVar("T")
 TIMEOUT_SECONDS = 10  # a frontend under load answers late
 
 
@@ -80,79 +81,76 @@ class Management:
     def models(self) -> list[str]:
         """The names of all registered models."""
         names: list[str] = []
-        page: dict[str, str] = {}
+        token: str | None = None
         while True:
-            content = self._ask("GET", "models", **page).json()
-            try:
-                names += [model["modelName"] for model in content["models"]]
-            except (KeyError, TypeError) as exc:
-                raise _not_torchserve() from exc
-            if "nextPageToken" not in content:
+            page, token = self._ask("GET", "models", _parse_page, next_page_token=token)
+            names += page
+            if token is None:
                 return names
-            page = {"next_page_token": content["nextPageToken"]}
 
     def describe(self, model: str) -> ModelState:
         """The model's state. Raises UnknownModel."""
-        return _parse_state(self._describe(model).json())
+        return self._ask_model("GET", model, _parse_state)
 
     def info(self, model: str) -> dict[str, Any]:
         """What the model's handler says of itself; a worker answers this. Raises UnknownModel."""
-        try:
-            return dict(self._describe(model, customized="true").json()[0]["customizedMetadata"])
-        except (KeyError, IndexError, TypeError) as exc:
-            raise _not_torchserve() from exc
+        return self._ask_model("GET", model, _parse_info, customized="true")
 
     def resize(self, model: str, workers: int) -> None:
-        """Ask for a number of workers, which are there later.
+        """Ask for a number of workers, which are there later. Raises UnknownModel.
 
         It sets both bounds: workers are added up to the one and stopped down to the other. It is
         not `synchronous`: TorchServe would wait on a thread that clients need.
         """
-        self._ask("PUT", _path(model), min_worker=workers, max_worker=workers)
+        self._ask_model("PUT", model, dict, min_worker=workers, max_worker=workers)
 
-    def _describe(self, model: str, **query: object) -> requests.Response:
+    def _ask_model(
+        self, method: str, model: str, parse: Callable[[Any], T], **query: str | int
+    ) -> T:
         try:
-            return self._ask("GET", _path(model), **query)
+            return self._ask(method, f"models/{quote(model)}", parse, **query)
         except requests.HTTPError as exc:
             if exc.response.status_code == 404:
                 raise UnknownModel(f"{self.url} has no model {model}") from exc
             raise
 
-    def _ask(self, method: str, path: str, **query: Any) -> requests.Response:
+    def _ask(
+        self, method: str, path: str, parse: Callable[[Any], T], **query: str | int | None
+    ) -> T:
         with direct_session() as session:
             url = f"{self.url}/{path}"
             response = session.request(method, url, params=query, timeout=self.timeout)
         response.raise_for_status()
-        return response
+        try:
+            return parse(response.json())
+        except (LookupError, TypeError, ValueError) as exc:
+            raise requests.exceptions.InvalidJSONError("not an answer of TorchServe's") from exc
 
 
-def _path(model: str) -> str:
-    return f"models/{quote(model)}"
+def _parse_page(answer: Any) -> tuple[list[str], str | None]:
+    return [model["modelName"] for model in answer["models"]], answer.get("nextPageToken")
+
+
+def _parse_info(answer: Any) -> dict[str, Any]:
+    return dict(answer[0]["customizedMetadata"])
 
 
 def _parse_state(answer: Any) -> ModelState:
-    try:
-        (facts,) = answer
-        queue = facts["jobQueueStatus"]
-        return ModelState(
-            version=facts["modelVersion"],
-            min_workers=facts["minWorkers"],
-            max_workers=facts["maxWorkers"],
-            workers=tuple(map(_parse_worker, facts["workers"])),
-            pending=queue["pendingRequests"],
-            remaining=queue["remainingCapacity"],
-        )
-    except (KeyError, ValueError, TypeError) as exc:
-        raise _not_torchserve() from exc
+    (facts,) = answer
+    queue = facts["jobQueueStatus"]
+    return ModelState(
+        version=facts["modelVersion"],
+        min_workers=facts["minWorkers"],
+        max_workers=facts["maxWorkers"],
+        workers=tuple(map(_parse_worker, facts["workers"])),
+        pending=queue["pendingRequests"],
+        remaining=queue["remainingCapacity"],
+    )
 
 
-def _parse_worker(facts: dict[str, Any]) -> Worker:
+def _parse_worker(facts: Any) -> Worker:
     device = "cpu"
     if facts["gpu"]:
         found = re.search(r"gpuId::(\d+)", facts.get("gpuUsage", ""))
         device = f"cuda:{found[1]}" if found else "cuda"
     return Worker(facts["id"], facts["pid"], device, facts["status"])
-
-
-def _not_torchserve() -> requests.RequestException:
-    return requests.exceptions.InvalidJSONError("this is not an answer of TorchServe's")

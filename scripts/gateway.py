@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def new_key(name: str) -> int:
-    """Print a key, which is stored nowhere, and the line of the keys file that admits it."""
+    """Print a key, which is stored nowhere, and its line for the keys file."""
     if not NAME.fullmatch(name):
         print(f"error: a client's name must match {NAME.pattern}, got {name!r}", file=sys.stderr)
         return 2

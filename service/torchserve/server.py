@@ -276,9 +276,9 @@ class TorchServe:
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
         """Start Java as the launcher `torchserve` would.
 
-        `relay` reads what it prints, in a thread of its own, until it ends; None: that goes where
-        our output goes. The launcher itself forwards no signals, knows one server per machine by
-        its PID file, and stays around as a process.
+        `relay` reads its output in a thread of its own until it ends; without one, Java writes to
+        our stdout and stderr. The launcher itself is not used: it forwards no signals, allows one
+        server per machine (its PID file), and remains as a process.
         """
         self._folder = make_folder()
         self._guardian = Guardian(self._folder)
@@ -332,22 +332,25 @@ class TorchServe:
             self._reader.start()
 
     def read(self, line: bytes) -> None:
-        """A line that Java has printed: for `relay` to call."""
+        """Look at a line that Java has printed; `relay` calls this."""
         if found := OUT_OF_MEMORY.match(line):
             self._out_of_memory = found[1].decode("utf-8", "replace").removesuffix(", aborting")
 
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The status with which Java ended; None while it runs."""
         return self._process.poll() if self._process else None
 
     def out_of_memory(self) -> str | None:
-        """What Java, which has ended, said that it had no memory for."""
+        """Why Java ran out of memory, in its words, if that is why it ended."""
         if self._reader is not None:
             self._reader.join(READ_SECONDS)
         return self._out_of_memory
 
     def end_hung_workers(self) -> list[Hung]:
-        """To be called again and again: TorchServe starts others in their place."""
+        """Kill the workers that hang and return them; to be called again and again.
+
+        TorchServe starts others in their place.
+        """
         return self._watchdog.check() if self._watchdog else []
 
     def stop(self) -> None:

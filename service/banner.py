@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from service import health as healthcheck
 from service.gateway.process import Gateway
 from service.logs import Log
-from service.torchserve.server import ROOT, Addresses
+from service.torchserve.config import ROOT, Addresses
 
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 

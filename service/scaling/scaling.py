@@ -11,8 +11,8 @@ from typing import Any
 import requests
 
 from handler.errors import SetupError
-from service.archive.store import workers_for
 from service.options import RANGES, number
+from service.plan import workers_for
 from service.scaling.autoscaler import Autoscaler, Watcher
 from service.scaling.workers import (
     Model,
@@ -25,7 +25,7 @@ from service.scaling.workers import (
     mebibytes,
 )
 from service.tables import text_table
-from service.torchserve.server import read_config, usable_gpus
+from service.torchserve.config import ServerConfig
 
 POLL_SECONDS = 0.5
 TELL_SECONDS = 5  # between two lines while nothing changes
@@ -111,7 +111,7 @@ def scale(args: argparse.Namespace, model: Model) -> int:
     on_gpu = any(worker.device != "cpu" for worker in state.workers)
     wanted = args.workers
     if wanted == "auto":
-        wanted = workers_for(usable_gpus(read_config()) if on_gpu else 0)
+        wanted = workers_for(ServerConfig.load().usable_gpus() if on_gpu else 0)
     more = wanted - len(state.workers)
     if more > 0:
         spaces = spaces_of(state)

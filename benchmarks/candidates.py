@@ -39,7 +39,7 @@ from handler.model_card import InputTransform
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
 from service.archive.conversion import to_openvino
-from service.load.generator import machine
+from service.load.report import machine
 
 Decode = Callable[[bytes], Tensor]  # JPEG bytes -> uint8 [3, H, W]
 Compute = Callable[[Tensor], Any]  # uint8 [B, 3, H, W] -> probabilities [B, C]

@@ -36,7 +36,10 @@ from handler.images import open_image, read_picture
 from handler.machine import available_cores
 from handler.model_card import ModelCard
 from handler.settings import Settings
-from service.load.generator import BOUNDARY, Expectations, Load, Picture, measure
+from service.load.answers import Expectations
+from service.load.generator import measure
+from service.load.images import BOUNDARY, ImageRequest
+from service.load.measurement import Load
 
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
@@ -337,7 +340,7 @@ def against(wanted: Tensor, given: Tensor) -> dict[str, float]:
     return {"largest_difference": largest, "same_best_class": same}
 
 
-def requests_of(pictures: Sequence[Picture], images: int) -> list[Picture]:
+def requests_of(pictures: Sequence[ImageRequest], images: int) -> list[ImageRequest]:
     """Bodies of so many images each: the JPEG itself, or a form with file1, file2, …."""
     if images == 1:
         return list(pictures)
@@ -352,7 +355,9 @@ def requests_of(pictures: Sequence[Picture], images: int) -> list[Picture]:
             for number, one in enumerate(group, start=1)
         ]
         body = b"".join([*parts, f"--{BOUNDARY}--\r\n".encode()])
-        requests.append(Picture(picture.name, body, f"multipart/form-data; boundary={BOUNDARY}"))
+        requests.append(
+            ImageRequest(picture.name, body, f"multipart/form-data; boundary={BOUNDARY}")
+        )
     return requests
 
 

@@ -34,19 +34,12 @@ from benchmarks.environments import SetupFailed, prepare
 from benchmarks.images import load_rgb, read_labels
 from benchmarks.subjects import PEERS, ROOT, Subject, all_subjects
 from handler.machine import available_cores
-from service.load.generator import (
-    Expectations,
-    Load,
-    Measurement,
-    Picture,
-    as_form,
-    load_pictures,
-    machine,
-    measure,
-    read_predictions,
-    without_tensor_header,
-)
+from service.load.answers import Expectations, read_predictions, without_tensor_header
+from service.load.generator import measure
+from service.load.images import ImageRequest, as_form, load_images
+from service.load.measurement import Load, Measurement
 from service.load.processes import Server, free_base_port, memory, running
+from service.load.report import machine
 
 FOLDER = Path(__file__).parent
 START_SECONDS = 180
@@ -193,7 +186,7 @@ class Run:
             "workers": self.workers,
             "images": len(pictures),
             "image_bytes": sum(len(p.body) for p in pictures) // len(pictures),
-            "images_left_out": len(load_pictures(args.images)) - len(pictures),
+            "images_left_out": len(load_images(args.images)) - len(pictures),
             "drawn": args.images is None,
             "concurrency": args.concurrency,
             "seconds": args.seconds,
@@ -300,7 +293,7 @@ class Run:
 
     @contextmanager
     def started(
-        self, subject: Subject, python: Path, pictures: Sequence[Picture]
+        self, subject: Subject, python: Path, pictures: Sequence[ImageRequest]
     ) -> Iterator[tuple[Server, str, float]]:
         """The running server once it answers rightly, its URL, and the seconds that took.
 
@@ -364,7 +357,9 @@ class Run:
         if result["failed"]:
             return
         say(f"round {number}: {subject.name}")
-        pictures = [as_form(p, subject.form, subject.part) for p in self.pictures]
+        pictures = self.pictures
+        if subject.form == "multipart":
+            pictures = [as_form([p], [subject.part]) for p in pictures]
         expectations = Expectations()
         try:
             with self.started(subject, python, pictures) as (server, url, seconds):
@@ -385,7 +380,7 @@ class Run:
         self,
         subject: Subject,
         url: str,
-        pictures: Sequence[Picture],
+        pictures: Sequence[ImageRequest],
         clients: int,
         expectations: Expectations,
         settle: bool = False,
@@ -399,7 +394,9 @@ class Run:
             measure(url, pictures, load, headers=subject.headers, expectations=expectations)
         )
 
-    def accuracy(self, subject: Subject, url: str, pictures: Sequence[Picture]) -> dict[str, int]:
+    def accuracy(
+        self, subject: Subject, url: str, pictures: Sequence[ImageRequest]
+    ) -> dict[str, int]:
         """How the labelled images are classified, held against labels and reference."""
         labelled = [picture for picture in pictures if picture.name in self.reference]
         answers = asyncio.run(ask_all(url, labelled, subject.headers, 4))
@@ -484,7 +481,7 @@ def say(text: str) -> None:
 
 
 def wait_until_right(
-    subject: Subject, server: Server, url: str, pictures: Sequence[Picture]
+    subject: Subject, server: Server, url: str, pictures: Sequence[ImageRequest]
 ) -> None:
     """Return when the banner is out and an image is answered rightly. Raises StartFailed."""
     deadline = time.monotonic() + START_SECONDS
@@ -504,7 +501,7 @@ def wait_until_right(
 
 
 async def ask_all(
-    url: str, pictures: Sequence[Picture], headers: Mapping[str, str], clients: int
+    url: str, pictures: Sequence[ImageRequest], headers: Mapping[str, str], clients: int
 ) -> list[tuple[str, str]]:
     """Each picture once: ("ok", top class) or what went wrong and ""."""
     waiting = iter(enumerate(pictures))

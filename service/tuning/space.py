@@ -4,13 +4,19 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from handler.engines import MAX_FORWARD, has_bf16
+from handler.engines import MAX_FORWARD, find_hardware
 from handler.errors import InvalidSettings
 from handler.machine import available_cores
+from handler.selection import Hardware, select
 from handler.settings import Settings
 from service.archive.store import model_config
 from service.tuning.search import Axis, Configuration
 
+CANDIDATES = (  # engines and precisions, the likely winner first
+    *(("cuda", precision) for precision in ("bf16", "fp16", "fp32")),
+    *(("openvino", precision) for precision in ("bf16", "fp32", "int8")),
+    ("torch", "fp32"),
+)
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 DELAYS_MS = (1, 2, 5, 10)
 FORWARDS = (1, 2, 4, 8, 16, 32)
@@ -25,21 +31,26 @@ class SearchSpace:
     axes: list[Axis]
 
 
-def possible_engines(device: str, calibrated: bool) -> list[tuple[str, str]]:
+def possible_engines(device: str, calibrated: bool, hardware: Hardware) -> list[tuple[str, str]]:
     """The engines and precisions that run here, as (engine, precision)."""
-    bf16 = has_bf16()
-    if device == "cuda":
-        return [("cuda", "bf16"), ("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
-    openvino = [("bf16", bf16), ("fp32", True), ("int8", calibrated)]
-    torch = [("fp32", True), ("bf16", bf16)]
-    return [("openvino", name) for name, possible in openvino if possible] + [
-        ("torch", name) for name, possible in torch if possible
+    return [
+        (engine, precision)
+        for engine, precision in CANDIDATES
+        if _runs(Settings(device=device, engine=engine, precision=precision), calibrated, hardware)
     ]
+
+
+def _runs(settings: Settings, calibrated: bool, hardware: Hardware) -> bool:
+    try:
+        select(settings, hardware, converted=True, int8=calibrated)
+    except InvalidSettings:
+        return False
+    return True
 
 
 def find_space(options: Namespace, device: str) -> SearchSpace:
     """What can be tried for a model. Raises InvalidSettings if that is nothing."""
-    engines = possible_engines(device, bool(options.calibration))
+    engines = possible_engines(device, bool(options.calibration), find_hardware())
     if options.precision != "auto":
         engines = [pair for pair in engines if pair[1] == options.precision]
     if not engines:

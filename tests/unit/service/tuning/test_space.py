@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.tuning import space
+from handler.selection import Hardware
 from service.tuning.search import Configuration
 from service.tuning.space import make_axes, possible_engines
 from tests.unit.service.tuning.trials import ENGINES, START
@@ -23,10 +23,11 @@ def test_a_delay_without_batches_is_not_tried() -> None:
     assert delay(alone) == []
 
 
-def test_engines_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(space, "has_bf16", lambda: False)
-    assert possible_engines("cpu", False) == [("openvino", "fp32"), ("torch", "fp32")]
-    assert ("openvino", "int8") in possible_engines("cpu", True)
-    monkeypatch.setattr(space, "has_bf16", lambda: True)
-    assert possible_engines("cpu", False)[0] == ("openvino", "bf16")
-    assert {engine for engine, _ in possible_engines("cuda", False)} == {"cuda", "torch"}
+def test_engines_are_those_of_the_machine() -> None:
+    plain, bf16 = Hardware(), Hardware(cpu_bf16=True)
+    gpu = Hardware(gpu=0, capability=(7, 5), cpu_bf16=True)
+    assert possible_engines("cpu", False, plain) == [("openvino", "fp32"), ("torch", "fp32")]
+    assert ("openvino", "int8") in possible_engines("cpu", True, plain)
+    assert possible_engines("cpu", False, bf16)[0] == ("openvino", "bf16")
+    on_gpu = [("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
+    assert possible_engines("cuda", True, gpu) == on_gpu

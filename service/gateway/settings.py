@@ -38,14 +38,15 @@ class GatewaySettings:
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
     upstreams: str = setting(
         "127.0.0.1:8080",
-        "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses",
+        "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses, looked "
+        "up every 5 s",
     )
     management: str = setting(
         "127.0.0.1:8081", "their management addresses, for `/health` and `/info`"
     )
     models: str = setting(
         "mobilenet_v2",
-        "names with commas between; the first answers `/predict`, `/health` needs all",
+        "names separated by commas; the first answers `/predict`, and `/health` needs all",
     )
     split: str = setting(
         "",
@@ -59,20 +60,20 @@ class GatewaySettings:
     tls_key: str = setting("", "PEM file with its key")
     rate: int = setting(200, "requests a second of one client; 0: no limit", low=0, high=1_000_000)
     burst: int = setting(
-        400, "requests that a client may be ahead of its rate", low=0, high=1_000_000
+        400, "requests by which a client may exceed its rate for a moment", low=0, high=1_000_000
     )
     max_concurrent: int = setting(
         256,
-        "requests under way, of all clients; one whose body is still on its way does not count",
+        "requests in progress, of all clients; those whose bodies are still arriving do not count",
         low=1,
         high=100_000,
     )
     max_concurrent_per_client: int = setting(
-        64, "requests under way, of one client", low=1, high=100_000
+        64, "requests in progress, of one client", low=1, high=100_000
     )
     max_body_bytes: int = setting(
         16 * 2**20,
-        "bytes of a request; not above `max_request_size` in `config.properties`",
+        "bytes of a request's body; not above `max_request_size` in `config.properties`",
         low=1,
         high=2**30,
     )

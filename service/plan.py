@@ -16,6 +16,7 @@ import yaml
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, count_gpus
 from handler.model_card import ModelCard
+from handler.rules import Rule, check_mapping
 from handler.settings import Settings
 from service.archive.mar import read_card, read_config, read_target
 from service.gateway.settings import GatewaySettings
@@ -29,12 +30,12 @@ CONFIGS = ROOT / "handler" / "configs"
 # What handler/configs/*.yaml may say, of what org.pytorch.serve.archive.model.ModelConfig reads.
 # Not workers and device, which are options, nor clientTimeoutInMills, which leaves clients without
 # an answer, nor what is for other kinds of models. TorchServe does not read `handler`: it is ours.
-MODEL_CONFIG_KEYS = frozenset(
+MODEL_CONFIG = dict.fromkeys(
     """
     batchSize maxBatchDelay responseTimeout startupTimeout maxRetryTimeoutInSec jobQueueSize
-    deviceIds handler
-    """.split()
-)
+    """.split(),
+    Rule(type=int, low=1),  # TorchServe takes maxBatchDelay 0 for 100 ms
+) | {"deviceIds": Rule(type=list[int]), "handler": Rule(type=dict | None)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,22 +305,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         reason = " ".join(str(exc).split())
         raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
-    if not isinstance(content, dict):
-        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
-    for key, value in content.items():
-        if key not in MODEL_CONFIG_KEYS:
-            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
-            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
-        if key == "handler":
-            if not isinstance(value, dict | None):
-                raise InvalidSettings(
-                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
-                )
-        elif key == "deviceIds":
-            if not isinstance(value, list) or not all(type(number) is int for number in value):
-                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
-        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
-            raise InvalidSettings(
-                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
-            )
-    return content
+    try:
+        return check_mapping(MODEL_CONFIG, content)
+    except InvalidSettings as exc:
+        raise InvalidSettings(f"{path.name}: {exc}") from exc

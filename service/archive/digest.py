@@ -12,9 +12,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from handler.errors import SetupError
 from handler.machine import has_gpu
 from handler.model_card import UNTRAINED, ModelCard, WeightsFacts
-from handler.settings import Settings
+from handler.selection import Hardware, select
 from service.plan import PackagePlan
 from service.torchserve.config import ROOT
 
@@ -36,14 +37,11 @@ def is_current(plan: PackagePlan) -> bool:
     weights = _expected_weights(plan, card)
     if weights is None or not (weights.trained or settings.allow_untrained):
         return False
-    # What only the environment says is not in the digest, so packaging has not checked it.
-    packaged = Settings.load(plan.config["handler"], {})
-    if (settings.engine, settings.precision) != (packaged.engine, packaged.precision):
-        return False
-    # bf16 and fp16: not every machine computes in them.
-    if settings.precision in ("bf16", "fp16") or (settings.precision == "int8" and not card.int8):
-        return False
-    if "cuda" in (settings.device, settings.engine) and not has_gpu():
+    # Whether CPU and GPU compute in bf16 only packaging can tell; here they do not.
+    hardware = Hardware(gpu=0 if has_gpu() else None)
+    try:
+        select(settings, hardware, converted=plan.holds_openvino, int8=card.int8 is not None)
+    except SetupError:
         return False
     try:
         if card.inputs_sha256 != digest(plan, weights):

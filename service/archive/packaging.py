@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
-from handler.engines import choose_device, has_bf16
+from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.model_card import (
     CARD_FILE,
@@ -30,6 +30,7 @@ from handler.model_card import (
     ModelCard,
 )
 from handler.networks import empty_network, get_recipe, input_transform, load_state
+from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.conversion import check_answers, to_openvino
 from service.archive.digest import LIBRARIES, digest, is_current
@@ -118,25 +119,12 @@ def package(plan: PackagePlan) -> Path:
 
 
 def check_precision(plan: PackagePlan) -> None:
-    """Raise InvalidSettings for a precision that cannot be packaged, or served here."""
-    settings = plan.settings
-    for_openvino = plan.holds_openvino and settings.engine in ("auto", "openvino")  # environment
-    if plan.calibration and not for_openvino:
+    """Raise SetupError for what cannot be packaged, or served on this machine."""
+    engine = plan.settings.engine  # the environment's, where holds_openvino has the file's
+    if plan.calibration and not (plan.holds_openvino and engine in ("auto", "openvino")):
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
-    on_cpu = choose_device(settings, gpu_id=None) == "cpu"
-    if settings.engine == "openvino" and not on_cpu:
-        raise InvalidSettings("engine is openvino, which runs on a CPU: --device cpu")
-    if on_cpu:
-        if settings.engine == "cuda":
-            raise InvalidSettings("engine is cuda, which runs on a GPU, and there is none here")
-        if settings.precision == "fp16":
-            raise InvalidSettings("precision is fp16, which only GPUs compute in")
-    if settings.precision == "int8" and not (for_openvino and on_cpu):
-        raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
-    if settings.precision == "int8" and not plan.calibration:
-        raise InvalidSettings("precision is int8, which needs images: --calibration DIR")
-    if settings.precision == "bf16" and for_openvino and on_cpu and not has_bf16():
-        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
+    converted, int8 = plan.holds_openvino, plan.calibration is not None
+    select(plan.settings, find_hardware(), converted=converted, int8=int8)
 
 
 def check_calibration(plan: PackagePlan, transform: InputTransform) -> CalibrationSet | None:

@@ -70,7 +70,7 @@ def test_the_command_is_one_of_the_code() -> None:
     assert script == "scripts/serve.py"
     args = parse_serve(options)
     assert args.archives == ("model_store",)
-    assert args.models == []
+    assert args.models == ()
     assert args.gateway
 
 

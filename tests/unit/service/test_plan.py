@@ -16,7 +16,7 @@ from service import plan as planning
 from service.options import parse_package, parse_serve
 from service.plan import (
     CONFIGS,
-    MODEL_CONFIG_KEYS,
+    MODEL_CONFIG,
     ModelPlan,
     check_device_ids,
     plan_package,
@@ -54,7 +54,7 @@ WITHOUT_MODEL = {"metrics.yaml"}
 )
 def test_our_configurations_are_valid(path: Path) -> None:
     config = config_of(path.stem)
-    assert set(config) <= MODEL_CONFIG_KEYS | {"minWorkers", "maxWorkers"}
+    assert set(config) <= set(MODEL_CONFIG) | {"minWorkers", "maxWorkers"}
     Settings.load(config["handler"], {})
     assert config["responseTimeout"] > 0  # TorchServe's default is two minutes
     assert config["maxBatchDelay"] > 0  # TorchServe takes 0 for 100

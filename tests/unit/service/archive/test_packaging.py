@@ -207,10 +207,10 @@ def test_recipe_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_int8_without_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
+    with pytest.raises(InvalidSettings, match="package it with --calibration DIR"):
         package(planned(tmp_path, "--device", "cpu", "--precision", "int8"))
     monkeypatch.setenv("CLASSIFIER_PRECISION", "int8")
-    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
+    with pytest.raises(InvalidSettings, match="package it with --calibration DIR"):
         package(planned(tmp_path, "--device", "cpu"))
 
 

@@ -10,8 +10,8 @@ from service.gateway.settings import name_ignored
 from service.logs import Log, default_form
 from service.options import parse_serve
 from service.plan import plan_service
+from service.processes import on_stop
 from service.serving import prepare, run
-from service.signals import on_stop
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from handler.errors import SetupError
 from handler.machine import available_cores
 from service.options import ModelOptions, add_model_options, number, positive, read_options
-from service.signals import on_stop
+from service.processes import on_stop
 from service.tuning.tuning import TuningOptions, tune
 
 

@@ -11,18 +11,17 @@ from threading import Event
 import requests
 
 from handler.errors import SetupError
-from service import health as healthcheck
 from service.archive.digest import is_current
 from service.archive.mar import read_card
 from service.banner import announce
 from service.gateway.process import Gateway, GatewayEnded
-from service.guardian import Guardian
 from service.logs import Log
 from service.plan import ModelPlan, PackagePlan, ServicePlan
 from service.ports import check_ports
-from service.signals import on_stop
+from service.processes import Guardian, on_stop, wait_until
 from service.torchserve.config import ROOT
 from service.torchserve.java import find_java
+from service.torchserve.management import Management, UnknownModel
 from service.torchserve.server import Served, TorchServe
 
 READY_SECONDS = 300
@@ -74,20 +73,11 @@ def package_apart(plans: Sequence[PackagePlan]) -> int:
 
     Returns its exit status; raises SetupError if it was killed.
     """
-    with Guardian("") as guardian:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PACKAGE],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
-            start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
-        )
-        guardian.watch(process.pid)
-        try:
-            process.communicate(pickle.dumps(plans))
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+    command = [sys.executable, "-c", PACKAGE]
+    with Guardian() as guardian:
+        # It prints the archives' sizes on stdout; what it has to say goes to stderr.
+        process = guardian.start(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process.communicate(pickle.dumps(plans))
     if process.returncode < 0:
         raise SetupError(
             f"packaging was killed by signal {-process.returncode} "
@@ -108,7 +98,7 @@ def run(
     addresses, served = plan.server.addresses, [model.served_as for model in plan.models]
     try:
         server.start(lambda output: log.relay(output, server.read))
-        wait_until_ready(server, addresses.management.url, served, stop)
+        wait_until_ready(server, Management(addresses.management.url), served, stop)
         if not stop.is_set():
             if gateway:
                 gateway.start()
@@ -158,25 +148,29 @@ def ending(server: TorchServe) -> str:
 
 
 def wait_until_ready(
-    server: TorchServe, management: str, models: Sequence[str], stop: Event
+    server: TorchServe, management: Management, models: Sequence[str], stop: Event
 ) -> None:
     """Return when every model has its workers READY, or `stop` is set. Raises StartFailed."""
-    deadline = time.monotonic() + READY_SECONDS
     pids: dict[str, set[int]] = {model: set() for model in models}
-    while not stop.wait(POLL_SECONDS):
+
+    def is_ready(model: str) -> bool:
+        try:
+            state = management.describe(model)
+        except UnknownModel as exc:
+            raise StartFailed(f"TorchServe did not accept the archive of {model}") from exc
+        pids[model] |= {worker.pid for worker in state.workers if worker.pid > 0}
+        if not state.is_ready and len(pids[model]) > state.min_workers * (1 + MAX_RESTARTS):
+            raise StartFailed(f"{model} does not load: its workers end again and again")
+        return state.is_ready
+
+    def all_ready() -> bool:
         if server.exit_status() is not None:
             raise StartFailed(ending(server))
         try:
-            states = {model: healthcheck.describe(management, model) for model in models}
-        except requests.RequestException:
-            states = {}
-        if states and all(map(healthcheck.is_ready, states.values())):
-            return
-        for model, state in states.items():
-            if state is None:
-                raise StartFailed(f"TorchServe did not accept the archive of {model}")
-            pids[model] |= {worker["pid"] for worker in state["workers"] if worker["pid"] > 0}
-            if len(pids[model]) > state["minWorkers"] * (1 + MAX_RESTARTS):
-                raise StartFailed(f"{model} does not load: its workers end again and again")
-        if time.monotonic() > deadline:
-            raise StartFailed(f"not ready within {READY_SECONDS} s")
+            ready = [is_ready(model) for model in models]  # every one, for its failure
+        except requests.RequestException:  # Java is starting
+            return False
+        return all(ready)
+
+    if not wait_until(lambda: stop.is_set() or all_ready(), READY_SECONDS, POLL_SECONDS):
+        raise StartFailed(f"not ready within {READY_SECONDS} s")

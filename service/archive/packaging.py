@@ -45,8 +45,8 @@ from service.archive.weights import (
     read_weights,
     scales_input_again,
 )
-from service.guardian import Guardian
 from service.plan import PackagePlan
+from service.processes import Guardian
 from service.torchserve.config import ROOT
 
 HANDLER = ROOT / "handler"

@@ -1,10 +1,8 @@
 """Servers as processes: started, awaited, found with all their children, measured, and ended."""
 
 import json
-import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import time
@@ -16,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from service import processes
+from service.processes import Guardian
 
 MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
 STOP_SECONDS = 20
@@ -90,37 +91,32 @@ def running(
     """Start a command in `folder`, and end all its processes afterwards."""
     marker = uuid.uuid4().hex
     log = folder / "output.log"
+    guardian = Guardian()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
+        process = guardian.start(
+            command,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**environ, MARKER: marker},
             cwd=folder,
-            start_new_session=True,
         )
     server = Server(process, marker, log)
     try:
         yield server
     finally:
         end(server)
+        guardian.dismiss()
 
 
 def end(server: Server) -> None:
     """SIGTERM to the command, then SIGKILL to whatever is left of its family."""
     family = server.family()
-    server.process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        server.process.wait(STOP_SECONDS)
+    processes.end(server.process, STOP_SECONDS)
     family += server.family()
     for process in family:
         # psutil compares start times, so a process that has taken over a PID is left alone
         with suppress(psutil.Error):
             process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait()
     psutil.wait_procs(family, timeout=5)
 
 

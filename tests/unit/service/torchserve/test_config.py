@@ -13,7 +13,7 @@ from handler.errors import InvalidSettings
 from service.plan import MODEL_CONFIG
 from service.torchserve import config as configuration
 from service.torchserve.config import CONFIG, CONFIG_KEYS, Address, ServerConfig, read_properties
-from service.torchserve.server import LOG_CONFIG
+from service.torchserve.java import LOG_CONFIG
 
 READ_BY_THE_LAUNCHER = {"vmargs", "plugins_path"}
 OURS = {"handler"}

@@ -9,7 +9,6 @@ tables; the last line is one JSON object. `--device cpu` goes the same way witho
 """
 
 import argparse
-import asyncio
 import gc
 import json
 import sys
@@ -32,8 +31,6 @@ from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
 from handler.model_card import ModelCard
 from handler.settings import Settings
-from service.load.answers import Expectations
-from service.load.generator import measure
 from service.load.images import ImageRequest, as_form
 from service.load.measurement import Load
 
@@ -103,7 +100,7 @@ def measure_server(
     args: argparse.Namespace, servers: Servers, subject: Subject, images: Sequence[ImageRequest]
 ) -> list[dict[str, Any]]:
     rows = []
-    with servers.started(subject, Path(sys.executable), images[0], []) as (_, url, _):
+    with servers.started(subject, Path(sys.executable), images[0], []) as target:
         for count in args.per_request:
             requests = requests_of(images, count)
             for clients in args.concurrency:
@@ -112,7 +109,7 @@ def measure_server(
                     seconds=args.seconds,
                     warmup_seconds=min(3.0, args.seconds),
                 )
-                run = asyncio.run(measure(url, requests, load, expectations=Expectations()))
+                run = target.measure(requests, load)
                 rows.append(
                     {
                         "server": subject.name,

@@ -14,7 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import yaml
 
 from benchmarks.environments import SetupFailed
 from benchmarks.subjects import PEERS, ROOT, Subject
-from service.load.generator import send_once
+from service.load.answers import Expectations
+from service.load.generator import measure, send_once
 from service.load.images import ImageRequest
+from service.load.measurement import Load, Measurement
 from service.load.processes import Server, free_base_port, running
 from service.tables import text_table
 
@@ -35,6 +37,22 @@ DROPPED = ("CLASSIFIER_", "TS_", "BENCHMARK_", "PYTHONPATH", "OMP_")  # settings
 
 class StartFailed(Exception):
     """A server did not come to answer rightly; the message says why."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that answers rightly."""
+
+    server: Server
+    url: str
+    seconds: float  # until it did so
+    headers: Mapping[str, str]
+    expectations: Expectations = field(default_factory=Expectations)
+
+    def measure(self, images: Sequence[ImageRequest], load: Load) -> Measurement:
+        return asyncio.run(
+            measure(self.url, images, load, headers=self.headers, expectations=self.expectations)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +131,8 @@ class Servers:
     @contextmanager
     def started(
         self, subject: Subject, python: Path, image: ImageRequest, failed_starts: list[str]
-    ) -> Iterator[tuple[Server, str, float]]:
-        """The running server once it answers rightly, its URL, and the seconds that this took.
+    ) -> Iterator[Started]:
+        """The running server, once it answers an image rightly.
 
         A start that fails is tried again, because some servers have time limits of a second in
         them; its reason is added to `failed_starts`. Raises StartFailed if none succeeds.
@@ -135,7 +153,7 @@ class Servers:
                     failed_starts.append(str(exc))
                     say(f"  start {attempt} failed: {exc}")
                     continue
-                yield server, url, time.monotonic() - began
+                yield Started(server, url, time.monotonic() - began, subject.headers)
                 return
 
     def _start(

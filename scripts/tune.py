@@ -11,7 +11,8 @@ from handler.errors import SetupError
 from handler.machine import available_cores
 from service.options import add_model_options, check_model_options, number, positive
 from service.signals import on_stop
-from service.tuning.tuning import TuningOptions, tune
+from service.tuning.bench import TuningOptions
+from service.tuning.tuning import tune
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TuningOptions]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,7 @@ from handler.machine import available_cores, cpu_model, has_gpu
 from handler.settings import PREFIX
 from service.load.images import load_images
 from service.torchserve.server import read_config, read_path
-from service.tuning.bench import Bench
+from service.tuning.bench import Bench, TuningOptions
 from service.tuning.report import plot, report
 from service.tuning.search import Configuration, Trial, find_winner, search
 from service.tuning.space import SearchSpace, find_space
@@ -42,19 +42,6 @@ NOTES: dict[Ending, str] = {
     "out of time": "The time was up before everything was tried; --budget-minutes gives more.",
     "interrupted": "Interrupted: this is what was found so far; nothing is written.",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningOptions:
-    """The options of ./scripts/tune, besides those of the model."""
-
-    slo_p99_ms: float
-    budget_minutes: float
-    seconds: float  # of each measurement
-    concurrency: tuple[int, ...]  # clients, one measurement each
-    images: Path | None  # a folder; None: drawn images
-    out: str  # a file; "auto": where --tuned looks for it
-    plot: Path | None  # None: beside `out`
 
 
 def tune(model: Namespace, options: TuningOptions) -> int:
@@ -80,21 +67,19 @@ def tune(model: Namespace, options: TuningOptions) -> int:
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         bench = Bench(
-            options=model,
+            model_options=model,
+            options=options,
             facts=_facts(slo),
             device=device,
             folder=Path(folder),
             images=images,
-            slo_ms=slo,
-            seconds=options.seconds,
-            concurrency=options.concurrency,
         )
         archive = read_path(read_config(), "model_store") / f"{name}.mar"
         if archive.exists():  # what is packaged needs no download
             shutil.copy(archive, folder)
         budget = 60 * options.budget_minutes
         ending = run_search(space, bench.measure, slo, budget, trials)
-    return conclude(trials, bench, options, ending)
+    return conclude(trials, bench, ending)
 
 
 def _facts(slo_ms: float) -> Facts:
@@ -148,9 +133,9 @@ def run_search(
     return "finished"
 
 
-def conclude(trials: Sequence[Trial], bench: Bench, options: TuningOptions, ending: Ending) -> int:
+def conclude(trials: Sequence[Trial], bench: Bench, ending: Ending) -> int:
     """Print the report and write the winner's file and plot. Returns the exit status."""
-    slo = bench.slo_ms
+    options, slo = bench.options, bench.options.slo_p99_ms
     print(report(trials, slo))
     if ending in NOTES:
         print(NOTES[ending])

@@ -12,7 +12,6 @@ import argparse
 import gc
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -26,7 +25,7 @@ from benchmarks.environments import SetupFailed
 from benchmarks.gpu_parts import Parts
 from benchmarks.images import load_rgb
 from benchmarks.plots import draw
-from benchmarks.servers import Servers, StartFailed, add_options, say, show
+from benchmarks.servers import Servers, StartFailed, add_options, make_servers, say, show
 from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
 from handler.model_card import ModelCard
@@ -195,17 +194,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: torch sees no GPU here; --device cpu tries the same without", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-") as work:
-        servers = Servers(
-            folder=Path(work),
-            model=args.model,
-            weights=args.weights,
-            recipe=args.recipe,
-            device=args.device,
-            precision=args.precision,
-            workers=args.workers[0],
-            images=args.images,
-        )
+    options = {"device": args.device, "precision": args.precision}
+    with make_servers(args, **options, workers=args.workers[0]) as servers:
         try:
             found = everything(args, servers)
         except SetupFailed as exc:

@@ -13,7 +13,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +23,15 @@ from benchmarks.conditions import conditions, now
 from benchmarks.environments import SetupFailed, prepare
 from benchmarks.figures import best_throughput
 from benchmarks.images import load_rgb, read_labels
-from benchmarks.servers import Servers, Started, StartFailed, add_options, folder, say
+from benchmarks.servers import (
+    Servers,
+    Started,
+    StartFailed,
+    absolute,
+    add_options,
+    make_servers,
+    say,
+)
 from benchmarks.subjects import PEERS, Subject, all_subjects
 from handler.machine import available_cores
 from service.load.answers import Expectations
@@ -236,7 +243,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser, "mobilenet_v2", FOLDER)
     add = parser.add_argument
     add("--precisions", default="fp32,int8", help="of ours; peers use the engine of the first")
-    add("--calibration", type=folder, metavar="DIR", help="passed on for int8")
+    add("--calibration", type=absolute, metavar="DIR", help="passed on for int8")
     add("--only", metavar="NAME,…", help="some subjects; --list names them")
     add("--list", action="store_true", help="name the subjects and end")
     add("--concurrency", type=int, nargs="+", default=[1, 8, 32])
@@ -266,18 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(args.names))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="bench-") as work:
-        servers = Servers(
-            folder=Path(work),
-            model=args.model,
-            weights=args.weights,
-            recipe=args.recipe,
-            calibration=args.calibration,
-            device="cpu",
-            precision=args.precisions[0],
-            workers=available_cores(),
-            images=args.images,
-        )
+    precision, workers = args.precisions[0], available_cores()
+    with make_servers(args, device="cpu", precision=precision, workers=workers) as servers:
         run = Run(args, servers)
         try:
             run.everything()

@@ -63,7 +63,7 @@ class Servers:
     model: str
     weights: str | Path  # "untrained" or a file
     recipe: str | None
-    calibration: Path | None = None
+    calibration: Path | None
     device: str
     precision: str  # of the subjects that do not name one
     workers: int
@@ -203,6 +203,25 @@ class Servers:
             return runs, process.last_lines() if failed else None
 
 
+@contextmanager
+def make_servers(
+    args: argparse.Namespace, *, device: str, precision: str, workers: int
+) -> Iterator[Servers]:
+    """The servers of a benchmark with the options of add_options, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        yield Servers(
+            folder=Path(folder),
+            model=args.model,
+            weights=args.weights,
+            recipe=args.recipe,
+            calibration=getattr(args, "calibration", None),
+            device=device,
+            precision=precision,
+            workers=workers,
+            images=args.images,
+        )
+
+
 def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
     """The options that every benchmark of servers has."""
     parser.add_argument("--model", default=model)
@@ -213,12 +232,12 @@ def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
         metavar="untrained|FILE",
     )
     parser.add_argument("--recipe", metavar="ENTRY", help="as for ./scripts/serve")
-    parser.add_argument("--images", type=folder, metavar="DIR", help="JPEGs (None: drawn)")
+    parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
 
 
-def folder(text: str) -> Path:
+def absolute(text: str) -> Path:
     """An argparse type: servers run in other folders."""
     return Path(text).resolve()
 

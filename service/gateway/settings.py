@@ -1,4 +1,4 @@
-"""Settings of the gateway and its keys: checked, so that nothing in them can be nginx's syntax."""
+"""The settings and keys of the gateway, checked so that nothing in them can be nginx's syntax."""
 
 import ipaddress
 import os
@@ -31,8 +31,7 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Texts and numbers as the environment gives them; a value that breaks its rule raises
-    InvalidSettings."""
+    """The settings of one gateway. A value that breaks its rule raises InvalidSettings."""
 
     host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
@@ -98,7 +97,7 @@ class GatewaySettings:
                 _split_address(name, entry)
         for model in self.model_names:
             if not NAME.fullmatch(model):
-                raise _invalid("models", "must be names with commas between", self.models)
+                raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
         self.metrics_networks()
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -112,7 +111,7 @@ class GatewaySettings:
             _check_file("keys", self.keys)
         elif not self.keys and not self.on_loopback:
             raise InvalidSettings(
-                f"{PREFIX}HOST is {self.host}, so that others may reach it: give "
+                f"{PREFIX}HOST is {self.host}, which other machines may reach: give "
                 f"{PREFIX}KEYS=FILE (./scripts/gateway --new-key NAME makes a line of it), "
                 f"or {PREFIX}KEYS=off"
             )
@@ -229,7 +228,7 @@ def read_keys(path: Path) -> list[Client]:
 def _entries(name: str, text: str) -> list[str]:
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries):
-        raise _invalid(name, "must be entries with commas between", text)
+        raise _invalid(name, "must be entries separated by commas", text)
     return entries
 
 

@@ -58,7 +58,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resolve(
     requirements: Path, platform: str, python: str, cache: Path, **environ: str
 ) -> subprocess.CompletedProcess[str]:
-    """Look for a wheel of each pin, and of all that they need. Skips where no registry answers."""
+    """Look for a wheel of each pin, and of all that they need. Skips if no registry answers."""
     uv = Path(sys.executable).with_name("uv")
     command = [uv, "pip", "compile", requirements, "--only-binary", ":all:", "--no-config"]
     command += ["--python-platform", platform, "--python-version", python, "--cache-dir", cache]

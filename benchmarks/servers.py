@@ -27,6 +27,7 @@ from service.load.generator import measure, send_once
 from service.load.images import ImageRequest
 from service.load.measurement import Load, Measurement
 from service.load.processes import Server, free_base_port, running
+from service.processes import wait_until
 from service.tables import text_table
 
 START_SECONDS = 180
@@ -244,20 +245,23 @@ def absolute(text: str) -> Path:
 
 def wait_until_right(subject: Subject, server: Server, url: str, image: ImageRequest) -> None:
     """Return when the server answers an image rightly. Raises StartFailed."""
-    deadline = time.monotonic() + START_SECONDS
     outcome = "no answer"
-    while time.monotonic() < deadline:
-        if server.has_ended():
-            raise StartFailed(
-                f"ended with status {server.process.returncode}: {server.last_lines()}"
-            )
+
+    def is_over() -> bool:
+        nonlocal outcome
         if subject.kind != "ours" or server.events("ready"):
-            asked = send_once(url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS)
-            outcome = asyncio.run(asked)[0].outcome
-            if outcome == "ok":
-                return
-        time.sleep(0.5)
-    raise StartFailed(f"no right answer in {START_SECONDS} s ({outcome}): {server.last_lines()}")
+            sending = send_once(
+                url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS
+            )
+            outcome = asyncio.run(sending)[0].outcome
+        return outcome == "ok" or server.has_ended()
+
+    wait_until(is_over, START_SECONDS, 0.5)
+    if outcome != "ok":
+        reason = f"no right answer in {START_SECONDS} s ({outcome})"
+        if server.has_ended():
+            reason = f"ended with status {server.process.returncode}"
+        raise StartFailed(f"{reason}: {server.last_lines()}")
 
 
 def say(text: str) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from handler.errors import SetupError
 from handler.machine import available_cores
 from service.options import add_model_options, check_model_options, number, positive
-from service.signals import on_stop
+from service.processes import on_stop
 from service.tuning.bench import TuningOptions
 from service.tuning.tuning import tune
 

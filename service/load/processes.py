@@ -1,13 +1,10 @@
 """Servers as processes: started, awaited, found with all their children, measured, and ended."""
 
 import json
-import os
 import random
 import re
-import signal
 import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from service import processes
+from service.processes import Guardian, wait_until
 
 MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
 STOP_SECONDS = 20
@@ -57,16 +57,11 @@ class Server:
 
     def wait_until_ready(self, seconds: float) -> None:
         """Return when ./scripts/serve logs that it is ready. Raises NotReady."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            ended = self.has_ended()  # asked before the log is read, which is complete then
-            if self.events("ready"):
-                return
-            if ended:
-                reasons = [line["message"] for line in self.events("startup_failed")]
-                raise NotReady(reasons[0] if reasons else self.last_lines().removeprefix("error: "))
-            time.sleep(0.1)
-        raise NotReady(f"not ready within {seconds:g} s")
+        if not wait_until(lambda: self.events("ready") or self.has_ended(), seconds):
+            raise NotReady(f"not ready within {seconds:g} s")
+        if not self.events("ready"):
+            reasons = [line["message"] for line in self.events("startup_failed")]
+            raise NotReady(reasons[0] if reasons else self.last_lines().removeprefix("error: "))
 
     def last_lines(self) -> str:
         """What a failed server said last, on one line."""
@@ -90,37 +85,32 @@ def running(
     """Start a command in `folder`, and end all its processes afterwards."""
     marker = uuid.uuid4().hex
     log = folder / "output.log"
+    guardian = Guardian()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
+        process = guardian.start(
+            command,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**environ, MARKER: marker},
             cwd=folder,
-            start_new_session=True,
         )
     server = Server(process, marker, log)
     try:
         yield server
     finally:
         end(server)
+        guardian.dismiss()
 
 
 def end(server: Server) -> None:
     """SIGTERM to the command, then SIGKILL to whatever is left of its family."""
     family = server.family()
-    server.process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        server.process.wait(STOP_SECONDS)
+    processes.end(server.process, STOP_SECONDS)
     family += server.family()
     for process in family:
         # psutil compares start times, so a process that has taken over a PID is left alone
         with suppress(psutil.Error):
             process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait()
     psutil.wait_procs(family, timeout=5)
 
 

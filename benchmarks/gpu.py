@@ -24,7 +24,6 @@ from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
 from benchmarks.gpu_parts import Parts
 from benchmarks.images import load_rgb
-from benchmarks.plots import draw
 from benchmarks.servers import Servers, StartFailed, add_options, make_servers, say, show
 from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
@@ -32,6 +31,7 @@ from handler.model_card import ModelCard
 from handler.settings import Settings
 from service.load.images import ImageRequest, as_form
 from service.load.measurement import Load
+from service.plots import plot
 
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
@@ -151,7 +151,7 @@ def device_facts(device: str) -> dict[str, Any]:
     }
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot_parts(report: Mapping[str, Any], path: Path) -> None:
     """Images a second from the inside out: the best of each part."""
     bars = {
         "model alone": max(row["images_per_second"] for row in report["model"]),
@@ -161,14 +161,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     for row in report["http"]:
         name = f"{row['server']}, workers: {row['workers']}, images: {row['images']}"
         bars[name] = max(bars.get(name, 0), row["images_per_second"])
-
-    def fill(axes: Any) -> None:
+    with plot(path, 9, 1 + 0.3 * len(bars)) as axes:
         axes.barh(range(len(bars)), list(bars.values()))
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.set_xlabel(f"images a second, {report['conditions']['device']}, {report['engine']}")
-
-    draw(path, (9, 1 + 0.3 * len(bars)), fill)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -204,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
     (args.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, args.out / PLOT_FILE)
+    plot_parts(found, args.out / PLOT_FILE)
     print(json.dumps(found))
     wrong = [run for run in found["http"] if run["failed"] or not run["images_per_second"]]
     return 0 if found["check"]["passed"] and not wrong and not found["failed"] else 1

@@ -28,7 +28,7 @@ from handler.settings import PREFIX
 from service.load.images import load_images
 from service.torchserve.server import read_config, read_path
 from service.tuning.bench import Bench, TuningOptions
-from service.tuning.report import plot, report
+from service.tuning.report import plot_trials, report
 from service.tuning.search import Configuration, Trial, find_winner, search
 from service.tuning.space import SearchSpace, find_space
 from service.tuning.tuned import Facts, tuned_path
@@ -156,7 +156,7 @@ def conclude(trials: Sequence[Trial], bench: Bench, ending: Ending) -> int:
     if met:
         bench.tuned(trial.configuration, point).write(out)
     if met or options.plot:
-        plot(trials, slo, f"{bench.model} on {cpu_model()}", image)
+        plot_trials(trials, slo, f"{bench.model} on {cpu_model()}", image)
     if met:
         print(f"Written: {out}, {image}")
         words = [word for word in bench.model_argv(trial.configuration) if word[-5:] != "=auto"]

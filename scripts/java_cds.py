@@ -1,6 +1,6 @@
 """Write down Java's classes as it keeps them in memory, so that TorchServe starts in less time.
 
-    scripts/java_cds.py    once after an installation; ./scripts/serve does it by itself
+scripts/java_cds.py    once after an installation; ./scripts/serve does it by itself
 """
 
 import sys

@@ -4,18 +4,19 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from handler.errors import SetupError
 from handler.machine import available_cores
-from service.options import add_model_options, check_model_options, number, positive
+from service.options import ModelOptions, add_model_options, number, positive, read_options
 from service.processes import on_stop
 from service.tuning.bench import TuningOptions
 from service.tuning.tuning import tune
 
 
-def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TuningOptions]:
+def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:
     """The model's options and those of the tuning; exits with 2 if they are wrong."""
     parser = argparse.ArgumentParser(
         prog="./scripts/tune",
@@ -43,14 +44,15 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, TuningOptions
     add("--out", metavar="FILE", default="auto", help="(default: model_store/tuned-{model}.yaml)")
     add("--plot", type=Path, metavar="FILE.png", help="(default: beside --out, as .png)")
     args = parser.parse_args(argv)
-    check_model_options(parser, args)
-    if len(args.models) > 1:
+    model = read_options(ModelOptions, parser, args)
+    if len(model.models) > 1:
         parser.error("one --model is tuned at a time")
-    for name in ("weights", "labels", "calibration"):  # servers run in another folder
-        value = getattr(args, name)
-        if value and value not in ("pretrained", "untrained"):
-            setattr(args, name, str(Path(value).resolve()))
-    return args, TuningOptions(
+    absolute: dict[str, Any] = {  # servers run in another folder
+        name: str(Path(value).resolve())
+        for name in ("weights", "labels", "calibration")
+        if (value := getattr(model, name)) not in (None, "pretrained", "untrained")
+    }
+    return replace(model, **absolute), TuningOptions(
         slo_p99_ms=args.slo_p99_ms,
         budget_minutes=args.budget_minutes,
         seconds=args.seconds,

@@ -3,11 +3,9 @@
 import asyncio
 import os
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from handler.settings import PREFIX
 from service.load.answers import Expectations
@@ -15,17 +13,13 @@ from service.load.generator import measure
 from service.load.images import ImageRequest
 from service.load.measurement import Load
 from service.load.processes import NotReady, free_base_port, running
-from service.options import package_argv
-from service.torchserve.server import ROOT
+from service.options import ModelOptions, to_argv
+from service.torchserve.config import ROOT
 from service.tuning.search import Configuration, Point, Trial
 from service.tuning.tuned import Facts, Tuned, TunedHandler, TunedOptions
 
 READY_SECONDS = 900  # packaging included, which for int8 measures accuracy
 WARMUP_SECONDS = 1.0  # before each measurement
-# What a configuration decides.
-VARIED: dict[str, Any] = {"device": "auto", "precision": "auto", "workers": "auto"} | dict.fromkeys(
-    ("workers_per_gpu", "batch_size", "max_batch_delay_ms", "tuned")
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +39,7 @@ class TuningOptions:
 class Bench:
     """What all configurations have in common."""
 
-    model_options: Namespace
+    model_options: ModelOptions
     options: TuningOptions
     facts: Facts
     device: str
@@ -82,10 +76,18 @@ class Bench:
 
     def model_argv(self, configuration: Configuration) -> list[str]:
         """The options of ./scripts/serve that say which model it is."""
-        varied = dict(VARIED)
+        kept = replace(  # without what a configuration decides
+            self.model_options,
+            device="auto",
+            precision="auto",
+            workers=None,
+            workers_per_gpu=None,
+            batch_size=None,
+            max_batch_delay_ms=None,
+        )
         if configuration.precision != "int8":  # making an int8 model takes minutes
-            varied |= {"calibration": None, "minimum_agreement": None}
-        return package_argv(Namespace(**vars(self.model_options) | varied), [self.model])
+            kept = replace(kept, calibration=None, minimum_agreement=ModelOptions.minimum_agreement)
+        return to_argv(kept)
 
     def measure(self, configuration: Configuration) -> Trial:
         """Serve a configuration, load it with more clients until it misses the SLO, and end it.

@@ -1,6 +1,5 @@
 """The configurations that can be tried for a model on this machine."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +8,9 @@ from handler.errors import InvalidSettings
 from handler.machine import available_cores
 from handler.selection import Hardware, select
 from handler.settings import Settings
-from service.archive.store import model_config
+from service.options import ModelOptions
+from service.plan import plan_package
+from service.torchserve.config import ServerConfig
 from service.tuning.search import Axis, Configuration
 
 CANDIDATES = (  # engines and precisions, the likely winner first
@@ -48,20 +49,20 @@ def _runs(settings: Settings, calibrated: bool, hardware: Hardware) -> bool:
     return True
 
 
-def find_space(options: Namespace, device: str) -> SearchSpace:
+def find_space(options: ModelOptions, device: str, server: ServerConfig) -> SearchSpace:
     """What can be tried for a model. Raises InvalidSettings if that is nothing."""
     engines = possible_engines(device, bool(options.calibration), find_hardware())
     if options.precision != "auto":
         engines = [pair for pair in engines if pair[1] == options.precision]
     if not engines:
         raise InvalidSettings(f"no engine runs in {options.precision} here")
-    config = model_config(options.models[0], options)
-    settings = Settings.load(config["handler"])
+    plan = plan_package(options.models[0], options, server)
+    config, settings = plan.config, plan.settings
     cores, workers = available_cores(), config["minWorkers"]
     given = {
         name: getattr(options, name)
         for name in ("workers", "batch_size", "max_batch_delay_ms")
-        if getattr(options, name) not in (None, "auto")
+        if getattr(options, name) is not None
     }
     if options.workers_per_gpu:
         given["workers"] = workers

@@ -12,7 +12,6 @@ import shutil
 import sys
 import tempfile
 import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -26,7 +25,8 @@ from handler.errors import InvalidSettings
 from handler.machine import available_cores, cpu_model, has_gpu
 from handler.settings import PREFIX
 from service.load.images import load_images
-from service.torchserve.server import read_config, read_path
+from service.options import ModelOptions
+from service.torchserve.config import ServerConfig
 from service.tuning.bench import Bench, TuningOptions
 from service.tuning.report import plot_trials, report
 from service.tuning.search import Configuration, Trial, find_winner, search
@@ -44,7 +44,7 @@ NOTES: dict[Ending, str] = {
 }
 
 
-def tune(model: Namespace, options: TuningOptions) -> int:
+def tune(model: ModelOptions, options: TuningOptions) -> int:
     """Search, print a report, and write the winner's file and plot. Returns the exit status.
 
     Raises SetupError if nothing can be tried, OSError if a file cannot be read or written, and
@@ -55,7 +55,8 @@ def tune(model: Namespace, options: TuningOptions) -> int:
             raise InvalidSettings(f"{name} is set, and would decide what is to be tried")
     name, slo = model.models[0], options.slo_p99_ms
     device = "cuda" if model.device != "cpu" and has_gpu() else "cpu"
-    space = find_space(model, device)
+    server = ServerConfig.load()
+    space = find_space(model, device, server)
     images = load_images(options.images)
     end = time.localtime(time.time() + 60 * options.budget_minutes)
     print(
@@ -74,12 +75,13 @@ def tune(model: Namespace, options: TuningOptions) -> int:
             folder=Path(folder),
             images=images,
         )
-        archive = read_path(read_config(), "model_store") / f"{name}.mar"
+        archive = server.model_store / f"{name}.mar"
         if archive.exists():  # what is packaged needs no download
             shutil.copy(archive, folder)
         budget = 60 * options.budget_minutes
         ending = run_search(space, bench.measure, slo, budget, trials)
-    return conclude(trials, bench, ending)
+    out = tuned_path(name, options.out, server.model_store)
+    return conclude(trials, bench, out, ending)
 
 
 def _facts(slo_ms: float) -> Facts:
@@ -133,7 +135,7 @@ def run_search(
     return "finished"
 
 
-def conclude(trials: Sequence[Trial], bench: Bench, ending: Ending) -> int:
+def conclude(trials: Sequence[Trial], bench: Bench, out: Path, ending: Ending) -> int:
     """Print the report and write the winner's file and plot. Returns the exit status."""
     options, slo = bench.options, bench.options.slo_p99_ms
     print(report(trials, slo))
@@ -151,7 +153,6 @@ def conclude(trials: Sequence[Trial], bench: Bench, ending: Ending) -> int:
     print("Best:" if met else missed, found)
     if ending == "interrupted":
         return 130
-    out = tuned_path(bench.model, options.out)
     image = options.plot or out.with_suffix(".png")
     if met:
         bench.tuned(trial.configuration, point).write(out)
@@ -159,7 +160,7 @@ def conclude(trials: Sequence[Trial], bench: Bench, ending: Ending) -> int:
         plot_trials(trials, slo, f"{bench.model} on {cpu_model()}", image)
     if met:
         print(f"Written: {out}, {image}")
-        words = [word for word in bench.model_argv(trial.configuration) if word[-5:] != "=auto"]
+        words = bench.model_argv(trial.configuration)
         file = [] if options.out == "auto" else [str(out)]
         print("Serve it:", shlex.join(["./scripts/serve", *words, "--tuned", *file]))
     print(json.dumps({"facts": asdict(bench.facts), "trials": [asdict(one) for one in trials]}))

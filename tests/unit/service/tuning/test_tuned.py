@@ -1,6 +1,5 @@
 """The file between ./scripts/tune and ./scripts/serve."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,20 +7,18 @@ import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model
-from service import serving as serve
-from service.archive.store import model_config
 from service.options import parse_package
+from service.plan import PackagePlan, plan_package
+from service.torchserve.config import ServerConfig
 from service.tuning import tuned
 from service.tuning.tuned import (
     Facts,
     Tuned,
     TunedHandler,
     TunedOptions,
-    describe_differences,
     read_tuned,
 )
-
-MODEL = "squeezenet1_1"
+from tests.unit.service.planning import MODEL, planned
 
 
 @pytest.fixture
@@ -51,8 +48,9 @@ def path(content: Tuned, tmp_path: Path) -> Path:
     return tmp_path / "store" / "tuned.yaml"
 
 
-def options(path: Path, *argv: str) -> Namespace:
-    return parse_package(["--model", MODEL, "--tuned", str(path), *argv])
+def plan(path: Path, *argv: str) -> PackagePlan:
+    options = parse_package(["--model", MODEL, "--tuned", str(path), *argv])
+    return plan_package(MODEL, options, ServerConfig.load())
 
 
 def test_round_trip(path: Path, content: Tuned) -> None:
@@ -61,7 +59,7 @@ def test_round_trip(path: Path, content: Tuned) -> None:
 
 
 def test_the_file_decides_the_archives_configuration(path: Path) -> None:
-    config = model_config(MODEL, options(path))
+    config = plan(path).config
     names = ("minWorkers", "maxWorkers", "batchSize", "maxBatchDelay", "deviceType")
     assert [config[name] for name in names] == [3, 3, 16, 5, "cpu"]
     handler = {"device": "cpu", "precision": "fp32", "engine": "torch"}
@@ -69,47 +67,37 @@ def test_the_file_decides_the_archives_configuration(path: Path) -> None:
 
 
 def test_options_go_over_the_file_and_it_is_said(path: Path) -> None:
-    given = options(path, "--workers", "1", "--batch-size", "16")
-    config = model_config(MODEL, given)
-    assert (config["minWorkers"], config["batchSize"], config["maxBatchDelay"]) == (1, 16, 5)
-    assert describe_differences(MODEL, given) == [
-        f"warning: --workers 1 goes over {path}, which has 3"
-    ]
+    made = plan(path, "--workers", "1", "--batch-size", "16")
+    names = ("minWorkers", "batchSize", "maxBatchDelay")
+    assert [made.config[name] for name in names] == [1, 16, 5]
+    assert made.notes == (f"warning: --workers 1 goes over {path}, which has 3",)
 
 
 def test_the_environment_goes_over_the_file_and_it_is_said(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLASSIFIER_THREADS", "1")
-    assert describe_differences(MODEL, options(path)) == [
-        f"warning: CLASSIFIER_THREADS=1 goes over {path}, which has 2"
-    ]
+    assert plan(path).notes == (f"warning: CLASSIFIER_THREADS=1 goes over {path}, which has 2",)
 
 
 @pytest.mark.parametrize(("name", "value"), [("cpu_model", "Z80"), ("available_cores", 1000)])
 def test_another_machine_is_said(
     path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
-    assert describe_differences(MODEL, options(path)) == []
+    assert plan(path).notes == ()
     monkeypatch.setattr(tuned, name, lambda: value)
-    (line,) = describe_differences(MODEL, options(path))
+    (line,) = plan(path).notes
     assert "was tuned on another machine" in line
     assert str(value) in line
 
 
-def test_without_a_file_nothing_is_said() -> None:
-    assert describe_differences(MODEL, parse_package(["--model", MODEL])) == []
-
-
-def test_the_file_of_each_model_is_in_the_store(
-    content: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
+def test_the_file_of_each_model_is_in_the_store(content: Tuned, tmp_path: Path) -> None:
     content.write(tmp_path / f"tuned-{MODEL}.yaml")
-    given = parse_package(["--model", MODEL, "--model", "alexnet", "--tuned"])
-    assert model_config(MODEL, given)["minWorkers"] == 3
+    assert planned(tmp_path, "--tuned").notes == (
+        f"warning: --workers 1 goes over {tmp_path / f'tuned-{MODEL}.yaml'}, which has 3",
+    )
     with pytest.raises(InvalidSettings, match=r"tuned-alexnet.yaml is missing: ./scripts/tune"):
-        model_config("alexnet", given)
+        planned(tmp_path, "--tuned", model="alexnet")
 
 
 REFUSALS = [
@@ -174,15 +162,3 @@ def test_a_file_that_cannot_be_written(content: Tuned, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SetupError, match="cannot be written"):
         content.write(tmp_path / "file" / "tuned.yaml")
-
-
-def test_the_launcher_refuses_it_before_java_starts(
-    path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    path.write_text("workers: 3")
-    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
-    monkeypatch.setattr(serve, "listen", lambda *_: {})
-    monkeypatch.setattr(serve, "TorchServe", lambda *_: pytest.fail("started"))
-    assert serve.main(["--model", MODEL, "--tuned", str(path)]) == 2
-    (line,) = capfd.readouterr().err.splitlines()
-    assert line.startswith(f"error: {path}: workers is unknown; known: model, options")

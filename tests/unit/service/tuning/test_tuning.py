@@ -16,6 +16,7 @@ from service.tuning.tuning import Ending, conclude, run_search
 from tests.unit.service.tuning.trials import ENGINES, SLO_MS, START, surface, trial
 
 MODEL = "squeezenet1_1"
+FILE = f"tuned-{MODEL}.yaml"
 SPACE = SearchSpace(START, ENGINES, make_axes(ENGINES, 4, False, {}))
 OPTIONS = TuningOptions(
     slo_p99_ms=SLO_MS,
@@ -57,8 +58,7 @@ def test_an_interrupted_search_keeps_what_it_found(before: int) -> None:
 
 
 @pytest.fixture
-def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
+def bench(tmp_path: Path) -> Bench:
     return Bench(
         options=OPTIONS,
         model_options=parse_package(
@@ -84,8 +84,8 @@ def test_the_winner_is_written_and_drawn(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trials = [trial(30.0, 60.0), trial(40.0, 50.0, precision="bf16", workers=2), trial(90.0, 200.0)]
-    assert conclude(trials, bench, "finished") == 0
-    content = read_tuned(tmp_path / f"tuned-{MODEL}.yaml", MODEL)
+    assert conclude(trials, bench, tmp_path / FILE, "finished") == 0
+    content = read_tuned(tmp_path / FILE, MODEL)
     assert (content.options.precision, content.options.workers) == ("bf16", 2)
     assert (content.facts.throughput_rps, content.facts.p99_ms) == (40, 50)
     assert (tmp_path / f"tuned-{MODEL}.png").read_bytes().startswith(b"\x89PNG")
@@ -109,7 +109,7 @@ def test_an_int8_model_is_made_only_for_who_serves_it(bench: Bench) -> None:
 def test_nothing_is_written_if_none_meets_the_slo(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude([trial(10, 101)], bench, "out of time") == 1
+    assert conclude([trial(10, 101)], bench, tmp_path / FILE, "out of time") == 1
     printed = capsys.readouterr().out
     assert "The time was up" in printed
     assert "No configuration meets p99 100 ms; nothing is written. Closest: openvino" in printed
@@ -119,7 +119,8 @@ def test_nothing_is_written_if_none_meets_the_slo(
 def test_nothing_is_written_if_everything_fails(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude([Trial(START, failure="no such engine")], bench, "finished") == 1
+    failed = [Trial(START, failure="no such engine")]
+    assert conclude(failed, bench, tmp_path / FILE, "finished") == 1
     assert f"{START}: no such engine" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -127,7 +128,7 @@ def test_nothing_is_written_if_everything_fails(
 def test_nothing_is_written_if_it_is_interrupted(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude([surface(START)], bench, "interrupted") == 130
+    assert conclude([surface(START)], bench, tmp_path / FILE, "interrupted") == 130
     printed = capsys.readouterr().out
     assert "Interrupted" in printed
     assert "Best: openvino fp32" in printed

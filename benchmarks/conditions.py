@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Sequence
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from typing import Any
 
 from benchmarks.servers import Servers
@@ -27,7 +27,7 @@ def conditions(servers: Servers, images: Sequence[ImageRequest]) -> dict[str, An
         "started": now(),
         "commit": commit.stdout.strip() or None,
         "machine": machine(),
-        "versions": {name: _version(name) for name in LIBRARIES},
+        "versions": {name: version(name) for name in LIBRARIES},
         "model": servers.model,
         "weights": weights if isinstance(weights, str) else weights.name,
         "recipe": servers.recipe,
@@ -40,10 +40,3 @@ def conditions(servers: Servers, images: Sequence[ImageRequest]) -> dict[str, An
 
 def now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

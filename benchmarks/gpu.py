@@ -9,11 +9,9 @@ tables; the last line is one JSON object. `--device cpu` goes the same way witho
 """
 
 import argparse
-import asyncio
 import gc
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
@@ -26,16 +24,14 @@ from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
 from benchmarks.gpu_parts import Parts
 from benchmarks.images import load_rgb
-from benchmarks.plots import draw
-from benchmarks.servers import Servers, StartFailed, add_options, say, show
+from benchmarks.servers import Servers, StartFailed, add_options, make_servers, say, show
 from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
 from handler.model_card import ModelCard
 from handler.settings import Settings
-from service.load.answers import Expectations
-from service.load.generator import measure
 from service.load.images import ImageRequest, as_form
 from service.load.measurement import Load
+from service.plots import plot
 
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
@@ -103,7 +99,7 @@ def measure_server(
     args: argparse.Namespace, servers: Servers, subject: Subject, images: Sequence[ImageRequest]
 ) -> list[dict[str, Any]]:
     rows = []
-    with servers.started(subject, Path(sys.executable), images[0], []) as (_, url, _):
+    with servers.started(subject, Path(sys.executable), images[0], []) as target:
         for count in args.per_request:
             requests = requests_of(images, count)
             for clients in args.concurrency:
@@ -112,7 +108,7 @@ def measure_server(
                     seconds=args.seconds,
                     warmup_seconds=min(3.0, args.seconds),
                 )
-                run = asyncio.run(measure(url, requests, load, expectations=Expectations()))
+                run = target.measure(requests, load)
                 rows.append(
                     {
                         "server": subject.name,
@@ -155,7 +151,7 @@ def device_facts(device: str) -> dict[str, Any]:
     }
 
 
-def plot(report: Mapping[str, Any], path: Path) -> None:
+def plot_parts(report: Mapping[str, Any], path: Path) -> None:
     """Images a second from the inside out: the best of each part."""
     bars = {
         "model alone": max(row["images_per_second"] for row in report["model"]),
@@ -165,14 +161,11 @@ def plot(report: Mapping[str, Any], path: Path) -> None:
     for row in report["http"]:
         name = f"{row['server']}, workers: {row['workers']}, images: {row['images']}"
         bars[name] = max(bars.get(name, 0), row["images_per_second"])
-
-    def fill(axes: Any) -> None:
+    with plot(path, 9, 1 + 0.3 * len(bars)) as axes:
         axes.barh(range(len(bars)), list(bars.values()))
         axes.set_yticks(range(len(bars)), list(bars))
         axes.invert_yaxis()
         axes.set_xlabel(f"images a second, {report['conditions']['device']}, {report['engine']}")
-
-    draw(path, (9, 1 + 0.3 * len(bars)), fill)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -198,17 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("error: torch sees no GPU here; --device cpu tries the same without", file=sys.stderr)
         return 2
     args.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="bench-") as work:
-        servers = Servers(
-            folder=Path(work),
-            model=args.model,
-            weights=args.weights,
-            recipe=args.recipe,
-            device=args.device,
-            precision=args.precision,
-            workers=args.workers[0],
-            images=args.images,
-        )
+    options = {"device": args.device, "precision": args.precision}
+    with make_servers(args, **options, workers=args.workers[0]) as servers:
         try:
             found = everything(args, servers)
         except SetupFailed as exc:
@@ -217,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             return 130
     (args.out / JSON_FILE).write_text(json.dumps(found, indent=1) + "\n")
-    plot(found, args.out / PLOT_FILE)
+    plot_parts(found, args.out / PLOT_FILE)
     print(json.dumps(found))
     wrong = [run for run in found["http"] if run["failed"] or not run["images_per_second"]]
     return 0 if found["check"]["passed"] and not wrong and not found["failed"] else 1

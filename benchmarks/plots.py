@@ -1,28 +1,16 @@
-"""The plots of the reports."""
+"""The plots of REPORT.md."""
 
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from benchmarks.figures import Data, concurrencies, measured, median_of, values
-
-
-def draw(path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    fill(axes)
-    figure.savefig(path, dpi=90)
+from service.plots import plot
 
 
 def plot_throughput(data: Data, path: Path) -> None:
     """A bar for each server: its best median, with the extremes of that concurrency."""
     subjects = measured(data, "ours", "peer")
-
-    def fill(axes: Any) -> None:
+    with plot(path, 8, 1 + 0.3 * max(1, len(subjects))) as axes:
         for position, (name, subject) in enumerate(reversed(subjects.items())):
             found = max(
                 (values(subject, count, "throughput_rps") for count in concurrencies(subject)),
@@ -35,13 +23,10 @@ def plot_throughput(data: Data, path: Path) -> None:
         axes.set_yticks(range(len(subjects)), list(reversed(subjects)))
         axes.set_xlabel("good answers a second, at the best concurrency")
 
-    draw(path, (8, 1 + 0.3 * max(1, len(subjects))), fill)
-
 
 def plot_latency(data: Data, path: Path) -> None:
     """A line for each server: p95 against throughput, a point for each concurrency."""
-
-    def fill(axes: Any) -> None:
+    with plot(path, 8, 5) as axes:
         for name, subject in measured(data, "ours", "peer").items():
             points = [
                 (median_of(subject, count, "throughput_rps"), median_of(subject, count, "p95_ms"))
@@ -54,5 +39,3 @@ def plot_latency(data: Data, path: Path) -> None:
         axes.set(xlabel="good answers a second", ylabel="p95 latency, ms", yscale="log")
         if axes.lines:
             axes.legend(fontsize=7, ncols=2)
-
-    draw(path, (8, 5), fill)

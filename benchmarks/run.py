@@ -13,7 +13,6 @@ import random
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -24,11 +23,19 @@ from benchmarks.conditions import conditions, now
 from benchmarks.environments import SetupFailed, prepare
 from benchmarks.figures import best_throughput
 from benchmarks.images import load_rgb, read_labels
-from benchmarks.servers import Servers, StartFailed, add_options, folder, say
+from benchmarks.servers import (
+    Servers,
+    Started,
+    StartFailed,
+    absolute,
+    add_options,
+    make_servers,
+    say,
+)
 from benchmarks.subjects import PEERS, Subject, all_subjects
 from handler.machine import available_cores
 from service.load.answers import Expectations
-from service.load.generator import measure, send_once
+from service.load.generator import send_once
 from service.load.images import ImageRequest, as_form
 from service.load.measurement import Load, Measurement
 from service.load.processes import memory
@@ -52,6 +59,7 @@ class Run:
         every = all_subjects(args.model, options)
         self.subjects = [s for s in every if args.only is None or s.name in args.only]
         self.inprocess = args.only is None or INPROCESS in args.only
+        self.settling = Load(concurrency=SETTLE_CLIENTS, seconds=args.warmup_seconds)
         self.reference: dict[str, str] = {}
         self.broken: dict[str, str] = {}  # precisions that could not be packaged
         self.data: dict[str, Any] = {
@@ -143,55 +151,33 @@ class Run:
         images = self.images
         if subject.form == "multipart":
             images = [as_form([image], [subject.part]) for image in images]
-        expectations = Expectations()
         started = self.servers.started(subject, python, images[0], result["failed_starts"])
         try:
-            with started as (server, url, seconds):
-                result["start_seconds"].append(seconds)
-                self.settle(subject, url, images, expectations)
+            with started as target:
+                result["start_seconds"].append(target.seconds)
+                target.measure(images, self.settling)
                 if subject.accuracy and self.reference and result["accuracy"] is None:
-                    result["accuracy"] = self.accuracy(subject, url, images)
+                    result["accuracy"] = self.accuracy(target, images)
                 for clients in self.args.concurrency:
                     load = Load(concurrency=clients, seconds=self.args.seconds, warmup_seconds=1.0)
-                    run = self.measure(subject, url, images, load, expectations)
+                    run = target.measure(images, load)
                     result["runs"].append({"round": number, **asdict(run)})
                     say(f"  {clients:3} clients {run.throughput_rps:8.1f} req/s{_trouble(run)}")
-                result["memory"].append({"round": number, "processes": memory(server)})
+                result["memory"].append({"round": number, "processes": memory(target.server)})
         except StartFailed as exc:
             result["failed"] = f"round {number}: {exc}"
             say(f"  failed: {exc}")
 
-    def measure(
-        self,
-        subject: Subject,
-        url: str,
-        images: Sequence[ImageRequest],
-        load: Load,
-        expectations: Expectations,
-    ) -> Measurement:
-        return asyncio.run(
-            measure(url, images, load, headers=subject.headers, expectations=expectations)
-        )
-
-    def settle(
-        self,
-        subject: Subject,
-        url: str,
-        images: Sequence[ImageRequest],
-        expectations: Expectations,
-    ) -> None:
-        """Warm a started server up."""
-        load = Load(concurrency=SETTLE_CLIENTS, seconds=self.args.warmup_seconds)
-        self.measure(subject, url, images, load, expectations)
-
-    def accuracy(
-        self, subject: Subject, url: str, images: Sequence[ImageRequest]
-    ) -> dict[str, int]:
+    def accuracy(self, target: Started, images: Sequence[ImageRequest]) -> dict[str, int]:
         """How many labelled images are classified as their labels and the reference say."""
         labelled = [image for image in images if image.name in self.reference]
         found = Expectations()
         sending = send_once(
-            url, labelled, clients=CHECK_CLIENTS, headers=subject.headers, expectations=found
+            target.url,
+            labelled,
+            clients=CHECK_CLIENTS,
+            headers=target.headers,
+            expectations=found,
         )
         samples = asyncio.run(sending)
         top = found.top_classes
@@ -211,9 +197,9 @@ class Run:
         images = self.images
         started = self.servers.started(subject, python, images[0], result["failed_starts"])
         try:
-            with started as (_, url, _):
-                self.settle(subject, url, images, Expectations())
-                run = self.measure(subject, url, images, load, Expectations())
+            with started as target:
+                target.measure(images, self.settling)
+                run = target.measure(images, load)
         except StartFailed as exc:
             self.data["overload"][subject.name] = {"failed": str(exc)}
         else:
@@ -257,7 +243,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_options(parser, "mobilenet_v2", FOLDER)
     add = parser.add_argument
     add("--precisions", default="fp32,int8", help="of ours; peers use the engine of the first")
-    add("--calibration", type=folder, metavar="DIR", help="passed on for int8")
+    add("--calibration", type=absolute, metavar="DIR", help="passed on for int8")
     add("--only", metavar="NAME,…", help="some subjects; --list names them")
     add("--list", action="store_true", help="name the subjects and end")
     add("--concurrency", type=int, nargs="+", default=[1, 8, 32])
@@ -287,18 +273,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(args.names))
         return 0
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with tempfile.TemporaryDirectory(prefix="bench-") as work:
-        servers = Servers(
-            folder=Path(work),
-            model=args.model,
-            weights=args.weights,
-            recipe=args.recipe,
-            calibration=args.calibration,
-            device="cpu",
-            precision=args.precisions[0],
-            workers=available_cores(),
-            images=args.images,
-        )
+    precision, workers = args.precisions[0], available_cores()
+    with make_servers(args, device="cpu", precision=precision, workers=workers) as servers:
         run = Run(args, servers)
         try:
             run.everything()

@@ -14,7 +14,7 @@ import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ import yaml
 
 from benchmarks.environments import SetupFailed
 from benchmarks.subjects import PEERS, ROOT, Subject
-from service.load.generator import send_once
+from service.load.answers import Expectations
+from service.load.generator import measure, send_once
 from service.load.images import ImageRequest
+from service.load.measurement import Load, Measurement
 from service.load.processes import Server, free_base_port, running
+from service.processes import wait_until
 from service.tables import text_table
 
 START_SECONDS = 180
@@ -37,6 +40,22 @@ class StartFailed(Exception):
     """A server did not come to answer rightly; the message says why."""
 
 
+@dataclass(frozen=True)
+class Started:
+    """A server that answers rightly."""
+
+    server: Server
+    url: str
+    seconds: float  # until it did so
+    headers: Mapping[str, str]
+    expectations: Expectations = field(default_factory=Expectations)
+
+    def measure(self, images: Sequence[ImageRequest], load: Load) -> Measurement:
+        return asyncio.run(
+            measure(self.url, images, load, headers=self.headers, expectations=self.expectations)
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Servers:
     """What all servers of a benchmark have in common."""
@@ -45,7 +64,7 @@ class Servers:
     model: str
     weights: str | Path  # "untrained" or a file
     recipe: str | None
-    calibration: Path | None = None
+    calibration: Path | None
     device: str
     precision: str  # of the subjects that do not name one
     workers: int
@@ -113,8 +132,8 @@ class Servers:
     @contextmanager
     def started(
         self, subject: Subject, python: Path, image: ImageRequest, failed_starts: list[str]
-    ) -> Iterator[tuple[Server, str, float]]:
-        """The running server once it answers rightly, its URL, and the seconds that this took.
+    ) -> Iterator[Started]:
+        """The running server, once it answers an image rightly.
 
         A start that fails is tried again, because some servers have time limits of a second in
         them; its reason is added to `failed_starts`. Raises StartFailed if none succeeds.
@@ -135,7 +154,7 @@ class Servers:
                     failed_starts.append(str(exc))
                     say(f"  start {attempt} failed: {exc}")
                     continue
-                yield server, url, time.monotonic() - began
+                yield Started(server, url, time.monotonic() - began, subject.headers)
                 return
 
     def _start(
@@ -185,6 +204,25 @@ class Servers:
             return runs, process.last_lines() if failed else None
 
 
+@contextmanager
+def make_servers(
+    args: argparse.Namespace, *, device: str, precision: str, workers: int
+) -> Iterator[Servers]:
+    """The servers of a benchmark with the options of add_options, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        yield Servers(
+            folder=Path(folder),
+            model=args.model,
+            weights=args.weights,
+            recipe=args.recipe,
+            calibration=getattr(args, "calibration", None),
+            device=device,
+            precision=precision,
+            workers=workers,
+            images=args.images,
+        )
+
+
 def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
     """The options that every benchmark of servers has."""
     parser.add_argument("--model", default=model)
@@ -195,32 +233,35 @@ def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
         metavar="untrained|FILE",
     )
     parser.add_argument("--recipe", metavar="ENTRY", help="as for ./scripts/serve")
-    parser.add_argument("--images", type=folder, metavar="DIR", help="JPEGs (None: drawn)")
+    parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
 
 
-def folder(text: str) -> Path:
+def absolute(text: str) -> Path:
     """An argparse type: servers run in other folders."""
     return Path(text).resolve()
 
 
 def wait_until_right(subject: Subject, server: Server, url: str, image: ImageRequest) -> None:
     """Return when the server answers an image rightly. Raises StartFailed."""
-    deadline = time.monotonic() + START_SECONDS
     outcome = "no answer"
-    while time.monotonic() < deadline:
-        if server.has_ended():
-            raise StartFailed(
-                f"ended with status {server.process.returncode}: {server.last_lines()}"
-            )
+
+    def is_over() -> bool:
+        nonlocal outcome
         if subject.kind != "ours" or server.events("ready"):
-            asked = send_once(url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS)
-            outcome = asyncio.run(asked)[0].outcome
-            if outcome == "ok":
-                return
-        time.sleep(0.5)
-    raise StartFailed(f"no right answer in {START_SECONDS} s ({outcome}): {server.last_lines()}")
+            sending = send_once(
+                url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS
+            )
+            outcome = asyncio.run(sending)[0].outcome
+        return outcome == "ok" or server.has_ended()
+
+    wait_until(is_over, START_SECONDS, 0.5)
+    if outcome != "ok":
+        reason = f"no right answer in {START_SECONDS} s ({outcome})"
+        if server.has_ended():
+            reason = f"ended with status {server.process.returncode}"
+        raise StartFailed(f"{reason}: {server.last_lines()}")
 
 
 def say(text: str) -> None:

@@ -16,7 +16,7 @@ from service.load.answers import Expectations
 from service.load.generator import measure
 from service.load.images import as_form, load_images
 from service.load.measurement import Load
-from service.load.report import heading, make_report, plot, row
+from service.load.report import heading, make_report, plot_runs, row
 from service.options import number, positive
 
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         print(row(report.measurements[-1]), flush=True)
     if args.plot:
-        plot(report.measurements, args.plot)
+        plot_runs(report.measurements, args.plot)
     print(json.dumps(asdict(report)))
     return 1 if any(run.failed or not run.ok for run in report.measurements) else 0
 

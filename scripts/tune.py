@@ -12,7 +12,8 @@ from handler.errors import SetupError
 from handler.machine import available_cores
 from service.options import ModelOptions, add_model_options, number, positive, read_options
 from service.processes import on_stop
-from service.tuning.tuning import TuningOptions, tune
+from service.tuning.bench import TuningOptions
+from service.tuning.tuning import tune
 
 
 def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:

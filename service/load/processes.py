@@ -5,7 +5,6 @@ import random
 import re
 import socket
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 
 from service import processes
-from service.processes import Guardian
+from service.processes import Guardian, wait_until
 
 MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
 STOP_SECONDS = 20
@@ -58,16 +57,11 @@ class Server:
 
     def wait_until_ready(self, seconds: float) -> None:
         """Return when ./scripts/serve logs that it is ready. Raises NotReady."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            ended = self.has_ended()  # asked before the log is read, which is complete then
-            if self.events("ready"):
-                return
-            if ended:
-                reasons = [line["message"] for line in self.events("startup_failed")]
-                raise NotReady(reasons[0] if reasons else self.last_lines().removeprefix("error: "))
-            time.sleep(0.1)
-        raise NotReady(f"not ready within {seconds:g} s")
+        if not wait_until(lambda: self.events("ready") or self.has_ended(), seconds):
+            raise NotReady(f"not ready within {seconds:g} s")
+        if not self.events("ready"):
+            reasons = [line["message"] for line in self.events("startup_failed")]
+            raise NotReady(reasons[0] if reasons else self.last_lines().removeprefix("error: "))
 
     def last_lines(self) -> str:
         """What a failed server said last, on one line."""

@@ -12,6 +12,7 @@ from typing import Any
 from handler.machine import available_cores, cpu_model
 from service.load.images import ImageRequest
 from service.load.measurement import Measurement
+from service.plots import plot
 from service.tables import text_line
 
 HEADINGS = ("load", "req/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "refused", "failed", "own CPU")
@@ -58,21 +59,17 @@ def row(run: Measurement) -> str:
     return "\n".join([line, *(f"{count:13} x {kind}" for kind, count in run.failures.items())])
 
 
-def plot(runs: Sequence[Measurement], path: Path) -> None:
+def plot_runs(runs: Sequence[Measurement], path: Path) -> None:
     """Throughput against latency, a point for each load."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    for name in ("p50_ms", "p95_ms", "p99_ms"):
-        points = [(r.throughput_rps, value) for r in runs if (value := getattr(r, name))]
-        if points:
-            axes.plot(*zip(*points, strict=True), marker="o", label=name.removesuffix("_ms"))
-    axes.set(xlabel="good answers a second", ylabel="latency, ms", ylim=(0, None), xlim=(0, None))
-    if axes.lines:
-        axes.legend()
-    axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
+    with plot(path, 7, 4.5) as axes:
+        for name in ("p50_ms", "p95_ms", "p99_ms"):
+            points = [(r.throughput_rps, value) for r in runs if (value := getattr(r, name))]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=name.removesuffix("_ms"))
+        axes.set(xlabel="good answers a second", xlim=(0, None))
+        axes.set(ylabel="latency, ms", ylim=(0, None))
+        if axes.lines:
+            axes.legend()
 
 
 def machine() -> dict[str, Any]:

@@ -23,21 +23,32 @@ WARMUP_SECONDS = 1.0  # before each measurement
 
 
 @dataclass(frozen=True, kw_only=True)
+class TuningOptions:
+    """The options of ./scripts/tune, besides those of the model."""
+
+    slo_p99_ms: float
+    budget_minutes: float
+    seconds: float  # of each measurement
+    concurrency: tuple[int, ...]  # clients, one measurement each
+    images: Path | None  # a folder; None: drawn images
+    out: str  # a file; "auto": where --tuned looks for it
+    plot: Path | None  # None: beside `out`
+
+
+@dataclass(frozen=True, kw_only=True)
 class Bench:
     """What all configurations have in common."""
 
-    options: ModelOptions
+    model_options: ModelOptions
+    options: TuningOptions
     facts: Facts
     device: str
     folder: Path  # takes the archives, so that model_store stays as it is
     images: Sequence[ImageRequest]
-    slo_ms: float
-    seconds: float  # of each measurement
-    concurrency: Sequence[int]
 
     @property
     def model(self) -> str:
-        return str(self.options.models[0])
+        return str(self.model_options.models[0])
 
     def tuned(self, configuration: Configuration, point: Point | None = None) -> Tuned:
         """What `--tuned` reads, with the figures if there are any."""
@@ -65,8 +76,8 @@ class Bench:
 
     def model_argv(self, configuration: Configuration) -> list[str]:
         """The options of ./scripts/serve that say which model it is."""
-        said = replace(  # without what a configuration decides
-            self.options,
+        kept = replace(  # without what a configuration decides
+            self.model_options,
             device="auto",
             precision="auto",
             workers=None,
@@ -75,8 +86,8 @@ class Bench:
             max_batch_delay_ms=None,
         )
         if configuration.precision != "int8":  # making an int8 model takes minutes
-            said = replace(said, calibration=None, minimum_agreement=ModelOptions.minimum_agreement)
-        return to_argv(said)
+            kept = replace(kept, calibration=None, minimum_agreement=ModelOptions.minimum_agreement)
+        return to_argv(kept)
 
     def measure(self, configuration: Configuration) -> Trial:
         """Serve a configuration, load it with more clients until it misses the SLO, and end it.
@@ -106,11 +117,11 @@ class Bench:
         points: list[Point] = []
         failure = None
         expectations = Expectations()
-        for clients in self.concurrency:
+        for clients in self.options.concurrency:
             load = Load(
                 concurrency=clients,
-                seconds=self.seconds,
-                warmup_seconds=min(WARMUP_SECONDS, self.seconds),
+                seconds=self.options.seconds,
+                warmup_seconds=min(WARMUP_SECONDS, self.options.seconds),
             )
             run = asyncio.run(measure(url, self.images, load, expectations=expectations))
             point = Point(
@@ -124,6 +135,6 @@ class Bench:
             if point.bad and len(points) == 1:
                 kinds = ", ".join(run.failures) or "HTTP 503"
                 failure = f"{point.bad} of {run.requests} requests went wrong: {kinds}"
-            if not point.meets(self.slo_ms):
+            if not point.meets(self.options.slo_p99_ms):
                 break  # more clients wait longer
         return Trial(configuration, tuple(points), failure)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from service.plots import plot
 from service.tables import Row, text_table
 from service.tuning.search import Point, Trial, find_winner, pareto_front
 
@@ -48,31 +49,27 @@ def _table(measured: Sequence[tuple[Trial, Point]], slo_ms: float) -> list[str]:
     return text_table((*HEADINGS, *FIGURES), [row(*pair) for pair in measured])
 
 
-def plot(trials: Sequence[Trial], slo_ms: float, title: str, path: Path) -> None:
+def plot_trials(trials: Sequence[Trial], slo_ms: float, title: str, path: Path) -> None:
     """Throughput against p99: every measurement, the Pareto front, the SLO and the winner.
 
     Raises OSError.
     """
-    from matplotlib.figure import Figure
 
     def points_of(points: Sequence[Point]) -> tuple[list[float], list[float]]:
         return [p.p99_ms or 0.0 for p in points], [p.throughput_rps for p in points]
 
-    figure = Figure(figsize=(7.5, 4.8), layout="constrained")
-    axes = figure.add_subplot()
     by_engine: dict[str, list[Point]] = {}
     for trial in trials:
         by_engine.setdefault(trial.configuration.engine_name, []).extend(trial.clean_points)
-    for name, points in sorted(by_engine.items()):
-        axes.scatter(*points_of(points), s=18, label=name)
     front = [point for _, point in pareto_front(trials)]
-    axes.step(*points_of(front), where="post", color="0.4", linewidth=1, label="Pareto front")
-    axes.axvline(slo_ms, color="tab:red", linestyle="--", linewidth=1, label="SLO")
     winner = find_winner(trials, slo_ms)
-    if winner and winner[1].meets(slo_ms):
-        axes.plot(*points_of([winner[1]]), "*", color="black", ms=13, label="winner")
-    axes.set(xlabel="p99, ms", ylabel="good answers a second", title=title)
-    axes.set(xlim=(0, None), ylim=(0, None))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=100)
+    with plot(path, 7.5, 4.8) as axes:
+        for name, points in sorted(by_engine.items()):
+            axes.scatter(*points_of(points), s=18, label=name)
+        axes.step(*points_of(front), where="post", color="0.4", linewidth=1, label="Pareto front")
+        axes.axvline(slo_ms, color="tab:red", linestyle="--", linewidth=1, label="SLO")
+        if winner and winner[1].meets(slo_ms):
+            axes.plot(*points_of([winner[1]]), "*", color="black", ms=13, label="winner")
+        axes.set(xlabel="p99, ms", ylabel="good answers a second", title=title)
+        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.legend()

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,8 @@ from handler.settings import PREFIX
 from service.load.images import load_images
 from service.options import ModelOptions
 from service.torchserve.config import ServerConfig
-from service.tuning.bench import Bench
-from service.tuning.report import plot, report
+from service.tuning.bench import Bench, TuningOptions
+from service.tuning.report import plot_trials, report
 from service.tuning.search import Configuration, Trial, find_winner, search
 from service.tuning.space import SearchSpace, find_space
 from service.tuning.tuned import Facts, tuned_path
@@ -42,19 +42,6 @@ NOTES: dict[Ending, str] = {
     "out of time": "The time was up before everything was tried; --budget-minutes gives more.",
     "interrupted": "Interrupted: this is what was found so far; nothing is written.",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class TuningOptions:
-    """The options of ./scripts/tune, besides those of the model."""
-
-    slo_p99_ms: float
-    budget_minutes: float
-    seconds: float  # of each measurement
-    concurrency: tuple[int, ...]  # clients, one measurement each
-    images: Path | None  # a folder; None: drawn images
-    out: str  # a file; "auto": where --tuned looks for it
-    plot: Path | None  # None: beside `out`
 
 
 def tune(model: ModelOptions, options: TuningOptions) -> int:
@@ -81,14 +68,12 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
     trials: list[Trial] = []
     with tempfile.TemporaryDirectory(prefix="tune-") as folder:
         bench = Bench(
-            options=model,
+            model_options=model,
+            options=options,
             facts=_facts(slo),
             device=device,
             folder=Path(folder),
             images=images,
-            slo_ms=slo,
-            seconds=options.seconds,
-            concurrency=options.concurrency,
         )
         archive = server.model_store / f"{name}.mar"
         if archive.exists():  # what is packaged needs no download
@@ -96,7 +81,7 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
         budget = 60 * options.budget_minutes
         ending = run_search(space, bench.measure, slo, budget, trials)
     out = tuned_path(name, options.out, server.model_store)
-    return conclude(trials, bench, options, out, ending)
+    return conclude(trials, bench, out, ending)
 
 
 def _facts(slo_ms: float) -> Facts:
@@ -150,11 +135,9 @@ def run_search(
     return "finished"
 
 
-def conclude(
-    trials: Sequence[Trial], bench: Bench, options: TuningOptions, out: Path, ending: Ending
-) -> int:
+def conclude(trials: Sequence[Trial], bench: Bench, out: Path, ending: Ending) -> int:
     """Print the report and write the winner's file and plot. Returns the exit status."""
-    slo = bench.slo_ms
+    options, slo = bench.options, bench.options.slo_p99_ms
     print(report(trials, slo))
     if ending in NOTES:
         print(NOTES[ending])
@@ -174,7 +157,7 @@ def conclude(
     if met:
         bench.tuned(trial.configuration, point).write(out)
     if met or options.plot:
-        plot(trials, slo, f"{bench.model} on {cpu_model()}", image)
+        plot_trials(trials, slo, f"{bench.model} on {cpu_model()}", image)
     if met:
         print(f"Written: {out}, {image}")
         words = bench.model_argv(trial.configuration)

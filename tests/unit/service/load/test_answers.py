@@ -25,7 +25,7 @@ def answer(*classes: str, confidence: float = 0.9) -> dict[str, Any]:
         [{"class": "cat", "confidence": 0.5}, {"class": "dog", "confidence": 0.25}],
         {"status": "success", "results": [answer("cat", "dog", confidence=0.5), answer("cow")]},
     ],
-    ids=["ours", "stock", "list", "several"],
+    ids=["ours", "stock", "list", "results"],
 )
 def test_answers_in_every_shape(document: Any) -> None:
     assert read_predictions(document) == [("cat", 0.5), ("dog", 0.25)]

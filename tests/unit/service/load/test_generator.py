@@ -104,7 +104,7 @@ def test_failures_by_kind_and_refusals_apart() -> None:
 
 
 def test_an_open_loop_does_not_hide_a_stall() -> None:
-    """The server stands still for 0.3 s once; whoever was due meanwhile has waited."""
+    """The server stands still for 0.3 s once; the requests due meanwhile have waited."""
     stalled = False
 
     async def respond(body: bytes) -> web.Response:

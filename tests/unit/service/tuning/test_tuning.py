@@ -8,11 +8,11 @@ import pytest
 
 from handler.machine import available_cores, cpu_model
 from service.options import parse_package
-from service.tuning.bench import Bench
+from service.tuning.bench import Bench, TuningOptions
 from service.tuning.search import Configuration, Trial
 from service.tuning.space import SearchSpace, make_axes
 from service.tuning.tuned import Facts, read_tuned
-from service.tuning.tuning import Ending, TuningOptions, conclude, run_search
+from service.tuning.tuning import Ending, conclude, run_search
 from tests.unit.service.tuning.trials import ENGINES, SLO_MS, START, surface, trial
 
 MODEL = "squeezenet1_1"
@@ -60,7 +60,10 @@ def test_an_interrupted_search_keeps_what_it_found(before: int) -> None:
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
     return Bench(
-        options=parse_package(["--model", MODEL, "--weights", "untrained", "--device", "cpu"]),
+        options=OPTIONS,
+        model_options=parse_package(
+            ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
+        ),
         facts=Facts(
             slo_p99_ms=SLO_MS,
             throughput_rps=None,
@@ -74,9 +77,6 @@ def bench(tmp_path: Path) -> Bench:
         device="cpu",
         folder=tmp_path,
         images=[],
-        slo_ms=SLO_MS,
-        seconds=1,
-        concurrency=(1,),
     )
 
 
@@ -84,7 +84,7 @@ def test_the_winner_is_written_and_drawn(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trials = [trial(30.0, 60.0), trial(40.0, 50.0, precision="bf16", workers=2), trial(90.0, 200.0)]
-    assert conclude(trials, bench, OPTIONS, tmp_path / FILE, "finished") == 0
+    assert conclude(trials, bench, tmp_path / FILE, "finished") == 0
     content = read_tuned(tmp_path / FILE, MODEL)
     assert (content.options.precision, content.options.workers) == ("bf16", 2)
     assert (content.facts.throughput_rps, content.facts.p99_ms) == (40, 50)
@@ -100,7 +100,7 @@ def test_the_winner_is_written_and_drawn(
 
 def test_an_int8_model_is_made_only_for_who_serves_it(bench: Bench) -> None:
     options = parse_package(["--model", MODEL, "--calibration", "photos", "--workers", "3"])
-    bench = replace(bench, options=options)
+    bench = replace(bench, model_options=options)
     assert "--calibration=photos" in bench.model_argv(replace(START, precision="int8"))
     words = bench.model_argv(START)
     assert not any(word.startswith(("--calibration", "--workers=3")) for word in words)
@@ -109,7 +109,7 @@ def test_an_int8_model_is_made_only_for_who_serves_it(bench: Bench) -> None:
 def test_nothing_is_written_if_none_meets_the_slo(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude([trial(10, 101)], bench, OPTIONS, tmp_path / FILE, "out of time") == 1
+    assert conclude([trial(10, 101)], bench, tmp_path / FILE, "out of time") == 1
     printed = capsys.readouterr().out
     assert "The time was up" in printed
     assert "No configuration meets p99 100 ms; nothing is written. Closest: openvino" in printed
@@ -120,7 +120,7 @@ def test_nothing_is_written_if_everything_fails(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failed = [Trial(START, failure="no such engine")]
-    assert conclude(failed, bench, OPTIONS, tmp_path / FILE, "finished") == 1
+    assert conclude(failed, bench, tmp_path / FILE, "finished") == 1
     assert f"{START}: no such engine" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
 
@@ -128,7 +128,7 @@ def test_nothing_is_written_if_everything_fails(
 def test_nothing_is_written_if_it_is_interrupted(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert conclude([surface(START)], bench, OPTIONS, tmp_path / FILE, "interrupted") == 130
+    assert conclude([surface(START)], bench, tmp_path / FILE, "interrupted") == 130
     printed = capsys.readouterr().out
     assert "Interrupted" in printed
     assert "Best: openvino fp32" in printed

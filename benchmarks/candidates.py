@@ -33,11 +33,12 @@ from torchvision.transforms.functional import InterpolationMode
 
 from benchmarks.environments import prepare
 from benchmarks.images import load_rgb
-from handler.engines import OpenVino, PixelsToProbabilities, TorchEager, has_bf16
 from handler.images import decode_image, to_input
 from handler.model_card import InputTransform
 from handler.networks import build_network, get_recipe, input_transform
+from handler.openvino_engine import OpenVino, has_bf16
 from handler.settings import Settings
+from handler.torch_engine import PixelsToProbabilities, TorchEager
 from service.archive.conversion import to_openvino
 from service.load.generator import machine
 

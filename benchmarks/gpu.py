@@ -30,7 +30,8 @@ from benchmarks.report import draw, table
 from benchmarks.run import Run, StartFailed, say
 from benchmarks.subjects import Subject, empty, ours
 from handler.decoders import CpuDecoder, DecodeJpegs, Decoder, GpuDecoder, choose_decoder, nvjpeg
-from handler.engines import Engine, load_engine
+from handler.engine import Engine
+from handler.engines import load_engine
 from handler.errors import SetupError
 from handler.images import open_image, read_picture
 from handler.machine import available_cores

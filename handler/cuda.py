@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from handler.engines import DTYPES, Engine, PixelsToProbabilities, exact_fp32
+from handler.engine import Engine
 from handler.errors import InvalidModel, InvalidSettings
 from handler.model_card import InputTransform
+from handler.torch_engine import DTYPES, PixelsToProbabilities, exact_fp32
 
 WARM_UP_PASSES = (
     3  # before a capture: libraries choose their algorithms, and allocate, at first use

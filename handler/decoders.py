@@ -1,12 +1,13 @@
 """Images of a batch from bytes to pixels: in the worker's thread, in several, or on the GPU."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
@@ -61,14 +62,16 @@ class Decoding:
     encoded: Encoded | None = None  # for the GPU
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """Images go in one by one, in whatever order, and come out decoded."""
 
     name: str
 
+    @abstractmethod
     def start(self, encoded: Encoded) -> Decoding:
         """Begin with an image. Never raises for what is wrong with it."""
 
+    @abstractmethod
     def finish(self, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
         """Wait for images that were started; each is given as soon as it is decoded, or refused."""
 

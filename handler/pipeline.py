@@ -7,7 +7,7 @@ from time import perf_counter
 from torch import Tensor
 
 from handler.decoders import Decoding
-from handler.engines import Engine
+from handler.engine import Engine
 
 
 class Timed(Iterator[Decoding]):

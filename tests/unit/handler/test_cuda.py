@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import handler.cuda
 from handler.cuda import Cuda, fixed_sizes, fold_batch_norms
-from handler.engines import TorchEager, load_engine
+from handler.engines import load_engine
 from handler.errors import InvalidSettings
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
+from handler.torch_engine import TorchEager
 from tests.precisions import each
 from tests.unit.handler.test_engines import PICTURES, TRANSFORM, eager, pixels
 from tests.unit.tiny import make_model_dir, tiny_card, tiny_network

@@ -13,13 +13,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as F  # noqa: N812
 
-from handler.engines import Engine, OpenVino, TorchEager, find_hardware, has_bf16, load_engine
+from handler.engine import Engine
+from handler.engines import find_hardware, load_engine
 from handler.errors import InvalidModel
 from handler.images import to_input
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
 from handler.networks import input_transform
+from handler.openvino_engine import OpenVino, has_bf16
 from handler.selection import Hardware
 from handler.settings import Settings
+from handler.torch_engine import TorchEager
 from tests.drawing import BLUE, GREEN, RED, noise, plain, quarters
 from tests.precisions import each
 from tests.unit.tiny import RECIPE, make_model_dir, tiny_card, tiny_network

@@ -24,7 +24,7 @@ from ts.utils.util import list_classes_from_module
 import handler
 import handler.decoders
 import handler.image_classifier
-from handler.engines import Engine
+from handler.engine import Engine
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from handler.model_card import CARD_FILE

@@ -1,13 +1,20 @@
-"""The images of a batch through decoder and engine, both at work at once where they can be."""
+"""Images through decoder and engine, both at work at once if they can be."""
 
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from itertools import islice
 from time import perf_counter
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from handler.decoders import Decoding
 from handler.engine import Engine
+from handler.errors import SetupError
+from handler.images import read_picture
+from handler.model_card import InputTransform
+from handler.settings import Settings
 
 
 class Timed(Iterator[Decoding]):
@@ -50,3 +57,25 @@ def classify(
             yield images, exc
         else:
             yield images, probabilities
+
+
+def warm_up(
+    engine: Engine, transform: InputTransform, batch_size: int, rounds: int
+) -> float | None:
+    """Classify a blank image, alone and as a full batch, so that the first client need not wait.
+
+    Returns the seconds that the largest forward pass would take; None without a round.
+    Raises SetupError if the model gives no probabilities.
+    """
+    file = BytesIO()
+    Image.new("RGB", (500, 375)).save(file, "JPEG")
+    seconds = None
+    for _ in range(rounds):
+        pixels = read_picture(file.getvalue(), transform, Settings()).pixels
+        for images in sorted({1, min(batch_size, engine.max_forward)}):
+            started = perf_counter()
+            probabilities = engine.probabilities(torch.stack([pixels] * images))
+            seconds = (perf_counter() - started) / images * engine.max_forward
+            if not torch.isfinite(probabilities).all():
+                raise SetupError("the model gives no finite probabilities for a blank image")
+    return seconds

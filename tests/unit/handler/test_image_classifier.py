@@ -22,7 +22,9 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler
+import handler.batch
 import handler.decoders
+import handler.failures
 import handler.image_classifier
 from handler.engine import Engine
 from handler.image_classifier import ImageClassifier
@@ -536,7 +538,7 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The exit statuses with which the process would have ended, without waiting."""
     statuses: list[int] = []
     monkeypatch.setattr(os, "_exit", statuses.append)
-    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 0.0)
+    monkeypatch.setattr(handler.failures, "ANSWER_SECONDS", 0.0)
     return statuses
 
 
@@ -564,7 +566,7 @@ def test_out_of_memory_is_a_507_for_the_images_of_that_pass(
     [line] = log(caplog, "failure")
     assert "Tried to allocate 20.00 MiB" in line["cause"]
     assert line["requests"] == ["id-4", "id-5", "id-6", "id-7"]
-    assert not classifier.gpu_lost
+    assert not classifier.failures.gpu_lost
     assert ended == []
 
 
@@ -574,7 +576,7 @@ def test_a_cuda_error_that_passes_is_a_500(
     classifier.engine = Fake(illegal_access)
     assert ask(classifier, {"body": JPEG})[0].status == 500
     assert log(caplog, "gpu_lost") == []
-    assert not classifier.gpu_lost
+    assert not classifier.failures.gpu_lost
 
 
 def test_a_lost_gpu_ends_the_worker_when_its_answers_are_out(
@@ -595,7 +597,7 @@ def test_a_lost_gpu_ends_the_worker_when_its_answers_are_out(
 def test_until_a_worker_with_a_lost_gpu_has_ended_it_answers_at_once(
     classifier: ImageClassifier, monkeypatch: pytest.MonkeyPatch, ended: list[int]
 ) -> None:
-    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 3600.0)
+    monkeypatch.setattr(handler.failures, "ANSWER_SECONDS", 3600.0)
     engine = classifier.engine = Lost(illegal_access)
     ask(classifier, {"body": JPEG})
     replies = ask(classifier, {"body": PNG}, {"body": b"bad"})
@@ -614,7 +616,7 @@ def test_what_was_counted_is_handed_over_before_the_end(
 
     classifier.metrics = Metrics(emit, "birds", "1.0")
     classifier.engine = Lost(illegal_access)
-    monkeypatch.setattr(handler.image_classifier, "LEAVE_SECONDS", 0.2)
+    monkeypatch.setattr(handler.failures, "ANSWER_SECONDS", 0.2)
     ask(classifier, {"body": JPEG})
     wait_for(lambda: ended)
     assert emitted["classifier_requests_total", "birds", "1.0", "507"] == 1
@@ -705,7 +707,7 @@ def test_the_next_batch_is_answered_again(classifier: ImageClassifier) -> None:
 
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(handler.image_classifier, "open_image"), (handler.decoders, "decode_picture")],
+    [(handler.batch, "open_image"), (handler.decoders, "decode_picture")],
 )
 def test_a_bug_of_ours_is_one_clients_500(
     classifier: ImageClassifier,

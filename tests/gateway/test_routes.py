@@ -455,7 +455,7 @@ def test_a_version_is_a_name_or_nothing(gateway: Served, version: str) -> None:
     check_error(answer, 404, "NotFound")
 
 
-# --- What Troubleshooting in the README says of the gateway and of TorchServe without it
+# --- What docs/troubleshooting.md says of the gateway and of TorchServe without it
 
 
 @pytest.mark.parametrize("version", ["1.1\r\nConnection: close", "1.0"])

@@ -65,10 +65,6 @@ def test_operations_explains_no_other_alert() -> None:
     assert set(re.findall(r"^### (\w+)$", text, re.MULTILINE)) == {rule["alert"] for rule in ALERTS}
 
 
-def test_readme_counts_the_alerts() -> None:
-    assert f" {len(ALERTS)} alerts" in (ROOT / "README.md").read_text("utf-8")
-
-
 # --- The dashboard
 
 

@@ -77,8 +77,8 @@ class ImageClassifier(BaseHandler):
                 cause=None if expected else traceback.format_exc(),
             )
             raise RuntimeError(str(exc)) from exc
-        # What was loaded stays: a full collection would go through all of torch, during somebody's
-        # request, and find nothing.
+        # What was loaded stays for good: a full collection, in the middle of a request, would go
+        # through all of torch and find nothing.
         gc.collect()
         gc.freeze()
         describe_worker(self.metrics, self.card, self.engine)
@@ -100,7 +100,7 @@ class ImageClassifier(BaseHandler):
         )
 
     def _load(self, context: Any) -> None:
-        """Everything that may fail."""
+        """Everything of a start that may fail."""
         self.context = context
         config = context.model_yaml_config or {}
         model_dir = Path(context.system_properties["model_dir"])
@@ -137,7 +137,7 @@ class ImageClassifier(BaseHandler):
         self.pulse = Pulse(model_dir, pass_seconds)
 
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
-        """Answer a batch: one answer for each row, in order, whatever befalls its neighbours."""
+        """Answer a batch: one answer for each row, in order, whatever happens to its neighbours."""
         self.context = context
         if self._is_info(data):
             return [encode(self.describe_handle())]

@@ -24,7 +24,7 @@ class OpenVino(Engine):
     def __init__(
         self, model_file: Path, precision: str, threads: int = 1, max_forward: int = 1
     ) -> None:
-        """Raises InvalidModel where the file is none that OpenVINO can read."""
+        """Raises InvalidModel if OpenVINO cannot read the file."""
         self.name = f"openvino-{precision}"
         self.precision = precision
         self.device = "cpu"
@@ -35,7 +35,7 @@ class OpenVino(Engine):
             "NUM_STREAMS": 1,
             # Two workers of one thread each would pin themselves to the same core.
             "ENABLE_CPU_PINNING": False,
-            # What int8 leaves in floating point takes bf16 where the CPU has it.
+            # The parts of an int8 model that stay in floating point use bf16 if the CPU has it.
             "INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" or not has_bf16() else "bf16",
         }
         self._requests = []  # largest first

@@ -47,7 +47,7 @@ def read_request(
 ) -> ImageRequest:
     """A row and its headers (names in lower case) to an ImageRequest.
 
-    Raises a RequestError where the request as a whole cannot be answered.
+    Raises a RequestError if the request as a whole cannot be answered.
     """
     content_type = str(headers.get("x-body-type", headers.get("content-type", ""))).strip()
     parts = _parts(row, headers, content_type, settings)
@@ -133,7 +133,7 @@ def _options(parts: list[Part]) -> dict[str, str | None]:
 
 
 def _json_document(body: Any, content_type: str) -> dict[str, Any] | None:
-    """The body as a JSON object, or None where it is not meant as JSON."""
+    """The body as a JSON object, or None if it is not meant as JSON."""
     if isinstance(body, RequestError):
         return None
     if not isinstance(body, dict | list):
@@ -197,7 +197,7 @@ def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
 
 
 def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Settings) -> int:
-    """The number of classes wanted: field, then header X-Top-K, then the setting."""
+    """The number of classes to answer with: field, then header X-Top-K, then the setting."""
     if value is None:
         value = headers.get("x-top-k")
     if value is None:

@@ -18,7 +18,7 @@ from handler.settings import Settings
 
 
 class Timed(Iterator[Decoding]):
-    """Passes on what another iterator gives, and counts the seconds that were waited for it."""
+    """Passes on what another iterator yields, and adds up the seconds of waiting for it."""
 
     def __init__(self, decodings: Iterator[Decoding]) -> None:
         self._decodings = decodings
@@ -37,8 +37,8 @@ def classify(
 ) -> Iterator[tuple[list[Decoding], Tensor | Exception]]:
     """Each forward pass: its images, and their probabilities float32 [B, C] or what it raised.
 
-    A pass is launched as soon as so many images are decoded as it takes. Images that could not be
-    decoded are in none.
+    A pass is launched once as many images are decoded as it takes. Images that could not be decoded
+    are in none.
     """
     decoded = (decoding for decoding in decodings if decoding.picture)
     launched = []

@@ -26,11 +26,11 @@ from handler.decoders import (
     choose_decoder,
     is_plain_jpeg,
     nvjpeg,
-    to_inputs,
 )
 from handler.errors import InvalidSettings, UnreadableImage
-from handler.images import Picture, open_image, read_picture, to_input
+from handler.images import Picture, open_image, read_picture
 from handler.networks import get_recipe, input_transform
+from handler.resize import resize_and_crop, resize_and_crop_batch
 from handler.settings import Settings
 from tests.drawing import RED, encode, noise, plain, quarters, turned
 from tests.unit.tiny import RECIPE
@@ -222,9 +222,9 @@ def test_images_of_one_size_are_resized_together(monkeypatch: pytest.MonkeyPatch
 
     def watched(images: Tensor, *args: object) -> Tensor:
         resized.append(len(images))
-        return to_inputs(images, TRANSFORM)
+        return resize_and_crop_batch(images, TRANSFORM)
 
-    monkeypatch.setattr(handler.decoders, "to_inputs", watched)
+    monkeypatch.setattr(handler.decoders, "resize_and_crop_batch", watched)
     wide, high = encode(noise((501, 343)), "JPEG"), encode(noise((343, 501)), "JPEG")
     run(on_gpu(), [wide, high, wide, turned(noise((501, 343)), 6, "JPEG"), high])
     assert sorted(resized) == [2, 3]
@@ -303,9 +303,9 @@ def test_floats_are_resized_as_bytes_are(size: tuple[int, int], recipe: str) -> 
     architecture = "resnet50" if recipe.startswith("ResNet") else "efficientnet_b0"
     transform = input_transform(get_recipe(architecture, recipe))
     pictures = [np.array(noise(size, seed=seed)) for seed in range(2)]
-    wanted = torch.stack([to_input(pixels, transform) for pixels in pictures])
+    wanted = torch.stack([resize_and_crop(pixels, transform) for pixels in pictures])
     images = torch.stack([torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures])
-    given = to_inputs(images, transform)
+    given = resize_and_crop_batch(images, transform)
     assert given.dtype == torch.uint8
     difference = (given.float() - wanted.float()).abs()
     assert difference.mean() < 0.01
@@ -414,8 +414,8 @@ def test_chunks_behind_a_busy_stream_keep_their_pixels(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 def test_floats_on_a_gpu_are_resized_as_on_the_cpu() -> None:
     images = torch.from_numpy(np.array(noise((500, 375)))).permute(2, 0, 1)[None]
-    given = to_inputs(images.cuda(), replace(TRANSFORM, crop_size=200)).cpu()
-    wanted = to_inputs(images, replace(TRANSFORM, crop_size=200))
+    given = resize_and_crop_batch(images.cuda(), replace(TRANSFORM, crop_size=200)).cpu()
+    wanted = resize_and_crop_batch(images, replace(TRANSFORM, crop_size=200))
     assert (given.float() - wanted.float()).abs().mean() < 0.01
 
 

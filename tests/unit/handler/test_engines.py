@@ -16,10 +16,10 @@ from torchvision.transforms import functional as F  # noqa: N812
 from handler.engine import Engine
 from handler.engines import find_hardware, load_engine
 from handler.errors import InvalidModel
-from handler.images import to_input
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
 from handler.networks import input_transform
 from handler.openvino_engine import OpenVino, has_bf16
+from handler.resize import resize_and_crop
 from handler.selection import Hardware
 from handler.settings import Settings
 from handler.torch_engine import TorchEager
@@ -38,7 +38,7 @@ NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 def pixels(transform: InputTransform = TRANSFORM) -> Tensor:
     """uint8 [5, 3, H, W]."""
-    return torch.stack([to_input(np.array(picture), transform) for picture in PICTURES])
+    return torch.stack([resize_and_crop(np.array(picture), transform) for picture in PICTURES])
 
 
 def reference(network: nn.Module | None = None) -> Tensor:

@@ -125,7 +125,7 @@ class Batch:
             passed = [images[decoding] for decoding in decodings]
             if isinstance(outcome, Exception):
                 request_ids = dict.fromkeys(one for image in passed for one in image.request_ids)
-                error = self._failures.of_pass(outcome, list(request_ids), engine)
+                error = self._failures.error_of(outcome, list(request_ids), engine)
                 for image in passed:
                     image.outcome = error
             else:

@@ -39,7 +39,7 @@ class Failures:
         log_line(logging.ERROR, event, **self._identity, requests=request_ids, cause=cause)
         return ModelFailed(message)
 
-    def of_pass(self, exc: Exception, request_ids: Sequence[str], engine: Engine) -> RequestError:
+    def error_of(self, exc: Exception, request_ids: Sequence[str], engine: Engine) -> RequestError:
         """The error for all images of a forward pass that raised `exc`.
 
         They all have one shape, so it is not one of them that fails.

@@ -39,9 +39,8 @@ def load_engine(
     """The engine that the settings ask for, with the archive's weights.
 
     `gpu_id` is the GPU that TorchServe gave this worker, and `workers` the number of processes that
-    share the cores. Raises InvalidSettings or
-    InvalidModel, and RuntimeError if the archive's tensors do not fit its architecture
-    (packaging checked that).
+    share the cores. Raises InvalidSettings or InvalidModel, and RuntimeError if the archive's
+    tensors do not fit its architecture (packaging checked that).
     """
     converted = (model_dir / OPENVINO_FILE).exists()
     chosen = select(

@@ -302,7 +302,7 @@ def test_digest_changes_with_the_code(
     elif change == "add":
         (copy / "new.py").write_text("")
     else:
-        (copy / "rows.py").unlink()
+        (copy / "pipeline.py").unlink()
     assert digest() != before
 
 

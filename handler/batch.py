@@ -6,6 +6,7 @@ of every request which sent them.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,7 +94,8 @@ class Batch:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
                 image = BatchImage(self._failures.report(UNPROCESSED, [request_id], bug))
-            image.request_ids.append(request_id)
+            if request_id not in image.request_ids:
+                image.request_ids.append(request_id)
             opened.append(image)
             self._step()
         return opened
@@ -124,7 +126,7 @@ class Batch:
             self._step()
             passed = [images[decoding] for decoding in decodings]
             if isinstance(outcome, Exception):
-                request_ids = dict.fromkeys(one for image in passed for one in image.request_ids)
+                request_ids = dict.fromkeys(chain(*(image.request_ids for image in passed)))
                 error = self._failures.error_of(outcome, list(request_ids), engine)
                 for image in passed:
                     image.outcome = error

@@ -19,9 +19,8 @@ from handler.errors import InvalidModel, InvalidSettings
 from handler.model_card import InputTransform
 from handler.torch_engine import DTYPES, PixelsToProbabilities, exact_fp32
 
-WARM_UP_PASSES = (
-    3  # before a capture: libraries choose their algorithms, and allocate, at first use
-)
+# Before a capture, because libraries choose their algorithms, and allocate, at first use.
+WARM_UP_PASSES = 3
 MAX_DIFFERENCE = 1e-3  # of any probability after folding; float32 differs by some 1e-6
 MAX_GRAPH_DIFFERENCE = 1e-2  # the same after capturing; 16 bits may round differently
 
@@ -30,7 +29,7 @@ class Cuda(Engine):
     """A network in graphs of 1, 2, 4, … `max_forward` images, batch norms folded, channels last.
 
     Everything runs in order on one stream, so that a pass may write to the input while the pass
-    before it is still under way. For one thread at a time.
+    before it is still under way. It may be used by one thread at a time.
     """
 
     def __init__(

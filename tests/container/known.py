@@ -9,7 +9,7 @@ from pathlib import Path
 
 from handler.settings import Settings
 from service.gateway.settings import GatewaySettings
-from service.torchserve.server import CONFIG_KEYS
+from service.torchserve.config import CONFIG_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 

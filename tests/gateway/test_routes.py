@@ -15,7 +15,7 @@ import pytest
 import requests
 
 from service.banner import banner
-from service.torchserve.server import Address, Addresses
+from service.torchserve.config import ServerConfig
 from tests.gateway.conftest import Served
 from tests.gateway.running import running, settings
 from tests.server.colours import encoded
@@ -437,7 +437,8 @@ def test_the_log(gateway: Served, tmp_path: Path) -> None:
 
 def test_the_banners_lines_work(gateway: Served) -> None:
     names = ("port", "management-port", "metrics-port")
-    addresses = Addresses(*(Address("127.0.0.1", gateway.server.ports[name]) for name in names))
+    ports = (gateway.server.ports[name] for name in names)
+    addresses = ServerConfig.load("127.0.0.1", *ports).addresses
     front: Any = SimpleNamespace(url=gateway.url, has_keys=False)
     text = banner([gateway.server.model], addresses, front, 1.0)
     lines = [line for line in text.splitlines() if f"curl {gateway.url}" in line]

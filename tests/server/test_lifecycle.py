@@ -254,7 +254,7 @@ def is_running(child: psutil.Process, command: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("command", ["package.py", "torch-model-archiver"])
+@pytest.mark.parametrize("command", ["service.archive.packaging", "torch-model-archiver"])
 def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str) -> None:
     process = subprocess.Popen(
         [*SERVE, *two_classes(tmp_path), *port_options()],

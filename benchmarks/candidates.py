@@ -33,11 +33,13 @@ from torchvision.transforms.functional import InterpolationMode
 
 from benchmarks.environments import prepare
 from benchmarks.images import load_rgb
-from handler.engines import OpenVino, PixelsToProbabilities, TorchEager, has_bf16
-from handler.images import decode_image, to_input
+from handler.images import decode_image
 from handler.model_card import InputTransform
 from handler.networks import build_network, get_recipe, input_transform
+from handler.openvino_engine import OpenVino, has_bf16
+from handler.resize import resize_and_crop
 from handler.settings import Settings
+from handler.torch_engine import PixelsToProbabilities, TorchEager
 from service.archive.conversion import to_openvino
 from service.load.report import machine
 from service.tables import Row, markdown_table
@@ -72,21 +74,21 @@ def decoders(transform: InputTransform) -> dict[str, Decode]:
         return F.pil_to_tensor(F.center_crop(image, [transform.crop_size]))
 
     def pillow_torch(data: bytes) -> Tensor:
-        return to_input(np.array(Image.open(BytesIO(data)).convert("RGB")), transform)
+        return resize_and_crop(np.array(Image.open(BytesIO(data)).convert("RGB")), transform)
 
     def torchvision_io(data: bytes) -> Tensor:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB)
-        return to_input(pixels.permute(1, 2, 0).numpy(), transform)
+        return resize_and_crop(pixels.permute(1, 2, 0).numpy(), transform)
 
     def scaled(data: bytes) -> Tensor:
         side = transform.resize_size
         exact = {"fastdct": False, "fastupsample": False}
         pixels = simplejpeg.decode_jpeg(data, min_height=side, min_width=side, **exact)
-        return to_input(pixels, transform)
+        return resize_and_crop(pixels, transform)
 
     def handler(data: bytes) -> Tensor:
-        return to_input(decode_image(data, Settings()), transform)
+        return resize_and_crop(decode_image(data, Settings()), transform)
 
     return {
         "Pillow: the recipe's own transforms": pillow,
@@ -150,7 +152,7 @@ def enlarged(data: bytes) -> bytes:
 def compare_engines(
     jpegs: list[bytes], network: nn.Module, transform: InputTransform, rounds: int
 ) -> Iterator[Row]:
-    pixels = [to_input(decode_image(data, Settings()), transform) for data in jpegs]
+    pixels = [resize_and_crop(decode_image(data, Settings()), transform) for data in jpegs]
     one, four = pixels[0][None], torch.stack((pixels * 4)[:4])
     with engines(network, transform, pixels) as candidates:
         tasks = {}

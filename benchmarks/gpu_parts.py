@@ -15,7 +15,8 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from benchmarks.servers import say, show
 from handler.decoders import CpuDecoder, DecodeJpegs, Decoder, GpuDecoder, choose_decoder, nvjpeg
-from handler.engines import Engine, load_engine
+from handler.engine import Engine
+from handler.engines import load_engine
 from handler.images import open_image, read_picture
 from handler.machine import available_cores
 from handler.model_card import ModelCard

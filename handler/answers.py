@@ -36,10 +36,10 @@ def failure(error: RequestError) -> Answer:
     }
 
 
-def several(results: list[Answer]) -> tuple[int, Answer]:
-    """HTTP status and answer for a request of several images.
+def combine(results: list[Answer]) -> tuple[int, Answer]:
+    """HTTP status and answer of a request that gets a list of results.
 
-    200 as long as one image was answered; where none was, the gravest of their statuses.
+    The status is 200 if at least one image was classified, else the highest of their errors'.
     """
     codes = [result["code"] for result in results if result["status"] == "error"]
     if not codes:

@@ -1,10 +1,10 @@
-"""TorchServe's BaseHandler, without what it imports for uses of its own and without what it loses.
+"""TorchServe's BaseHandler, without imports that we do not need, and with every part of a form.
 
-ts/torch_handler/base_handler.py tries to import these where they are installed. They bring the
-whole of torch.compile into every worker, 1.5 s and 170 MB, for nothing that this handler does: it
-calls OpenVINO itself.
+ts/torch_handler/base_handler.py imports the modules in _UNUSED if they are installed. They load all
+of torch.compile into every worker, which takes 1.5 s and 170 MB, and this handler calls OpenVINO
+itself.
 
-ts/service.py makes a dict of a form's parts, in which the last of each name is left.
+ts/service.py makes a dict of a form's parts, which keeps only the last part of each name.
 """
 
 import sys
@@ -15,11 +15,11 @@ from typing import Any, cast
 from handler.forms import REPEATED
 from handler.gpus import restore_visible
 
-restore_visible()  # what follows asks CUDA for its devices already, and CUDA reads them once
+restore_visible()  # the imports below ask CUDA for its devices, and CUDA reads the variable once
 
 _UNUSED = {"openvino.torch", "onnxruntime", "torch_tensorrt"} - set(sys.modules)
 
-# None in the place of a module makes its import fail (importlib's documented way to forbid one).
+# A module that is None in sys.modules cannot be imported (documented in importlib).
 sys.modules.update(dict.fromkeys(_UNUSED, cast(ModuleType, None)))
 try:
     from ts.service import Service
@@ -32,7 +32,7 @@ _retrieve = Service.retrieve_data_for_inference
 
 
 def keep_every_part(batch: list[dict[str, Any]] | None) -> Any:
-    """What TorchServe makes of a batch; parts of one name are numbered, so that none is lost."""
+    """A batch as TorchServe reads it; parts of the same name are numbered, so that none is lost."""
     for request in batch or ():
         seen: Counter[str] = Counter()
         for parameter in request["parameters"]:

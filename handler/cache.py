@@ -1,7 +1,7 @@
 """Results of images that were classified before.
 
-One cache for each worker, in its memory: it ends with the model it is of, so that no answer is ever
-that of other weights. Holds all probabilities, so that any top_k can be answered from it.
+Each worker has one cache in its memory, which ends with its model, so that no answer is ever of
+other weights. It holds all probabilities, so that any top_k can be answered from it.
 """
 
 import hashlib
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from cachetools import LRUCache
 from torch import Tensor
 
-OVERHEAD_BYTES = 1100  # of an entry: Python's objects, as tracemalloc counts them, and torch's
+OVERHEAD_BYTES = 1100  # of an entry: its objects, those of Python as tracemalloc counts them
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class ResultCache:
 
     @staticmethod
     def key(image: bytes) -> bytes:
-        """Collisions cannot be made at will, or one client could choose another's answer."""
+        """A hash whose collisions nobody can make, or one client could choose another's answer."""
         return hashlib.sha256(image).digest()
 
     def get(self, key: bytes) -> Result | None:

@@ -1,8 +1,7 @@
-"""What is around an image's pixels: the chunks of a PNG or WebP file, the segments of a JPEG.
+"""What surrounds an image's pixels: the chunks of a PNG or WebP file, the segments of a JPEG.
 
-Browsers show a picture whatever its decoration looks like: its texts, profiles and previews. Pillow
-reads some of it beforehand, and refuses the whole image if a text is long, a profile odd or a
-checksum of either wrong.
+Browsers show an image whatever its decoration holds: texts, profiles and previews. Pillow reads
+some of it first, and refuses the whole image if a text is long, a profile odd or a checksum wrong.
 """
 
 import re
@@ -33,9 +32,9 @@ _WEBP_CHUNKS = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF", b"EXIF"}
 
 
 def without_decoration(data: bytes) -> bytes:
-    """A PNG, JPEG or WebP file of nothing but what its pixels need; anything else as it is.
+    """A PNG, JPEG or WebP file reduced to what its pixels need; anything else as it is.
 
-    What is cut short or damaged in the pixels stays so.
+    Pixels that are cut short or damaged stay so.
     """
     if data.startswith(PNG):
         return _without(data, _png_decoration(data))

@@ -3,7 +3,8 @@
 A graph is a whole forward pass that the CPU starts with one call. It is for one batch size and for
 tensors that stay where they are, so there is one graph for each size, all with the same input.
 
-The same code runs on the CPU, where the call itself takes the place of a graph: tests live on that.
+The same code runs on the CPU, where a plain call takes the place of a graph, so that it can be
+tested without a GPU.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,22 +14,22 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
-from handler.engines import DTYPES, Engine, PixelsToProbabilities, exact_fp32
+from handler.engine import Engine
 from handler.errors import InvalidModel, InvalidSettings
 from handler.model_card import InputTransform
+from handler.torch_engine import DTYPES, PixelsToProbabilities, exact_fp32
 
-WARM_UP_PASSES = (
-    3  # before a capture: libraries choose their algorithms, and allocate, at first use
-)
-MAX_DIFFERENCE = 1e-3  # of any probability that folding may make; float32 makes some 1e-6
-MAX_GRAPH_DIFFERENCE = 1e-2  # the same for capturing; 16 bits may round otherwise
+# Before a capture, because libraries choose their algorithms, and allocate, at first use.
+WARM_UP_PASSES = 3
+MAX_DIFFERENCE = 1e-3  # of any probability after folding; float32 differs by some 1e-6
+MAX_GRAPH_DIFFERENCE = 1e-2  # the same after capturing; 16 bits may round differently
 
 
 class Cuda(Engine):
     """A network in graphs of 1, 2, 4, … `max_forward` images, batch norms folded, channels last.
 
     Everything runs in order on one stream, so that a pass may write to the input while the pass
-    before it is still under way. For one thread at a time.
+    before it is still under way. It may be used by one thread at a time.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Cuda(Engine):
         device: str,
         max_forward: int,
     ) -> None:
-        """Captures every size. Raises InvalidSettings where the GPU has not the memory for it."""
+        """Captures every size. Raises InvalidSettings if the GPU lacks the memory."""
         self.name = f"cuda-{precision}"
         self.precision = precision
         self.device = device
@@ -70,8 +71,8 @@ class Cuda(Engine):
     def _prepare(self, size: int) -> Callable[[], Tensor]:
         """What computes the first `size` images of the input: float32 [size, C] on the device.
 
-        Its result is overwritten by the next call. Raises InvalidModel where a graph computes
-        something else than the network that it was captured from.
+        Its result is overwritten by the next call. Raises InvalidModel if a graph computes
+        something other than the network that it was captured from.
         """
         images = self._input[:size]
         if not self._on_gpu:
@@ -80,7 +81,7 @@ class Cuda(Engine):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_PASSES):
-                wanted = self._model(images)
+                expected = self._model(images)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):
@@ -90,7 +91,7 @@ class Cuda(Engine):
             graph.replay()
             return output
 
-        difference = (replay() - wanted).abs().max().item()
+        difference = (replay() - expected).abs().max().item()
         if not difference <= MAX_GRAPH_DIFFERENCE:
             raise InvalidModel(
                 f"a CUDA graph of {size} images differs from the model by {difference:.4f}; "
@@ -107,7 +108,7 @@ class Cuda(Engine):
         """Images may lie on the CPU or on the GPU; the caller goes on while the pass runs."""
         count = len(images)
         size = next(size for size in self.sizes if size >= count)
-        # torch keeps pinned memory, and gives a piece out again only when its copy is over.
+        # torch caches pinned memory, and reuses a piece only once its copy is over.
         slots = self._input[:count]
         staged = torch.empty(slots.shape, dtype=torch.uint8, pin_memory=self._on_gpu)
         on_cpu = [place for place, image in enumerate(images) if image.is_cpu]
@@ -122,7 +123,7 @@ class Cuda(Engine):
         result.copy_(output, non_blocking=True)
         if not self._on_gpu:
             return lambda: result
-        # Asleep while it waits: the core is wanted for decoding.
+        # A blocking event sleeps while it waits: decoding needs the core.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record()
 
@@ -148,9 +149,9 @@ def fixed_sizes(largest: int) -> list[int]:
     return [*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest]
 
 
-@torch.no_grad()  # not inference_mode, which would mark the folded weights for ever
+@torch.no_grad()  # not inference_mode, which would mark the folded weights for good
 def fold_batch_norms(network: nn.Module, transform: InputTransform) -> nn.Module:
-    """The network with each batch norm that follows a convolution inside of that convolution.
+    """The network with each batch norm folded into the convolution before it.
 
     A network that cannot be traced, or whose probabilities would change, is returned as it is.
     """

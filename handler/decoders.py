@@ -1,18 +1,18 @@
-"""Images of a batch from bytes to pixels: in the worker's thread, in several, or on the GPU."""
+"""Images of a batch from bytes to pixels: in one thread or in several, or on the GPU."""
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
-from torch.nn import functional
 
 from handler.errors import InvalidSettings, RequestError
 from handler.images import (
@@ -20,18 +20,15 @@ from handler.images import (
     Encoded,
     Picture,
     decode_picture,
-    falls_between,
-    middle,
     open_image,
     orientation,
     read_picture,
-    target_size,
-    without_ends,
 )
 from handler.model_card import InputTransform
+from handler.resize import needs_pillow_resize, resize_and_crop_batch
 from handler.settings import Settings
 
-MAX_DIFFERENCE = 0.01  # of 255, on average: what the GPU's pixels may be off from the CPU's
+MAX_DIFFERENCE = 0.01  # of 255: how far the GPU's pixels may be from the CPU's on average
 
 # Horizontal and vertical sampling of Y, Cb and Cr in the usual JPEGs, by the names they go by.
 SAMPLINGS = {
@@ -40,11 +37,11 @@ SAMPLINGS = {
     "4:2:0": ((2, 2), (1, 1), (1, 1)),
 }
 
-# Times the size that it is resized to, for an image to be the GPU's. Smaller ones cost the CPU
-# little, and so near to their own size many values fall between two levels, as in falls_between.
+# The GPU decodes an image only if its short side is at least this times the resize size. Smaller
+# ones cost the CPU little, and many of their values fall between two levels (needs_pillow_resize).
 MIN_SHRINK = 1.25
 
-# Of what the GPU decodes together. A pixel takes it some 30 bytes, most of them for resizing.
+# Of images that the GPU decodes together. A pixel takes some 30 bytes, most of them to resize it.
 CHUNK_PIXELS = 2**24
 
 DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # uint8 [n] each -> uint8 RGB [3, H, W] each
@@ -52,7 +49,7 @@ DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # uint8 [n] each -> uint8 
 
 @dataclass(eq=False)
 class Decoding:
-    """An image while it is decoded, then its picture or its error; equal to itself alone."""
+    """An image while it is decoded, then its picture or its error; equal only to itself."""
 
     size: tuple[int, int]  # width and height by its header
     picture: Picture | None = None
@@ -61,20 +58,22 @@ class Decoding:
     encoded: Encoded | None = None  # for the GPU
 
 
-class Decoder(Protocol):
+class Decoder(ABC):
     """Images go in one by one, in whatever order, and come out decoded."""
 
     name: str
 
+    @abstractmethod
     def start(self, encoded: Encoded) -> Decoding:
-        """Begin with an image. Never raises for what is wrong with it."""
+        """Begin to decode an image. Never raises for what is wrong with it."""
 
+    @abstractmethod
     def finish(self, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
-        """Wait for images that were started; each is given as soon as it is decoded, or refused."""
+        """Wait for images that were started, and yield each once it is decoded or refused."""
 
 
 class CpuDecoder(Decoder):
-    """Decodes at once, or in a pool where the worker has several threads.
+    """Decodes at once, or in a pool if the worker has several threads.
 
     The decoders and torch's resize release Python's lock while they work.
     """
@@ -93,7 +92,7 @@ class CpuDecoder(Decoder):
         return decoding
 
     def decode(self, encoded: Encoded, decoding: Decoding) -> None:
-        """Begin with an image that has its Decoding already."""
+        """Begin to decode an image that has its Decoding already."""
         if self._pool:
             decoding.future = self._pool.submit(self._decode, encoded, decoding)
         else:
@@ -109,14 +108,14 @@ class CpuDecoder(Decoder):
         try:
             decoding.picture = decode_picture(encoded, self._transform)
         except RequestError as error:
-            # Without the frames of this call, which hold the image and, in a circle, the error.
+            # Without its traceback, whose frames hold the image and, in a cycle, the error.
             decoding.error = error.with_traceback(None)
         except Exception as bug:
             decoding.error = bug
 
 
 class GpuDecoder(Decoder):
-    """Plain JPEGs in chunks through nvJPEG; all else, and what nvJPEG refuses, on the CPU."""
+    """Decodes plain JPEGs in chunks with nvJPEG; all else, and what it refuses, on the CPU."""
 
     name = "nvjpeg"
 
@@ -130,7 +129,7 @@ class GpuDecoder(Decoder):
     def start(self, encoded: Encoded) -> Decoding:
         size = encoded.header.size
         large = min(size) >= MIN_SHRINK * self._transform.resize_size
-        if large and is_plain_jpeg(encoded) and not falls_between(size, self._transform):
+        if large and is_plain_jpeg(encoded) and not needs_pillow_resize(size, self._transform):
             return Decoding(size, encoded=encoded)
         return self._cpu.start(encoded)
 
@@ -143,24 +142,24 @@ class GpuDecoder(Decoder):
         yield from self._cpu.finish(others)
 
     def _decode(self, chunk: Sequence[Decoding]) -> list[Decoding]:
-        """Decode a chunk, each image by itself where one is refused; gives what the CPU gets."""
+        """Decode a chunk, or one by one if an image is refused; returns what is left to the CPU."""
         encoded = [decoding.encoded for decoding in chunk if decoding.encoded]
-        # A damaged image, one of a kind that nvJPEG has not, no memory: what follows is outside of
-        # the exception, whose frames hold the chunk's pixels on the GPU.
+        # nvJPEG raises for a damaged image, for a kind that it does not know, and if there is no
+        # memory. What follows is outside of the exception, whose frames hold pixels on the GPU.
         with suppress(Exception):
             for decoding, picture in zip(chunk, self.decode_together(encoded), strict=True):
                 decoding.picture, decoding.encoded = picture, None
             return []
         if len(chunk) > 1:
             return [left for decoding in chunk for left in self._decode([decoding])]
-        with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will find
+        with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will notice
             torch.cuda.empty_cache()
         chunk[0].encoded = None
         self._cpu.decode(encoded[0], chunk[0])
         return [chunk[0]]
 
     def decode_together(self, images: Sequence[Encoded]) -> list[Picture]:
-        """Raises whatever nvJPEG raises for the first image that it refuses."""
+        """JPEGs to Pictures. Raises what nvJPEG raises for the first image that it refuses."""
         files = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
         upright = []
         for image, pixels in zip(images, self._decode_jpegs(files), strict=True):
@@ -174,31 +173,34 @@ class GpuDecoder(Decoder):
             places.setdefault(pixels.shape, []).append(place)
         pictures: dict[int, Picture] = {}
         for (_, height, width), same in places.items():
-            inputs = to_inputs(torch.stack([upright[place] for place in same]), self._transform)
+            inputs = resize_and_crop_batch(
+                torch.stack([upright[place] for place in same]), self._transform
+            )
             for place, pixels in zip(same, inputs, strict=True):
                 pictures[place] = Picture(pixels, (width, height))
         return [pictures[place] for place in range(len(images))]
 
     def differences(self) -> dict[str, float]:
-        """Levels of 255 by which its pixels are off from the CPU's on average, by chroma sampling.
+        """How far its pixels are from the CPU's: mean levels of 255, by chroma sampling.
 
-        Of the worst of a few JPEGs drawn here. Raises what nvJPEG raises where it does not run.
+        The figure is that of the worst of a few JPEGs drawn here. Raises what nvJPEG raises if it
+        does not run.
         """
         found = {}
         for sampling in SAMPLINGS:
             jpegs = [_draw_jpeg(size, sampling) for size in ((501, 375), (347, 601))]
             encoded = [open_image(jpeg, Settings()) for jpeg in jpegs]
-            wanted = [read_picture(jpeg, self._transform, Settings()).pixels for jpeg in jpegs]
-            given = [picture.pixels.cpu() for picture in self.decode_together(encoded)]
+            expected = [read_picture(jpeg, self._transform, Settings()).pixels for jpeg in jpegs]
+            actual = [picture.pixels.cpu() for picture in self.decode_together(encoded)]
             found[sampling] = max(
                 (one.float() - other.float()).abs().mean().item()
-                for one, other in zip(wanted, given, strict=True)
+                for one, other in zip(expected, actual, strict=True)
             )
         return found
 
 
 def _chunks(decodings: Iterable[Decoding]) -> Iterator[list[Decoding]]:
-    """In order, at most CHUNK_PIXELS each; an image of more is alone."""
+    """The images in order, in chunks of at most CHUNK_PIXELS; a larger image is a chunk."""
     chunk: list[Decoding] = []
     pixels = 0
     for decoding in decodings:
@@ -213,9 +215,9 @@ def _chunks(decodings: Iterable[Decoding]) -> Iterator[list[Decoding]]:
 
 
 def is_plain_jpeg(encoded: Encoded) -> bool:
-    """Whether libjpeg and nvJPEG understand the same by it: YCbCr, whole, of a usual sampling.
+    """Whether libjpeg and nvJPEG read the same in it: a whole YCbCr image of a usual sampling.
 
-    nvJPEG does not say when a file ends early, and takes RGB inside of a JPEG for YCbCr.
+    nvJPEG does not report a file that ends early, and takes RGB inside a JPEG for YCbCr.
     """
     header = encoded.header
     if type(header) is not JpegImageFile or header.mode != "RGB":
@@ -229,30 +231,13 @@ def is_plain_jpeg(encoded: Encoded) -> bool:
     )
 
 
-def to_inputs(images: Tensor, transform: InputTransform) -> Tensor:
-    """uint8 RGB [B, 3, H, W] to uint8 [B, 3, crop, crop], as `to_input` but for some roundings.
-
-    For devices on which torch resizes floats alone. Along one axis, rounded, along the other, as
-    Pillow does it and torch with bytes: both at once would be off by 0.15 levels on average.
-    """
-    images = without_ends(images)
-    height, width = target_size(images.shape[2:], transform)
-    for size in ((images.shape[2], width), (height, width)):
-        if size != images.shape[2:]:
-            floats = functional.interpolate(
-                images.float(), size, mode=transform.interpolation, antialias=transform.antialias
-            )
-            images = floats.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
-    return middle(images, transform.crop_size)
-
-
 def choose_decoder(
     transform: InputTransform, settings: Settings, device: str, threads: int
 ) -> tuple[Decoder, dict[str, Any]]:
-    """The decoder that the settings ask for, and, where it is not as one would wish, why.
+    """The decoder that the settings ask for, with what there is to say against nvJPEG, if anything.
 
-    `device` is the engine's. On a GPU, nvJPEG is held against the CPU first: where its pixels are
-    others, `auto` is the CPU. Raises InvalidSettings where the GPU is demanded and cannot decode.
+    `device` is the engine's. On a GPU, nvJPEG is first compared with the CPU: if its pixels differ,
+    `auto` takes the CPU. Raises InvalidSettings if `decoder` is gpu and the GPU cannot decode.
     """
     cpu = CpuDecoder(transform, threads)
     if settings.decoder == "gpu" and device == "cpu":
@@ -273,12 +258,12 @@ def choose_decoder(
 
 
 def nvjpeg(device: str) -> DecodeJpegs:
-    """torchvision's nvJPEG, whose pixels nothing else writes to before the current stream has read.
+    """torchvision's nvJPEG, with memory that is reused only once its pixels have been read.
 
     torchvision decodes on a stream of its own, which waits for no other, into memory from the pool
-    of the current stream: that of pixels that were freed, but are still to be resized by kernels
-    in the queue. So it is given a pool in which nothing but its pixels lies, and each piece of it
-    is used again only when the stream that reads the pixels is done with them.
+    of the current stream. That memory may be of pixels that were freed, but that kernels in the
+    queue have yet to resize. So it gets a pool that holds only its own pixels, and each piece of it
+    is reused only when the stream that reads the pixels is done with them.
     """
     from torchvision.io import ImageReadMode, decode_jpeg  # 170 MB, which a GPU's worker has anyway
 
@@ -297,7 +282,7 @@ def nvjpeg(device: str) -> DecodeJpegs:
 
 
 def _draw_jpeg(size: tuple[int, int], sampling: str) -> bytes:
-    """Coarse and fine colours, the same for the same size."""
+    """A JPEG with coarse and fine patterns of colours, always the same for the same size."""
     rng = random.Random(size[0])  # noqa: S311 a picture, not a secret
     image = Image.new("RGB", size)
     for cells, share in ((4, 1.0), (16, 0.5), (64, 0.3), (256, 0.15)):

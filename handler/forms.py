@@ -19,7 +19,7 @@ from handler.errors import InvalidBase64, MalformedRequest, TooManyImages
 MAX_HEADER = 2048  # bytes of one header; a file name of 255 bytes takes up to 1,100
 MAX_HEADERS = 8  # of one part
 BLANKS = b" \t\r\n\v\f"
-REPEATED = "\n"  # stands between a name and its number where parts share the name: no header has it
+REPEATED = "\n"  # between a name and its number if parts share the name; no header can hold it
 
 _BOUNDARY = re.compile(r';\s*boundary\s*=\s*(?:"([^"]*)"|([^;]*))', re.IGNORECASE)
 _EXTENDED_FILENAME = re.compile(

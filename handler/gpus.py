@@ -1,7 +1,7 @@
 """The GPU of a worker: made visible, and watched through NVIDIA's management library (NVML).
 
-NVML is imported where there is a GPU and nowhere else. It knows all GPUs of the machine, in an
-order of its own, so torch's number of a device is never one of NVML's.
+NVML is imported only if there is a GPU. It numbers all GPUs of the machine in an order of its own,
+so torch's number of a device must not be used as NVML's.
 """
 
 import os
@@ -70,7 +70,7 @@ class GpuGauges:
         self._next = clock()
 
     def __call__(self) -> list[Gauge]:
-        """Readings, where it is time for some; of what NVML cannot tell now there is none."""
+        """The readings if they are due, without those that NVML cannot give now."""
         if self._clock() < self._next:
             return []
         self._next = self._clock() + SECONDS

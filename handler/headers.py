@@ -1,4 +1,4 @@
-"""What a request's headers say about its way here."""
+"""What a request's headers say about where it comes from and how long it waited."""
 
 import re
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ _REQUEST_START = re.compile(r"t=(\d{1,12}(?:\.\d{1,9})?)", re.ASCII)
 
 
 def read_traceparent(headers: Mapping[str, Any]) -> str | None:
-    """The client's `traceparent`, or None where there is none that the standard allows."""
+    """The client's `traceparent`, or None if there is none that the standard allows."""
     text = str(headers.get("traceparent", ""))
     return text if _TRACEPARENT.fullmatch(text) else None
 
@@ -22,7 +22,7 @@ def read_traceparent(headers: Mapping[str, Any]) -> str | None:
 def read_queue_seconds(headers: Mapping[str, Any], arrival: float) -> float | None:
     """Seconds from `X-Request-Start: t=<unix seconds>`, which a gateway sets, to `arrival`.
 
-    None without the header, and where it says what cannot be: TorchServe itself tells a handler
+    None without the header, or if its time is impossible. TorchServe itself tells a handler
     nothing about its queue.
     """
     match = _REQUEST_START.fullmatch(str(headers.get("x-request-start", "")))
@@ -33,6 +33,9 @@ def read_queue_seconds(headers: Mapping[str, Any], arrival: float) -> float | No
 
 
 def is_probe(headers: Mapping[str, Any]) -> bool:
-    """Whether a health check asks (service/gateway/watch.py): counted apart, and never answered
-    from the cache, because it asks whether the model runs."""
+    """Whether the request is a health check (service/gateway/watch.py).
+
+    These are counted apart, and never answered from the cache, because they ask whether the model
+    runs.
+    """
     return headers.get("x-probe") == "1"

@@ -1,20 +1,16 @@
-"""Bytes of an image to the model's input."""
+"""Bytes of an image to pixels, within limits, and to the model's input."""
 
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
 
 import numpy as np
 import simplejpeg
-import torch
-from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
-from torch.nn import functional
 
 from handler.containers import (
     JPEG,
@@ -32,27 +28,25 @@ from handler.errors import (
     UnsupportedFormat,
 )
 from handler.model_card import InputTransform
+from handler.resize import Pixels, resize_and_crop
 from handler.settings import Settings
-
-Pixels = NDArray[np.uint8]  # RGB [H, W, 3]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_SCANS = 100  # of a progressive JPEG; libjpeg writes 10, and each costs a pass over the image
 MAX_COMMENTS = 1000  # of a GIF, which Pillow joins one by one
 MAX_EXIF_BYTES = 65536  # what a JPEG can hold; a PNG may hold a structure that expands without end
 GREY_LEVELS = {"L;2": 4, "L;4": 16, "L": 256}  # of a PNG, by Pillow's name for how it is stored
-MAX_ASPECT_RATIO = 16  # of what is resized; of longer images the middle
 
-# Pillow's own limit is one for all programs; ours is a setting, and is checked before decoding.
+# Pillow's own limit holds for the whole process; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
 
-# One line for each request: not another for each oddity in a client's file.
+# The log has one line for each request, and none for each oddity in a client's file.
 warnings.filterwarnings("ignore", module="PIL")
 
-# Pillow loads its other plugins at the first image it does not know: 30 ms of somebody's request.
+# Pillow would load its other plugins, which takes 30 ms, at the first image that it does not know.
 Image.init()
 
-# What people send by mistake, by its first bytes: named in the answer instead of "unreadable".
+# What people send by mistake, by its first bytes. The answer names it instead of "unreadable".
 _FOREIGN = (
     ("TIFF", rb"II\*\0|MM\0\*|II\+\0|MM\0\+"),
     ("HEIC", rb".{4}ftyp(hei[cxms]|hev[cmsx]|mif1|msf1)"),
@@ -73,8 +67,8 @@ _FOREIGN = (
 _FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
 
 
-# EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright: the axes that are
-# flipped (0 rows, 1 columns), and whether rows and columns then change places.
+# EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright: the axes to flip
+# (0 rows, 1 columns), and whether rows and columns are then swapped.
 UPRIGHT: dict[int, tuple[tuple[int, ...], bool]] = {
     2: ((1,), False),
     3: ((0, 1), False),
@@ -98,7 +92,7 @@ class Encoded:
 class Picture:
     """A decoded image, ready for the model."""
 
-    pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model wants it
+    pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model takes it
     size: tuple[int, int]  # width and height of the image as people see it
 
 
@@ -113,7 +107,7 @@ class PixelBudget:
         self._limit = self._left = limit
 
     def spend(self, width: int, height: int) -> None:
-        """Take an image's pixels off, before it is decoded. Raises TooManyPixels."""
+        """Subtract an image's pixels before it is decoded. Raises TooManyPixels."""
         if width * height > self._left:
             left = f", and {self._left} are left" if self._left < self._limit else ""
             raise TooManyPixels(
@@ -128,73 +122,16 @@ def read_picture(
 ) -> Picture:
     """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family.
 
-    `budget` is the request's; None: the image is the only one of its request.
+    `budget` is the request's; None means that the image is the only one of its request.
     """
     return decode_picture(open_image(data, settings, budget), transform)
 
 
 def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
-    """The second half of `read_picture`: all that costs time. Raises UnreadableImage."""
+    """The slow half of `read_picture`: decode, resize and crop. Raises UnreadableImage."""
     pixels = decode(encoded)
     height, width, _ = pixels.shape
-    return Picture(to_input(pixels, transform), (width, height))
-
-
-def to_input(pixels: Pixels, transform: InputTransform) -> Tensor:
-    """uint8 RGB [H, W, 3] to uint8 [3, crop, crop]: the recipe's resize and crop.
-
-    Stops before torchvision's normalisation, because a batch of bytes is a quarter of the floats.
-    """
-    # Channels last in memory, as decoders give them: torch's vectorised resize is made for that.
-    image = without_ends(torch.from_numpy(pixels).permute(2, 0, 1)[None])
-    height, width = target_size(image.shape[2:], transform)
-    if (height, width) != image.shape[2:]:
-        if falls_between(image.shape[2:], transform):
-            pixels = image[0].permute(1, 2, 0).numpy()
-            method = Image.Resampling[transform.interpolation.upper()]
-            resized = np.array(Image.fromarray(pixels).resize((width, height), method))
-            image = torch.from_numpy(resized).permute(2, 0, 1)[None]
-        else:
-            image = functional.interpolate(
-                image, (height, width), mode=transform.interpolation, antialias=transform.antialias
-            )
-    return middle(image, transform.crop_size)[0].contiguous()
-
-
-def without_ends(images: Tensor) -> Tensor:
-    """[B, C, H, W] without the ends of a strip.
-
-    The recipe resizes the shorter side, then cuts out the middle: of a strip of 1 x 50,000 pixels
-    it would make 232 x 11 million first. Only the middle of a strip is kept.
-    """
-    return middle(images, MAX_ASPECT_RATIO * min(images.shape[2:]))
-
-
-def target_size(size: Sequence[int], transform: InputTransform) -> tuple[int, int]:
-    """Height and width to height and width after the resize; the recipe has the shorter side."""
-    short = min(size)
-    height, width = (
-        transform.resize_size if side == short else int(transform.resize_size * side / short)
-        for side in size
-    )
-    return height, width
-
-
-def falls_between(size: Sequence[int], transform: InputTransform) -> bool:
-    """Whether an image of this size is to be resized by Pillow itself: by 5/4, 7/4, ….
-
-    Many values then fall exactly between two levels, and torch's 15 bits of a weight round them
-    otherwise than Pillow's 22, by which the recipe's results are given.
-    """
-    short = min(size)
-    return 4 * short % transform.resize_size == 0 and 2 * short % transform.resize_size != 0
-
-
-def middle(images: Tensor, longest: int) -> Tensor:
-    """[B, C, H, W] without what goes beyond `longest` at either end; rounds as torchvision does."""
-    height, width = images.shape[2:]
-    top, left = (max(0, round((side - longest) / 2)) for side in (height, width))
-    return images[:, :, top : top + longest, left : left + longest]
+    return Picture(resize_and_crop(pixels, transform), (width, height))
 
 
 def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Pixels:
@@ -206,7 +143,7 @@ def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = N
 
 
 def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
-    """Read an image's header and hold it against the limits; its pixels are taken off the budget.
+    """Read an image's header, check it against the limits, and subtract its pixels from the budget.
 
     Raises as `decode_image` does.
     """
@@ -233,9 +170,9 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
 
 
 def _open(data: bytes) -> Image.Image:
-    """Pillow's reading of the header, without the decoration for which it would refuse an image.
+    """The header as Pillow reads it, without the decoration for which it would refuse an image.
 
-    A PNG's is never read, because what is behind the pixels would be found only with them.
+    A PNG always loses it, because Pillow reads what is behind the pixels only with them.
     """
     if data.startswith(PNG):
         image = Image.open(BytesIO(without_decoration(data)), formats=FORMATS)
@@ -279,7 +216,7 @@ def decode(encoded: Encoded) -> Pixels:
 def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
     """The pixels of a sound JPEG, which may lack its end marker; None for what is Pillow's.
 
-    The same libjpeg-turbo as Pillow's, value for value, without Pillow's copies on the way.
+    simplejpeg uses the same libjpeg-turbo as Pillow, so values are equal, and makes fewer copies.
     """
     if not isinstance(image, JpegImageFile):
         return None
@@ -287,13 +224,13 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
         data += JPEG_END
     colours, channels = ("CMYK", 4) if image.mode == "CMYK" else ("RGB", 3)
     try:
-        # Header and pixels are read by two programs: no more memory than the first one's size,
-        # for which the budget was spent.
+        # Pillow reads the header and simplejpeg the pixels: with a buffer of the header's size,
+        # simplejpeg cannot take more memory than the budget allowed.
         buffer = np.empty((image.height, image.width, channels), np.uint8)
         pixels = simplejpeg.decode_jpeg(
             data, colours, fastdct=False, fastupsample=False, buffer=buffer
         )
-    except ValueError:  # it takes no oddity; Pillow takes some, and knows damage from oddity
+    except ValueError:  # simplejpeg refuses oddities; Pillow tells them from damage
         return None
     if pixels.shape[1::-1] != image.size:
         return None
@@ -303,7 +240,7 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
 
 
 def _scale_transparent(image: PngImageFile) -> None:
-    """A PNG's transparent grey, which is given in the file's depth, in 8 bits like the pixels."""
+    """Scale a PNG's transparent grey from the file's bit depth to 8 bits, like its pixels."""
     rawmode = image.tile[0].args if image.tile else None
     if rawmode in GREY_LEVELS and "transparency" in image.info:
         levels = GREY_LEVELS[rawmode]
@@ -313,8 +250,8 @@ def _scale_transparent(image: PngImageFile) -> None:
 def _decode_transparent_rgb16(image: Image.Image, data: bytes) -> Pixels | None:
     """A PNG of 16-bit RGB with one transparent colour, over white; None for anything else.
 
-    Pillow's pixels are the upper bytes, which 16 million colours share: a second reading gives the
-    lower ones.
+    Pillow's pixels are the upper bytes, which many 16-bit colours share, so a second reading gives
+    the lower bytes.
     """
     if not isinstance(image, PngImageFile) or "transparency" not in image.info:
         return None
@@ -352,7 +289,7 @@ def foreign_format(data: bytes) -> str | None:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation; 1, which turns nothing, where a damaged EXIF block says none."""
+    """The EXIF orientation; 1, which turns nothing, if there is none or the block is damaged."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
     try:

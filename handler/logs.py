@@ -5,12 +5,12 @@ import logging
 from datetime import datetime, timezone
 from typing import Any
 
-# Its level is the setting log_level; TorchServe's root logger stands at INFO whatever that says.
+# Its level is the setting log_level; TorchServe's root logger is at INFO whatever that says.
 _logger = logging.getLogger("classifier")
 
 
 def set_level(name: str) -> None:
-    """Write no lines below "info", "warning" or "error" any more."""
+    """From now on, write no lines below "info", "warning" or "error"."""
     _logger.setLevel(name.upper())
 
 

@@ -27,7 +27,7 @@ def available_cores(cgroup: Path = CGROUP) -> int:
 
 
 def _quota(cgroup: Path) -> float:
-    """CPU quota in cores, infinite where there is none."""
+    """CPU quota in cores, infinite if there is none."""
     try:
         quota, period = (cgroup / "cpu.max").read_text().split()
     except (OSError, ValueError):
@@ -40,10 +40,10 @@ def _quota(cgroup: Path) -> float:
 
 
 def available_memory(cgroup: Path = CGROUP, meminfo: Path = MEMINFO) -> int | None:
-    """Bytes this machine can still give, cut by the container's limit; None where nobody says.
+    """Bytes this machine can still give, cut by the container's limit; None if nothing tells.
 
     The limit is read from cgroup v2 (`memory.max`) or v1; what it counts of cached files that
-    nobody has in use is not held against it.
+    nobody uses is not counted against it.
     """
     amounts = []
     with suppress(OSError):  # not Linux

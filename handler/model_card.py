@@ -9,9 +9,9 @@ from handler.errors import InvalidModel
 
 CARD_FILE = "model.json"
 WEIGHTS_FILE = "weights.safetensors"  # for torch
-# For OpenVINO, with the tensors in a .bin beside each; there are none where torch was asked for.
+# For OpenVINO, with the tensors in a .bin beside each; an archive for torch alone has none.
 OPENVINO_FILE = "openvino.xml"
-INT8_FILE = "openvino-int8.xml"  # where calibration images were given
+INT8_FILE = "openvino-int8.xml"  # only if calibration images were given
 UNTRAINED = "untrained"
 
 
@@ -22,9 +22,7 @@ class WeightsFacts:
     name: str  # torchvision's name, the file's name, or "untrained"
     trained: bool
     source: str  # "torchvision", "file" or "seed 0"
-    sha256: (
-        str  # of the file given; of "{architecture} seed 0 torch {version}" where there was none
-    )
+    sha256: str  # of the file given, else of "{architecture} seed 0 torch {version}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,7 @@ class InputTransform:
     """A recipe's resize, crop and normalisation: V1 weights resize to 256, V2 to 232."""
 
     resize_size: int  # pixels of the shorter side
-    crop_size: int  # pixels of each side of the square that is cut out of the middle
+    crop_size: int  # pixels of each side of the center crop
     interpolation: str  # "bilinear" or "bicubic"
     antialias: bool
     mean: tuple[float, ...]  # by channel, of values from 0 to 1
@@ -58,7 +56,7 @@ class ModelCard:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "ModelCard":
-        """Raises InvalidModel where the text is not a card of this version."""
+        """Raises InvalidModel if the text is not a card of this version."""
         try:
             facts = json.loads(text)
             facts["weights"] = WeightsFacts(**facts["weights"])
@@ -72,7 +70,7 @@ class ModelCard:
 
     @classmethod
     def read(cls, model_dir: Path) -> "ModelCard":
-        """The card of an unpacked archive; raises InvalidModel where there is none."""
+        """The card of an unpacked archive; raises InvalidModel if there is none."""
         try:
             text = (model_dir / CARD_FILE).read_bytes()
         except OSError as exc:

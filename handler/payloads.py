@@ -37,7 +37,7 @@ class ImageRequest:
     """What one client asked for."""
 
     images: list[bytes | RequestError]  # encoded images in the order sent; a bad one fails alone
-    several: bool  # whether the client asked in the form that gets a list of results
+    wants_list: bool  # whether the request's form gets a list of results
     top_k: int
     filenames: list[str | None]  # of the images, in the same order
 
@@ -47,7 +47,7 @@ def read_request(
 ) -> ImageRequest:
     """A row and its headers (names in lower case) to an ImageRequest.
 
-    Raises a RequestError where the request as a whole cannot be answered.
+    Raises a RequestError if the request as a whole cannot be answered.
     """
     content_type = str(headers.get("x-body-type", headers.get("content-type", ""))).strip()
     parts = _parts(row, headers, content_type, settings)
@@ -79,14 +79,14 @@ def read_request(
     ]
     if not images or images == [b""]:
         raise NoImage("the request has no image; send it as the body or as a part named 'file'")
-    several = len(images) > 1
+    wants_list = len(images) > 1
     _check_count(len(images), settings)
-    if several and filename is not None:
+    if wants_list and filename is not None:
         raise MalformedRequest("filename goes with one image, and the request has several")
     filenames = [part.filename and part.filename[:MAX_FILENAME] for part in files]
     return ImageRequest(
         images=images,
-        several=several,
+        wants_list=wants_list,
         top_k=top_k,
         filenames=filenames if filename is None else [filename],
     )
@@ -133,7 +133,7 @@ def _options(parts: list[Part]) -> dict[str, str | None]:
 
 
 def _json_document(body: Any, content_type: str) -> dict[str, Any] | None:
-    """The body as a JSON object, or None where it is not meant as JSON."""
+    """The body as a JSON object, or None if it is not meant as JSON."""
     if isinstance(body, RequestError):
         return None
     if not isinstance(body, dict | list):
@@ -157,24 +157,24 @@ def _read_json(
         raise MalformedRequest(
             f"unknown field {min(unknown)[:40]!r}; known: image, images, top_k, filename"
         )
-    several = "images" in document
-    if several == ("image" in document):
+    wants_list = "images" in document
+    if wants_list == ("image" in document):
         raise NoImage("the JSON body needs 'image' or 'images', and not both")
-    entries = document["images"] if several else [document["image"]]
+    entries = document["images"] if wants_list else [document["image"]]
     if not isinstance(entries, list):
         raise MalformedRequest("'images' must be a list of base64 strings")
     if not entries:
         raise NoImage("'images' is empty")
     _check_count(len(entries), settings)
     filename = _filename(document["filename"])
-    if several and filename is not None:
+    if wants_list and filename is not None:
         raise MalformedRequest("filename goes with 'image', not with 'images'")
     top_k = _top_k(document["top_k"], headers, classes, settings)
     images = [_decode_base64(entry, settings) for entry in entries]
-    if not several and isinstance(images[0], RequestError):
+    if not wants_list and isinstance(images[0], RequestError):
         raise images[0]
     filenames = [filename] * len(images)
-    return ImageRequest(images=images, several=several, top_k=top_k, filenames=filenames)
+    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
 
 
 def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
@@ -197,7 +197,7 @@ def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
 
 
 def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Settings) -> int:
-    """The number of classes wanted: field, then header X-Top-K, then the setting."""
+    """The number of classes to answer with: field, then header X-Top-K, then the setting."""
     if value is None:
         value = headers.get("x-top-k")
     if value is None:

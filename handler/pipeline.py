@@ -1,17 +1,24 @@
-"""The images of a batch through decoder and engine, both at work at once where they can be."""
+"""Images through decoder and engine, both at work at once if they can be."""
 
 from collections.abc import Iterable, Iterator
+from io import BytesIO
 from itertools import islice
 from time import perf_counter
 
+import torch
+from PIL import Image
 from torch import Tensor
 
 from handler.decoders import Decoding
-from handler.engines import Engine
+from handler.engine import Engine
+from handler.errors import SetupError
+from handler.images import read_picture
+from handler.model_card import InputTransform
+from handler.settings import Settings
 
 
 class Timed(Iterator[Decoding]):
-    """Passes on what another iterator gives, and counts the seconds that were waited for it."""
+    """Passes on what another iterator yields, and adds up the seconds of waiting for it."""
 
     def __init__(self, decodings: Iterator[Decoding]) -> None:
         self._decodings = decodings
@@ -30,8 +37,8 @@ def classify(
 ) -> Iterator[tuple[list[Decoding], Tensor | Exception]]:
     """Each forward pass: its images, and their probabilities float32 [B, C] or what it raised.
 
-    A pass is launched as soon as so many images are decoded as it takes. Images that could not be
-    decoded are in none.
+    A pass is launched once as many images are decoded as it takes. Images that could not be decoded
+    are in none.
     """
     decoded = (decoding for decoding in decodings if decoding.picture)
     launched = []
@@ -50,3 +57,25 @@ def classify(
             yield images, exc
         else:
             yield images, probabilities
+
+
+def warm_up(
+    engine: Engine, transform: InputTransform, batch_size: int, rounds: int
+) -> float | None:
+    """Classify a blank image, alone and as a full batch, so that the first client need not wait.
+
+    Returns the seconds that the largest forward pass would take; None without a round.
+    Raises SetupError if the model gives no probabilities.
+    """
+    file = BytesIO()
+    Image.new("RGB", (500, 375)).save(file, "JPEG")
+    seconds = None
+    for _ in range(rounds):
+        pixels = read_picture(file.getvalue(), transform, Settings()).pixels
+        for images in sorted({1, min(batch_size, engine.max_forward)}):
+            started = perf_counter()
+            probabilities = engine.probabilities(torch.stack([pixels] * images))
+            seconds = (perf_counter() - started) / images * engine.max_forward
+            if not torch.isfinite(probabilities).all():
+                raise SetupError("the model gives no finite probabilities for a blank image")
+    return seconds

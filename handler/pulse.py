@@ -24,21 +24,21 @@ IDLE_SHARE = 0.02  # of a core, above what this thread and that of the metrics n
 
 
 class Pulse:
-    """Touches a file every second, as long as the batch in hand, if there is one, gets on."""
+    """Touches a file every second, as long as the current batch, if any, makes progress."""
 
     def __init__(self, folder: Path, pass_seconds: float | None) -> None:
-        """`pass_seconds` is what the largest forward pass takes; None: a step may take for ever."""
+        """`pass_seconds` is what the largest forward pass takes; None sets no limit to a step."""
         self._file = folder / f"{PREFIX}{os.getpid()}"
         self._patience = float("inf")
         if pass_seconds is not None:
             self._patience = max(MIN_PATIENCE_SECONDS, 10 * pass_seconds)
-        # When the step under way began, by the clock and in CPU time; None without a batch.
+        # When the current step began, by the clock and in CPU time; None without a batch.
         self._began: tuple[float, float] | None = None
         self._thread = 0  # the one that works on the batch
 
     @contextmanager
     def batch(self) -> Iterator[None]:
-        """A batch is in hand. What waits for readers of the log is no part of it."""
+        """A batch is being answered. Waiting for readers of the log is no part of it."""
         self._thread = threading.get_ident()
         self.step()
         try:
@@ -47,13 +47,13 @@ class Pulse:
             self._began = None
 
     def step(self) -> None:
-        """The batch gets on: an image is decoded, or a forward pass done."""
+        """The batch makes progress: an image is decoded, or a forward pass done."""
         self._began = monotonic(), process_time()
 
     def is_stuck(self) -> bool:
         """Whether the step takes too long, and not because the machine starves this process.
 
-        A starving one computes, and has not had the time on a core that it may have.
+        A starving process computes, and has not yet had its share of a core.
         """
         if (began := self._began) is None:
             return False
@@ -62,7 +62,7 @@ class Pulse:
         return seconds > self._patience and not starving
 
     def start(self) -> None:
-        """Beat from a thread of its own: the one of the metrics may wait for who reads them."""
+        """Beat from a thread of its own, because that of the metrics may wait for its readers."""
         try:
             self._file.touch()
         except OSError as exc:  # a worker that nobody watches is better than none
@@ -85,7 +85,7 @@ class Pulse:
                     logging.ERROR,
                     "worker_stuck",
                     pid=os.getpid(),
-                    message=f"a batch has not got on for {self._patience:.0f} s",
+                    message=f"a batch has made no progress for {self._patience:.0f} s",
                     cause="".join(traceback.format_stack(frame)) if frame else None,
                 )
 

@@ -39,7 +39,7 @@ def capabilities() -> list[str]:
 def computes_in(precision: str) -> bool:
     """Whether the CPU computes in it, within what the environment allows."""
     if precision == "bf16":
-        from handler.engines import has_bf16  # imports torch, which takes seconds
+        from handler.openvino_engine import has_bf16  # imports torch, which takes seconds
 
         return has_bf16()
     return precision == "fp32" or precision.upper() in capabilities()

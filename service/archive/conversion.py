@@ -6,9 +6,9 @@ import openvino
 import torch
 from torch import Tensor, nn
 
-from handler.engines import PixelsToProbabilities
 from handler.errors import InvalidModel
 from handler.model_card import InputTransform
+from handler.torch_engine import PixelsToProbabilities
 
 MAX_DIFFERENCE = 1e-3  # of any probability; another order of float32 operations gives about 1e-6
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from handler.engines import has_bf16
+from handler.openvino_engine import has_bf16
 from tests.server.colours import LABELS, encoded
 from tests.server.serving import ROOT, Server
 

@@ -16,7 +16,7 @@ import pytest
 import requests
 from PIL import Image
 
-from handler.engines import has_bf16
+from handler.openvino_engine import has_bf16
 from tests.server.colours import LABELS, encoded, picture
 from tests.server.serving import Server
 

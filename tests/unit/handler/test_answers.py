@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from handler import errors
-from handler.answers import best_classes, encode, failure, several, success
+from handler.answers import best_classes, combine, encode, failure, success
 from handler.errors import RequestError
 
 LABELS = ("heron", "crane", "crane", "owl")
@@ -99,7 +99,7 @@ def test_failure_says_what_is_wrong(name: str) -> None:
 )
 def test_several_images(codes: list[int], code: int, status: str) -> None:
     results = answered(*codes)
-    assert several(results) == (code, {"status": status, "results": results})
+    assert combine(results) == (code, {"status": status, "results": results})
 
 
 def test_answers_are_compact_utf8_json() -> None:

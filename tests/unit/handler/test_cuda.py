@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 import handler.cuda
 from handler.cuda import Cuda, fixed_sizes, fold_batch_norms
-from handler.engines import TorchEager, load_engine
+from handler.engines import load_engine
 from handler.errors import InvalidSettings
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
+from handler.torch_engine import TorchEager
 from tests.precisions import each
 from tests.unit.handler.test_engines import PICTURES, TRANSFORM, eager, pixels
 from tests.unit.tiny import make_model_dir, tiny_card, tiny_network
@@ -113,8 +114,8 @@ def test_folded_networks_compute_the_same(architecture: str) -> None:
     folded = fold_batch_norms(network, input_transform(recipe))
     images = torch.randn(2, 3, 224, 224)
     with torch.inference_mode():
-        given, wanted = folded(images).softmax(1), network(images).softmax(1)
-    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-5)
+        given, expected = folded(images).softmax(1), network(images).softmax(1)
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
     left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     had = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
     # In DenseNet half of the norms come before their convolution, and stay.
@@ -152,8 +153,8 @@ def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(Cuda, "_prepare", prepare)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300 * 2**20, 16384 * 2**20))
-    wanted = "max_forward is 6, .* 300 of 16384 MiB are free; set max_forward lower"
-    with pytest.raises(InvalidSettings, match=wanted) as caught:
+    expected = "max_forward is 6, .* 300 of 16384 MiB are free; set max_forward lower"
+    with pytest.raises(InvalidSettings, match=expected) as caught:
         cuda()
     assert caught.value.__cause__ is None
 
@@ -165,10 +166,10 @@ def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("precision", "off"), each(fp32=1e-3, fp16=0.01, bf16=0.05))
 def test_graphs_give_what_eager_gives(precision: str, off: float) -> None:
     engine = cuda(precision=precision, device="cuda:0")
-    wanted = eager().probabilities(pixels())
+    expected = eager().probabilities(pixels())
     for count in (1, 2, 3, 5):
         given = engine.probabilities(pixels()[:count])
-        torch.testing.assert_close(given, wanted[:count], rtol=0, atol=off)
+        torch.testing.assert_close(given, expected[:count], rtol=0, atol=off)
 
 
 @pytest.mark.gpu
@@ -176,9 +177,9 @@ def test_images_of_cpu_and_gpu_share_a_pass() -> None:
     engine, images = cuda(device="cuda:0"), pixels()
     mixed = [image.cuda() if place % 2 else image for place, image in enumerate(images)]
     wait, again = engine.launch(mixed), engine.launch([image.cuda() for image in images])
-    wanted = eager().probabilities(images)
-    torch.testing.assert_close(wait(), wanted, rtol=0, atol=1e-3)
-    torch.testing.assert_close(again(), wanted, rtol=0, atol=1e-3)
+    expected = eager().probabilities(images)
+    torch.testing.assert_close(wait(), expected, rtol=0, atol=1e-3)
+    torch.testing.assert_close(again(), expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.gpu
@@ -186,8 +187,8 @@ def test_passes_under_way_do_not_overwrite_each_other_on_a_gpu() -> None:
     engine, images = cuda(device="cuda:0"), pixels()
     waiting = [engine.launch([image]) for _ in range(20) for image in images]
     given = torch.cat([wait() for wait in waiting])
-    wanted = eager().probabilities(images).repeat(20, 1)
-    torch.testing.assert_close(given, wanted, rtol=0, atol=1e-3)
+    expected = eager().probabilities(images).repeat(20, 1)
+    torch.testing.assert_close(given, expected, rtol=0, atol=1e-3)
 
 
 @pytest.mark.gpu

@@ -26,11 +26,11 @@ from handler.decoders import (
     choose_decoder,
     is_plain_jpeg,
     nvjpeg,
-    to_inputs,
 )
 from handler.errors import InvalidSettings, UnreadableImage
-from handler.images import Picture, open_image, read_picture, to_input
+from handler.images import Picture, open_image, read_picture
 from handler.networks import get_recipe, input_transform
+from handler.resize import resize_and_crop, resize_and_crop_batch
 from handler.settings import Settings
 from tests.drawing import RED, encode, noise, plain, quarters, turned
 from tests.unit.tiny import RECIPE
@@ -96,10 +96,10 @@ def run(decoder: Decoder, images: Sequence[bytes]) -> list[Decoding]:
 def off(given: Picture | None, data: bytes) -> float:
     """Mean difference to the CPU's path, in levels of 255."""
     assert given is not None
-    wanted = read_picture(data, TRANSFORM, Settings())
-    assert given.size == wanted.size
-    assert (given.pixels.shape, given.pixels.dtype) == (wanted.pixels.shape, torch.uint8)
-    return (given.pixels.cpu().float() - wanted.pixels.float()).abs().mean().item()
+    expected = read_picture(data, TRANSFORM, Settings())
+    assert given.size == expected.size
+    assert (given.pixels.shape, given.pixels.dtype) == (expected.pixels.shape, torch.uint8)
+    return (given.pixels.cpu().float() - expected.pixels.float()).abs().mean().item()
 
 
 class Counting:
@@ -222,9 +222,9 @@ def test_images_of_one_size_are_resized_together(monkeypatch: pytest.MonkeyPatch
 
     def watched(images: Tensor, *args: object) -> Tensor:
         resized.append(len(images))
-        return to_inputs(images, TRANSFORM)
+        return resize_and_crop_batch(images, TRANSFORM)
 
-    monkeypatch.setattr(handler.decoders, "to_inputs", watched)
+    monkeypatch.setattr(handler.decoders, "resize_and_crop_batch", watched)
     wide, high = encode(noise((501, 343)), "JPEG"), encode(noise((343, 501)), "JPEG")
     run(on_gpu(), [wide, high, wide, turned(noise((501, 343)), 6, "JPEG"), high])
     assert sorted(resized) == [2, 3]
@@ -303,11 +303,11 @@ def test_floats_are_resized_as_bytes_are(size: tuple[int, int], recipe: str) -> 
     architecture = "resnet50" if recipe.startswith("ResNet") else "efficientnet_b0"
     transform = input_transform(get_recipe(architecture, recipe))
     pictures = [np.array(noise(size, seed=seed)) for seed in range(2)]
-    wanted = torch.stack([to_input(pixels, transform) for pixels in pictures])
+    expected = torch.stack([resize_and_crop(pixels, transform) for pixels in pictures])
     images = torch.stack([torch.from_numpy(pixels).permute(2, 0, 1) for pixels in pictures])
-    given = to_inputs(images, transform)
+    given = resize_and_crop_batch(images, transform)
     assert given.dtype == torch.uint8
-    difference = (given.float() - wanted.float()).abs()
+    difference = (given.float() - expected.float()).abs()
     assert difference.mean() < 0.01
     assert difference.max() <= 2
 
@@ -414,9 +414,9 @@ def test_chunks_behind_a_busy_stream_keep_their_pixels(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 def test_floats_on_a_gpu_are_resized_as_on_the_cpu() -> None:
     images = torch.from_numpy(np.array(noise((500, 375)))).permute(2, 0, 1)[None]
-    given = to_inputs(images.cuda(), replace(TRANSFORM, crop_size=200)).cpu()
-    wanted = to_inputs(images, replace(TRANSFORM, crop_size=200))
-    assert (given.float() - wanted.float()).abs().mean() < 0.01
+    given = resize_and_crop_batch(images.cuda(), replace(TRANSFORM, crop_size=200)).cpu()
+    expected = resize_and_crop_batch(images, replace(TRANSFORM, crop_size=200))
+    assert (given.float() - expected.float()).abs().mean() < 0.01
 
 
 @pytest.mark.gpu

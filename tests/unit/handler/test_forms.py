@@ -63,7 +63,7 @@ def test_files_of_one_name_are_as_many_images() -> None:
     )
     assert answer == ImageRequest(
         images=[JPEG, OTHER],
-        several=True,
+        wants_list=True,
         top_k=5,
         filenames=[f"{JPEG[:4]!r}", f"{OTHER[:4]!r}"],
     )

@@ -77,13 +77,13 @@ LARGE = re.compile(
 )
 def test_every_architecture_builds_as_its_default_recipe_says(architecture: str) -> None:
     recipe = get_recipe(architecture)
-    wanted = recipe.meta["num_params"]
+    expected = recipe.meta["num_params"]
     if architecture == "inception_v3":  # its recipe counts the auxiliary head
         with torch.device("meta"):
             whole = torchvision.models.inception_v3(aux_logits=True, init_weights=False)
-        wanted -= parameters(whole.AuxLogits)
+        expected -= parameters(whole.AuxLogits)
     network = build_empty(recipe, architecture, len(recipe.meta["categories"]))
-    assert parameters(network) == wanted
+    assert parameters(network) == expected
     assert not network.training
 
 
@@ -140,8 +140,8 @@ def test_transform_input_is_part_of_the_normalisation(architecture: str, on: boo
     preset, transform = recipe.transforms(), input_transform(recipe, transform_input=on)
     normalised = normalize(image, preset.mean, preset.std)
     with torch.no_grad():
-        wanted, given = theirs(normalised), ours(normalize(image, transform.mean, transform.std))
-    assert (given - wanted).abs().max() < 1e-4 * wanted.abs().max()
+        expected, given = theirs(normalised), ours(normalize(image, transform.mean, transform.std))
+    assert (given - expected).abs().max() < 1e-4 * expected.abs().max()
     # What reaches the first layer, because random weights lose what it differs by.
     seen = normalize(image, transform.mean, transform.std)
     assert torch.allclose(theirs._transform_input(normalised), seen, atol=1e-6)

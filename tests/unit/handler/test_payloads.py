@@ -61,7 +61,7 @@ def outcome(row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest 
 )
 def test_raw_body(kind: type, headers: dict[str, str]) -> None:
     request = read({"body": kind(JPEG)}, headers)
-    assert request == ImageRequest(images=[JPEG], several=False, top_k=5, filenames=[None])
+    assert request == ImageRequest(images=[JPEG], wants_list=False, top_k=5, filenames=[None])
     assert type(request.images[0]) is bytes
 
 
@@ -81,25 +81,25 @@ def test_raw_body_with_a_query() -> None:
 @pytest.mark.parametrize("part", ["file", "image", "data", "body"])
 def test_part_of_any_known_name(part: str) -> None:
     request = read({part: bytearray(JPEG)}, MULTIPART)
-    assert (request.images, request.several) == ([JPEG], False)
+    assert (request.images, request.wants_list) == ([JPEG], False)
 
 
 @pytest.mark.parametrize("part", ["file1", "image7", "data0", "body12"])
 def test_one_numbered_part_is_one_image(part: str) -> None:
     request = read({part: JPEG}, MULTIPART)
-    assert (request.images, request.several) == ([JPEG], False)
+    assert (request.images, request.wants_list) == ([JPEG], False)
 
 
 @pytest.mark.parametrize("parts", [("file1", "file2"), ("image", "file"), ("file2", "file1")])
 def test_several_parts_stay_in_the_order_sent(parts: tuple[str, str]) -> None:
     request = read(dict(zip(parts, (JPEG, OTHER), strict=True)), MULTIPART)
-    assert (request.images, request.several) == ([JPEG, OTHER], True)
+    assert (request.images, request.wants_list) == ([JPEG, OTHER], True)
 
 
 def test_options_beside_a_part() -> None:
     row = {"top_k": bytearray(b"2"), "file": JPEG, "filename": bytearray("Käfer.jpg".encode())}
     assert read(row, MULTIPART) == ImageRequest(
-        images=[JPEG], several=False, top_k=2, filenames=["Käfer.jpg"]
+        images=[JPEG], wants_list=False, top_k=2, filenames=["Käfer.jpg"]
     )
 
 
@@ -144,7 +144,7 @@ def test_json_in_any_form(form: str, headers: dict[str, str]) -> None:
         "text": text,
     }[form]
     assert read({"body": body}, headers) == ImageRequest(
-        images=[JPEG], several=False, top_k=3, filenames=["a.jpg"]
+        images=[JPEG], wants_list=False, top_k=3, filenames=["a.jpg"]
     )
 
 
@@ -166,7 +166,7 @@ def test_data_url_without_base64_is_refused(url: str) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_json_list_is_several_whatever_its_length(count: int) -> None:
     request = read({"body": {"images": [b64(JPEG)] * count}})
-    assert (request.images, request.several) == ([JPEG] * count, True)
+    assert (request.images, request.wants_list) == ([JPEG] * count, True)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""The requests of a batch and their images, on their way from bytes to answers.
+
+Images of the same bytes are one: decoded once, classified once, and the result or the error is that
+of every request which sent them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from handler.answers import Answer
+from handler.cache import Result, ResultCache
+from handler.decoders import Decoder, Decoding
+from handler.engine import Engine
+from handler.errors import RequestError
+from handler.failures import Failures
+from handler.images import PixelBudget, open_image
+from handler.payloads import ImageRequest
+from handler.pipeline import Timed, classify
+from handler.settings import Settings
+
+UNPROCESSED = "the image could not be processed"
+
+
+@dataclass(eq=False)
+class BatchImage:
+    """An image of a batch, for every request that sent these bytes."""
+
+    outcome: Result | RequestError | None = None  # None until it is classified or refused
+    decoding: Decoding | None = None  # None if it is cached, or was refused by its header
+    key: bytes | None = None  # of the result cache, if there is one
+    cached: bool = False  # the result is that of an earlier batch
+    request_ids: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Row:
+    """One request; each stage of the handler fills in its part."""
+
+    request_id: str
+    headers: Mapping[str, Any]  # names in lower case
+    request: ImageRequest | RequestError  # an error: refused as a whole, and without images
+    images: list[BatchImage] = field(default_factory=list)
+    results: list[Answer] = field(default_factory=list)  # one for each image
+    status: int = 0  # HTTP status of the answer
+    seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+    @property
+    def errors(self) -> list[RequestError]:
+        """Of the request as a whole, or of its images."""
+        if isinstance(self.request, RequestError):
+            return [self.request]
+        return [one.outcome for one in self.images if isinstance(one.outcome, RequestError)]
+
+    @property
+    def best(self) -> list[Answer]:
+        """The top-1 class of each image that was classified."""
+        return [one["predictions"][0] for one in self.results if one["status"] == "success"]
+
+
+class Batch:
+    """Collects the images of a batch, then classifies those that no cache knew."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        decoder: Decoder,
+        cache: ResultCache | None,
+        failures: Failures,
+        step: Callable[[], None],
+    ) -> None:
+        """`step` is called whenever an image or a forward pass is done."""
+        self._settings = settings
+        self._decoder = decoder
+        self._cache = cache
+        self._failures = failures
+        self._step = step
+        self._images: dict[bytes, BatchImage] = {}
+
+    def open_images(
+        self, images: Sequence[bytes | RequestError], request_id: str, *, use_cache: bool
+    ) -> list[BatchImage]:
+        """A request's images: their decoding has begun, or they have their outcome already."""
+        budget = PixelBudget(self._settings.max_image_pixels)
+        opened = []
+        for data in images:
+            try:
+                image = self._open(data, budget, use_cache)
+            except RequestError as error:
+                image = BatchImage(error)
+            except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
+                image = BatchImage(self._failures.report(UNPROCESSED, [request_id], bug))
+            if request_id not in image.request_ids:
+                image.request_ids.append(request_id)
+            opened.append(image)
+            self._step()
+        return opened
+
+    def _open(self, data: bytes | RequestError, budget: PixelBudget, use_cache: bool) -> BatchImage:
+        if isinstance(data, RequestError):
+            raise data
+        key = self._cache.key(data) if self._cache else data
+        if self._cache and use_cache and (result := self._cache.get(key)):
+            budget.spend(*result.size)
+            return BatchImage(result, cached=True)
+        if (known := self._images.get(key)) and known.decoding:
+            budget.spend(*known.decoding.size)
+            return known
+        decoding = self._decoder.start(open_image(data, self._settings, budget))
+        image = BatchImage(decoding=decoding, key=key if self._cache else None)
+        self._images[key] = image
+        return image
+
+    def classify(self, engine: Engine) -> float:
+        """Give every image its outcome, in forward passes that the requests share.
+
+        Returns the seconds in which nothing but decoding was waited for.
+        """
+        images = {image.decoding: image for image in self._images.values() if image.decoding}
+        decoded = Timed(self._decode(images))
+        for decodings, outcome in classify(decoded, engine):
+            self._step()
+            passed = [images[decoding] for decoding in decodings]
+            if isinstance(outcome, Exception):
+                request_ids = dict.fromkeys(chain(*(image.request_ids for image in passed)))
+                error = self._failures.error_of(outcome, list(request_ids), engine)
+                for image in passed:
+                    image.outcome = error
+            else:
+                for image, probabilities in zip(passed, outcome, strict=True):
+                    self._give_result(image, probabilities)
+        return decoded.seconds
+
+    def _decode(self, images: Mapping[Decoding, BatchImage]) -> Iterator[Decoding]:
+        """Each image's decoding as soon as it is over; one that failed is the image's outcome."""
+        for decoding in self._decoder.finish(list(images)):
+            self._step()
+            if error := decoding.error:
+                image = images[decoding]
+                if not isinstance(error, RequestError):  # a bug of ours
+                    error = self._failures.report(UNPROCESSED, image.request_ids, error)
+                image.outcome = error
+            yield decoding
+
+    def _give_result(self, image: BatchImage, probabilities: Tensor) -> None:
+        """`probabilities` is float32 [C]."""
+        if not torch.isfinite(probabilities).all():
+            message = "the model gave no finite probabilities"
+            image.outcome = self._failures.report(message, image.request_ids)
+        elif image.decoding and image.decoding.picture:
+            image.outcome = Result(image.decoding.picture.size, probabilities)
+            if self._cache and image.key:
+                self._cache.put(image.key, image.outcome)

@@ -1,0 +1,38 @@
+"""What the handler needs of any inference library."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class Engine(ABC):
+    """A model ready to run: images as uint8 pixels in, probabilities out.
+
+    Normalisation and softmax are the engine's business.
+    """
+
+    name: str  # library and precision, e.g. "torch-fp32"
+    precision: str
+    device: str  # "cpu" or "cuda:0"
+    max_forward: int  # images that one forward pass takes
+
+    @abstractmethod
+    def probabilities(self, images: Tensor) -> Tensor:
+        """uint8 RGB [B, 3, H, W] on the CPU -> float32 [B, C] on the CPU, each row summing to 1.
+
+        B is 1 to `max_forward`.
+        """
+
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+        """Begin a forward pass of images [3, H, W]; what is returned waits for `probabilities`.
+
+        An engine that computes on the CPU begins when it is waited for, because until then the
+        caller needs the cores itself.
+        """
+        return lambda: self.probabilities(torch.stack(list(images)))
+
+    def is_lost(self) -> bool:
+        """Whether nothing will ever run here again, asked after a failure."""
+        return False

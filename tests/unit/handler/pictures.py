@@ -1,0 +1,52 @@
+"""What tests of images share."""
+
+import struct
+
+import pytest
+from PIL import Image
+from torchvision.models import get_weight
+
+from handler.errors import RequestError
+from handler.images import Picture, decode_image, read_picture
+from handler.networks import input_transform
+from handler.settings import Settings
+
+TRANSFORM = input_transform(get_weight("MobileNet_V2_Weights.IMAGENET1K_V2"))
+
+
+def decode(data: bytes, **settings: int) -> Image.Image:
+    return Image.fromarray(decode_image(data, Settings(**settings)))
+
+
+def refusal(data: bytes, **settings: int) -> RequestError:
+    with pytest.raises(RequestError) as raised:
+        decode(data, **settings)
+    return raised.value
+
+
+def outcome(data: bytes, **settings: int) -> Picture | RequestError:
+    try:
+        return read_picture(data, TRANSFORM, Settings(**settings))
+    except RequestError as error:
+        return error
+
+
+def near(seen: object, expected: tuple[int, ...], by: int = 6) -> bool:
+    """Whether two colours are the same up to what JPEG does to them."""
+    return all(abs(a - b) <= by for a, b in zip(tuple(seen), expected, strict=True))
+
+
+def corners(image: Image.Image) -> list[object]:
+    """The colours in the centers of the four quarters."""
+    width, height = image.size
+    return [
+        image.getpixel((x, y))
+        for y in (height // 4, height * 3 // 4)
+        for x in (width // 4, width * 3 // 4)
+    ]
+
+
+def tiff(kind: int, count: int, value: bytes, entries: int = 1) -> bytes:
+    """A little-endian EXIF block whose only entry is the orientation."""
+    entry = struct.pack("<HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    return b"II*\0" + struct.pack("<IH", 8, entries) + entry + bytes(4)

@@ -1,0 +1,67 @@
+"""Resize and crop, against the recipe's own transforms."""
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.models import get_weight
+from torchvision.transforms import functional as F  # noqa: N812
+
+from handler.images import (
+    read_picture,
+)
+from handler.networks import input_transform
+from handler.settings import Settings
+from tests.drawing import (
+    encode,
+    noise,
+)
+
+RECIPES = (
+    "MobileNet_V2_Weights.IMAGENET1K_V1",
+    "MobileNet_V2_Weights.IMAGENET1K_V2",
+    "ResNet50_Weights.IMAGENET1K_V2",
+    "EfficientNet_B1_Weights.IMAGENET1K_V1",
+    "Inception_V3_Weights.IMAGENET1K_V1",
+    "ViT_B_16_Weights.IMAGENET1K_SWAG_E2E_V1",
+    "ViT_B_16_Weights.IMAGENET1K_SWAG_LINEAR_V1",
+)
+
+
+def assert_pixels_are_those_of(name: str, image: Image.Image) -> None:
+    """To a fiftieth of a level on average, two at most: each rounds twice, in its own way."""
+    recipe = get_weight(name)
+    transform = input_transform(recipe)
+    ours = read_picture(encode(image), transform, Settings()).pixels.float()
+    mean = torch.tensor(transform.mean).view(3, 1, 1)
+    std = torch.tensor(transform.std).view(3, 1, 1)
+    expected = (recipe.transforms()(image) * std + mean) * 255
+    difference = (ours - expected).abs()
+    assert difference.mean() < 0.02
+    assert difference.max() < 2.01
+
+
+@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("size", [(500, 375), (90, 640), (33, 57)], ids=str)
+def test_pixels_are_those_of_the_recipe(name: str, size: tuple[int, int]) -> None:
+    assert_pixels_are_those_of(name, noise(size))
+
+
+@pytest.mark.parametrize("size", [(1000, 40), (10, 400)], ids=str)
+def test_pixels_of_a_strip_are_those_of_the_recipe(size: tuple[int, int]) -> None:
+    """Of which the recipe takes the middle, after resizing all of it."""
+    assert_pixels_are_those_of("MobileNet_V2_Weights.IMAGENET1K_V1", noise(size))
+
+
+@pytest.mark.parametrize("short", [320, 448, 576])
+def test_ratios_with_many_ties_are_rounded_as_the_recipe_does(short: int) -> None:
+    recipe = get_weight("MobileNet_V2_Weights.IMAGENET1K_V1")
+    image = noise((short + 100, short))
+    ours = read_picture(encode(image), input_transform(recipe), Settings()).pixels
+    resized = F.center_crop(F.resize(image, [256], antialias=True), [224])
+    assert torch.equal(ours, F.pil_to_tensor(resized))
+
+
+def test_recipes_differ_in_their_numbers() -> None:
+    """V1 weights resize to 256, V2 to 232: a constant of ours would be wrong for one of them."""
+    v1, v2 = (input_transform(get_weight(name)) for name in RECIPES[:2])
+    assert (v1.resize_size, v2.resize_size) == (256, 232)

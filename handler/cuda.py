@@ -148,16 +148,6 @@ def fixed_sizes(largest: int) -> list[int]:
     return [*(2**power for power in range(largest.bit_length()) if 2**power < largest), largest]
 
 
-def choose_precision(wanted: str, device: str) -> str:
-    """bf16 where the GPU computes in it (since Ampere), else fp16. Raises InvalidSettings."""
-    bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    if wanted == "bf16" and not bf16:
-        raise InvalidSettings("precision is bf16, and this GPU does not compute in bf16")
-    if wanted == "auto":
-        return "bf16" if bf16 else "fp16"
-    return wanted
-
-
 @torch.no_grad()  # not inference_mode, which would mark the folded weights for ever
 def fold_batch_norms(network: nn.Module, transform: InputTransform) -> nn.Module:
     """The network with each batch norm that follows a convolution inside of that convolution.

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from handler.errors import InvalidModel, InvalidSettings
+from handler.errors import InvalidModel
 from handler.machine import available_cores
 from handler.model_card import (
     INT8_FILE,
@@ -23,6 +23,7 @@ from handler.model_card import (
     InputTransform,
     ModelCard,
 )
+from handler.selection import Hardware, select
 from handler.settings import Settings
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -173,16 +174,13 @@ def has_bf16() -> bool:
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
-def choose_device(settings: Settings, gpu_id: int | None) -> str:
-    """The device of a worker: TorchServe's `gpu_id` where there is one and it is wanted.
-
-    Raises InvalidSettings where a GPU is demanded and there is none.
-    """
-    if settings.device != "cpu" and torch.cuda.is_available():
-        return f"cuda:{gpu_id or 0}"
-    if settings.device == "cuda":
-        raise InvalidSettings("device is cuda, and torch sees no GPU here")
-    return "cpu"
+def find_hardware(gpu_id: int | None = None) -> Hardware:
+    """What this machine computes on; `gpu_id` is the GPU that TorchServe gave the worker."""
+    if not torch.cuda.is_available():
+        return Hardware(cpu_bf16=has_bf16())
+    gpu = gpu_id or 0
+    capability = torch.cuda.get_device_capability(gpu)
+    return Hardware(gpu=gpu, capability=capability, cpu_bf16=has_bf16())
 
 
 def load_engine(
@@ -194,50 +192,29 @@ def load_engine(
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 
-    `workers` is the number of processes that share the cores. Raises InvalidSettings or
-    InvalidModel, and RuntimeError where the archive's tensors do not fit its architecture
+    `gpu_id` is the GPU that TorchServe gave this worker, and `workers` the number of processes that
+    share the cores. Raises InvalidSettings or
+    InvalidModel, and RuntimeError if the archive's tensors do not fit its architecture
     (packaging checked that).
     """
-    device = choose_device(settings, gpu_id)
+    converted = (model_dir / OPENVINO_FILE).exists()
+    chosen = select(
+        settings, find_hardware(gpu_id), converted=converted, int8=card.int8 is not None
+    )
     threads = settings.threads or max(1, available_cores() // max(1, workers))
     torch.set_num_threads(threads)  # for decoding as well
-    converted = (model_dir / OPENVINO_FILE).exists()
-    engine = settings.engine
-    if engine == "auto":
-        engine = "cuda" if device != "cpu" else "openvino" if converted else "torch"
-    if engine == "cuda" and device == "cpu":
-        raise InvalidSettings("engine is cuda, which runs on a GPU, and device is cpu")
-    if engine == "openvino" and device != "cpu":
-        raise InvalidSettings(f"engine is openvino, which runs on a CPU, and device is {device}")
-    if settings.precision == "fp16" and device == "cpu":
-        raise InvalidSettings("precision is fp16, which only GPUs compute in")
-    if engine in ("cuda", "torch"):
-        if settings.precision == "int8":
-            raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
-        max_forward = settings.max_forward or MAX_FORWARD[device.partition(":")[0]]
-        network = _load_network(card, model_dir)
-        if engine == "cuda":
-            from handler.cuda import Cuda, choose_precision  # what it imports only GPUs need
+    if chosen.engine == "openvino":
+        model_file = model_dir / (INT8_FILE if chosen.precision == "int8" else OPENVINO_FILE)
+        large = model_file.with_suffix(".bin").stat().st_size > LARGE_MODEL
+        max_forward = settings.max_forward or (1 if large else MAX_FORWARD["cpu"])
+        return OpenVino(model_file, chosen.precision, threads, max_forward)
+    max_forward = settings.max_forward or MAX_FORWARD[chosen.device.partition(":")[0]]
+    network = _load_network(card, model_dir)
+    if chosen.engine == "cuda":
+        from handler.cuda import Cuda  # what it imports only GPUs need
 
-            precision = choose_precision(settings.precision, device)
-            return Cuda(network, card.transform, precision, device, max_forward)
-        precision = "fp32" if settings.precision == "auto" else settings.precision
-        return TorchEager(network, card.transform, precision, device, max_forward)
-    if not converted:
-        raise InvalidModel("the archive was packaged for torch alone: package it for openvino")
-    precision = settings.precision
-    if precision == "auto":
-        precision = "int8" if card.int8 else "bf16" if has_bf16() else "fp32"
-    if precision == "int8" and not card.int8:
-        raise InvalidSettings(
-            "precision is int8, and the archive has no int8 model: package it with --calibration"
-        )
-    if precision == "bf16" and not has_bf16():
-        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
-    model_file = model_dir / (INT8_FILE if precision == "int8" else OPENVINO_FILE)
-    large = model_file.with_suffix(".bin").stat().st_size > LARGE_MODEL
-    max_forward = settings.max_forward or (1 if large else MAX_FORWARD["cpu"])
-    return OpenVino(model_file, precision, threads, max_forward)
+        return Cuda(network, card.transform, chosen.precision, chosen.device, max_forward)
+    return TorchEager(network, card.transform, chosen.precision, chosen.device, max_forward)
 
 
 def _load_network(card: ModelCard, model_dir: Path) -> nn.Module:

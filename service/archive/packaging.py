@@ -19,10 +19,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torchvision.models import WeightsEnum
 
-from handler.engines import choose_device, has_bf16
+from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.model_card import CARD_FILE, INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.networks import empty_network, get_recipe, input_transform, load_state
+from handler.selection import select
 from handler.settings import Settings
 from service.archive.calibration import read_calibration
 from service.archive.conversion import check_answers, to_openvino
@@ -87,9 +88,10 @@ def package(model: str, options: Namespace, out_dir: Path) -> Path:
     transform = input_transform(recipe)
     config = model_config(model, options)
     settings = Settings.load(config["handler"])
-    choose_device(settings, gpu_id=None)
-    for_openvino = has_openvino(config) and settings.engine in ("auto", "openvino")  # environment
-    check_precision(settings, options, for_openvino)
+    for_openvino = has_openvino(config)
+    if options.calibration and not (for_openvino and settings.engine in ("auto", "openvino")):
+        raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
+    select(settings, find_hardware(), converted=for_openvino, int8=bool(options.calibration))
     labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
     check_limits(settings, config, labels, read_config())
     calibration = None
@@ -207,26 +209,6 @@ def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Sourc
             flush=True,
         )
         return find_weights("untrained", recipe, model)
-
-
-def check_precision(settings: Settings, options: Namespace, for_openvino: bool) -> None:
-    """Raise InvalidSettings for a precision that cannot be packaged, or served here."""
-    if options.calibration and not for_openvino:
-        raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
-    on_cpu = choose_device(settings, gpu_id=None) == "cpu"
-    if settings.engine == "openvino" and not on_cpu:
-        raise InvalidSettings("engine is openvino, which runs on a CPU: --device cpu")
-    if on_cpu:
-        if settings.engine == "cuda":
-            raise InvalidSettings("engine is cuda, which runs on a GPU, and there is none here")
-        if settings.precision == "fp16":
-            raise InvalidSettings("precision is fp16, which only GPUs compute in")
-    if settings.precision == "int8" and not (for_openvino and on_cpu):
-        raise InvalidSettings("precision is int8, which only the engine openvino has, on a CPU")
-    if settings.precision == "int8" and not options.calibration:
-        raise InvalidSettings("precision is int8, which needs images: --calibration DIR")
-    if settings.precision == "bf16" and for_openvino and on_cpu and not has_bf16():
-        raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
 
 
 def _archive(

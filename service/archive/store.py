@@ -21,11 +21,13 @@ import yaml
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.machine import available_cores, has_gpu
 from handler.model_card import CARD_FILE, UNTRAINED, ModelCard, WeightsFacts
+from handler.rules import check_mapping
+from handler.selection import Hardware, select
 from handler.settings import Settings
 from service.options import DEFAULT_VERSION
 from service.torchserve.server import (
     CONFIG_FILE,
-    MODEL_CONFIG_KEYS,
+    MODEL_CONFIG,
     ROOT,
     dump_config,
     read_config,
@@ -56,14 +58,11 @@ def find_current(model: str, options: Namespace, store: Path) -> Path | None:
     weights = _expected_weights(model, options.weights, card)
     if weights is None or not (weights.trained or settings.allow_untrained):
         return None
-    # What only the environment says is not in the digest, so packaging has not checked it.
-    packaged = Settings.load(config["handler"], {})
-    if (settings.engine, settings.precision) != (packaged.engine, packaged.precision):
-        return None
-    # bf16 and fp16: not every machine computes in them.
-    if settings.precision in ("bf16", "fp16") or (settings.precision == "int8" and not card.int8):
-        return None
-    if "cuda" in (settings.device, settings.engine) and not has_gpu():
+    # Whether CPU and GPU compute in bf16 only packaging can tell; here they do not.
+    hardware = Hardware(gpu=0 if has_gpu() else None)
+    try:
+        select(settings, hardware, converted=has_openvino(config), int8=card.int8 is not None)
+    except SetupError:
         return None
     try:
         current = card.inputs_sha256 == digest(model, options, config, weights)
@@ -314,25 +313,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         reason = " ".join(str(exc).split())
         raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
-    if not isinstance(content, dict):
-        raise InvalidSettings(f"{path.name} must be a mapping of settings, got {content!r}")
-    for key, value in content.items():
-        if key not in MODEL_CONFIG_KEYS:
-            known = ", ".join(sorted(MODEL_CONFIG_KEYS))
-            raise InvalidSettings(f"{path.name}: {key} is unknown; known: {known}")
-        if key == "handler":
-            if not isinstance(value, dict | None):
-                raise InvalidSettings(
-                    f"{path.name}: handler must be a mapping of settings, got {value!r}"
-                )
-        elif key == "deviceIds":
-            if not isinstance(value, list) or not all(type(number) is int for number in value):
-                raise InvalidSettings(f"{path.name}: deviceIds must be a list, got {value!r}")
-        elif type(value) is not int or value < 1:  # TorchServe takes maxBatchDelay 0 for 100 ms
-            raise InvalidSettings(
-                f"{path.name}: {key} must be a whole number, 1 or more, got {value!r}"
-            )
-    return content
+    try:
+        return check_mapping(MODEL_CONFIG, content)
+    except InvalidSettings as exc:
+        raise InvalidSettings(f"{path.name}: {exc}") from exc
 
 
 def check_limits(

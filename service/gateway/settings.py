@@ -5,31 +5,19 @@ import os
 import re
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
+from handler.environment import platform_variables
 from handler.errors import InvalidSettings, SetupError
+from handler.rules import check, from_environment, setting
 from handler.settings import PREFIX as HANDLER_PREFIX
-from handler.settings import own_variables, platform_variables
 from service.logs import Log
 
 PREFIX = "GATEWAY_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a model, or a client
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
-
-# setting: lowest and highest
-RANGES = {
-    "port": (1, 65535),
-    "rate": (0, 1_000_000),
-    "burst": (0, 1_000_000),
-    "max_concurrent": (1, 100_000),
-    "max_concurrent_per_client": (1, 100_000),
-    "max_body_bytes": (1, 2**30),
-    "client_timeout_seconds": (1, 3600),
-    "body_timeout_seconds": (1, 3600),
-    "response_timeout_seconds": (1, 3600),
-}
 
 
 @dataclass(frozen=True)
@@ -46,30 +34,62 @@ class GatewaySettings:
     """Texts and numbers as the environment gives them; a value that breaks its rule raises
     InvalidSettings."""
 
-    host: str = "127.0.0.1"  # an address of this machine, 0.0.0.0 for all
-    port: int = 8000
-    upstreams: str = "127.0.0.1:8080"  # TorchServe's predictions: HOST:PORT[,HOST:PORT…]
-    management: str = "127.0.0.1:8081"  # TorchServe's management, for /health and /info
-    models: str = "mobilenet_v2"  # NAME[,NAME…]: the first answers /predict, all make /health
-    split: str = ""  # VERSION=PERCENT,… of the first model's clients; "": its default version
-    keys: str = ""  # a file, or off; "": off on loopback, else an error
-    tls_certificate: str = ""  # PEM files; both or neither
-    tls_key: str = ""
-    rate: int = 200  # requests a second of one client; 0: no limit
-    burst: int = 400  # requests that a client may be ahead of its rate
-    max_concurrent: int = 256  # requests under way
-    max_concurrent_per_client: int = 64
-    max_body_bytes: int = 16 * 2**20  # as max_request_size in config.properties
-    client_timeout_seconds: int = 10  # for the headers, and between two pieces of a body
-    body_timeout_seconds: int = 60  # for a whole body
-    response_timeout_seconds: int = 60  # of a prediction
-    metrics_allow: str = "127.0.0.1,::1"  # addresses or networks that may read /metrics
+    host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
+    port: int = setting(8000, "port of the gateway", low=1, high=65535)
+    upstreams: str = setting(
+        "127.0.0.1:8080",
+        "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses",
+    )
+    management: str = setting(
+        "127.0.0.1:8081", "their management addresses, for `/health` and `/info`"
+    )
+    models: str = setting(
+        "mobilenet_v2",
+        "names with commas between; the first answers `/predict`, `/health` needs all",
+    )
+    split: str = setting(
+        "",
+        "versions of the first model and their share of the clients in percent: `1.0=90,2.0=10`; "
+        "empty: its default version",
+    )
+    keys: str = setting(
+        "", "the keys file, or `off`; empty: off on loopback, and an error on other addresses"
+    )
+    tls_certificate: str = setting("", "PEM file with the certificate and its chain")
+    tls_key: str = setting("", "PEM file with its key")
+    rate: int = setting(200, "requests a second of one client; 0: no limit", low=0, high=1_000_000)
+    burst: int = setting(
+        400, "requests that a client may be ahead of its rate", low=0, high=1_000_000
+    )
+    max_concurrent: int = setting(
+        256,
+        "requests under way, of all clients; one whose body is still on its way does not count",
+        low=1,
+        high=100_000,
+    )
+    max_concurrent_per_client: int = setting(
+        64, "requests under way, of one client", low=1, high=100_000
+    )
+    max_body_bytes: int = setting(
+        16 * 2**20,
+        "bytes of a request; not above `max_request_size` in `config.properties`",
+        low=1,
+        high=2**30,
+    )
+    client_timeout_seconds: int = setting(
+        10, "for a request's headers, and between two pieces of its body", low=1, high=3600
+    )
+    body_timeout_seconds: int = setting(60, "for a whole body", low=1, high=3600)
+    response_timeout_seconds: int = setting(
+        60,
+        "for TorchServe's answer; with several replicas, a second try included",
+        low=1,
+        high=3600,
+    )
+    metrics_allow: str = setting("127.0.0.1,::1", "addresses or networks that may read `/metrics`")
 
     def __post_init__(self) -> None:
-        for name, (low, high) in RANGES.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise _invalid(name, f"must be {low} to {high}", value)
+        check(self, _variable)
         if not _is_address(self.host):
             raise _invalid("host", "must be an IP address", self.host)
         for name in ("upstreams", "management"):
@@ -99,20 +119,7 @@ class GatewaySettings:
     @classmethod
     def load(cls, environ: Mapping[str, str] = os.environ) -> "GatewaySettings":
         """Settings from the environment. Raises InvalidSettings: the name, the rule, the value."""
-        known = {spec.name: spec for spec in fields(cls)}
-        values: dict[str, str | int] = {}
-        for name, text in own_variables(environ, PREFIX).items():
-            key = name[len(PREFIX) :].lower()
-            if key not in known or name != name.upper():
-                names = ", ".join(PREFIX + key.upper() for key in known)
-                raise InvalidSettings(f"{name} is unknown; known: {names}")
-            if known[key].type is int:
-                if not re.fullmatch(r"-?[0-9]{1,18}", text):
-                    raise _invalid(key, "must be a whole number", text)
-                values[key] = int(text)
-            else:
-                values[key] = text
-        return cls(**values)  # type: ignore[arg-type]
+        return cls(**from_environment(cls, PREFIX, environ))
 
     @property
     def on_loopback(self) -> bool:
@@ -246,4 +253,8 @@ def _check_file(name: str, text: str) -> None:
 
 
 def _invalid(name: str, rule: str, value: object) -> InvalidSettings:
-    return InvalidSettings(f"{PREFIX}{name.upper()} {rule}, got {value!r}")
+    return InvalidSettings(f"{_variable(name)} {rule}, got {value!r}")
+
+
+def _variable(name: str) -> str:
+    return f"{PREFIX}{name.upper()}"

@@ -24,6 +24,7 @@ from service.scaling.workers import (
     find_spaces,
     mebibytes,
 )
+from service.tables import text_table
 from service.torchserve.server import read_config, usable_gpus
 
 POLL_SECONDS = 0.5
@@ -171,13 +172,12 @@ def wait_until_ready(model: Model, wanted: int, seconds: float) -> State:
 
 def table(workers: Sequence[Worker]) -> str:
     """The workers for people."""
-    rows = [("worker", "pid", "device", "memory", "state")]
-    for worker in workers:
-        memory = mebibytes(worker.memory) if worker.memory else "-"
-        rows.append((worker.id, str(worker.pid), worker.device, memory, worker.status))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
-    return "\n".join(lines)
+    headings = ("worker", "pid", "device", "memory", "state")
+    rows = [
+        (w.id, w.pid, w.device, mebibytes(w.memory) if w.memory else None, w.status)
+        for w in workers
+    ]
+    return "\n".join(text_table(headings, rows, left=range(len(headings))))
 
 
 def spaces_of(state: State) -> list[Space]:

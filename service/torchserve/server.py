@@ -23,6 +23,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
+from handler.rules import Rule
 from service.guardian import Guardian
 from service.torchserve.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
 from service.torchserve.watchdog import Hung, Watchdog
@@ -67,12 +68,12 @@ CONFIG_KEYS = frozenset(
 # What handler/configs/*.yaml may say, of what org.pytorch.serve.archive.model.ModelConfig reads.
 # Not workers and device, which are options, nor clientTimeoutInMills, which leaves clients without
 # an answer, nor what is for other kinds of models. TorchServe does not read `handler`: it is ours.
-MODEL_CONFIG_KEYS = frozenset(
+MODEL_CONFIG = dict.fromkeys(
     """
     batchSize maxBatchDelay responseTimeout startupTimeout maxRetryTimeoutInSec jobQueueSize
-    deviceIds handler
-    """.split()
-)
+    """.split(),
+    Rule(type=int, low=1),  # TorchServe takes maxBatchDelay 0 for 100 ms
+) | {"deviceIds": Rule(type=list[int]), "handler": Rule(type=dict | None)}
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,14 @@ It goes over handler/configs/*.yaml. Options and the environment go over it, and
 
 import os
 from argparse import Namespace
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any, get_origin
 
 import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model
+from handler.rules import build, setting
 from handler.settings import PREFIX, Settings
 from service.options import RANGES
 from service.torchserve.server import read_config, read_path
@@ -26,9 +26,9 @@ class TunedOptions:
 
     device: str
     precision: str
-    workers: int
-    batch_size: int
-    max_batch_delay_ms: int
+    workers: int = setting(MISSING, "", *RANGES["workers"])
+    batch_size: int = setting(MISSING, "", *RANGES["batch_size"])
+    max_batch_delay_ms: int = setting(MISSING, "", *RANGES["max_batch_delay_ms"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,7 @@ def read_tuned(path: Path, model: str) -> Tuned:
     except (yaml.YAMLError, UnicodeDecodeError) as exc:
         raise InvalidSettings(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
     try:
-        tuned: Tuned = _build(Tuned, content, "")
-        for name, (low, high) in RANGES.items():
-            value = getattr(tuned.options, name)
-            if not low <= value <= high:
-                raise InvalidSettings(f"options.{name} must be {low} to {high}, got {value!r}")
+        tuned = build(Tuned, content)
         device, precision = tuned.options.device, tuned.options.precision
         Settings(device=device, precision=precision, **asdict(tuned.handler))
     except InvalidSettings as exc:
@@ -152,30 +148,3 @@ def describe_differences(model: str, options: Namespace) -> list[str]:
 def _is_given(value: object) -> bool:
     """Whether an option says something: its default is None, or "auto" where that is a choice."""
     return value not in (None, "auto")
-
-
-def _build(kind: type[Any], content: Any, name: str) -> Any:
-    """A dataclass out of YAML that has exactly its keys, of their types. Raises InvalidSettings."""
-    known: dict[str, Any] = {spec.name: spec.type for spec in fields(kind)}
-    if not isinstance(content, dict):
-        raise InvalidSettings(
-            f"{name or 'the file'} must be a mapping of {', '.join(known)}, got {content!r}"
-        )
-    prefix = f"{name}." if name else ""
-    for key in content:
-        if key not in known:
-            raise InvalidSettings(f"{prefix}{key} is unknown; known: {', '.join(known)}")
-    values = {}
-    for key, wanted in known.items():
-        if key not in content:
-            raise InvalidSettings(f"{prefix}{key} is missing")
-        value = content[key]
-        if is_dataclass(known[key]):
-            values[key] = _build(wanted, value, prefix + key)
-            continue
-        plain = dict if get_origin(wanted) is dict else wanted
-        if isinstance(value, bool) or not isinstance(value, plain):
-            rule = getattr(plain, "__name__", str(plain))
-            raise InvalidSettings(f"{prefix}{key} must be {rule}, got {value!r}")
-        values[key] = value
-    return kind(**values)

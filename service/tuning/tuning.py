@@ -25,9 +25,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from handler.engines import MAX_FORWARD, has_bf16
+from handler.engines import MAX_FORWARD, find_hardware
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model, has_gpu
+from handler.selection import Hardware, select
 from handler.settings import PREFIX, Settings
 from service.archive.store import model_config
 from service.options import add_model_options, check_model_options, number, package_argv
@@ -47,6 +48,11 @@ READY_SECONDS = 900  # packaging included, which for int8 measures accuracy
 WARMUP_SECONDS = 1.0  # before each measurement
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 DELAYS_MS = (1, 2, 5, 10)
+CANDIDATES = (  # engines and precisions, the likely winner first
+    *(("cuda", precision) for precision in ("bf16", "fp16", "fp32")),
+    *(("openvino", precision) for precision in ("bf16", "fp32", "int8")),
+    ("torch", "fp32"),
+)
 FORWARDS = (1, 2, 4, 8, 16, 32)
 BAR = "{desc}: {n_fmt}/{total_fmt} |{bar}| {elapsed}, {remaining} left{postfix}"
 # What is tried, and would be the same for every configuration if the environment said it.
@@ -358,16 +364,21 @@ def read_reason(text: str) -> str | None:
     return None
 
 
-def possible_engines(device: str, calibrated: bool) -> list[tuple[str, str]]:
-    """Engines with the precisions in which they run here, as (engine, precision)."""
-    bf16 = has_bf16()
-    if device == "cuda":
-        return [("cuda", "bf16"), ("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
-    openvino = [("bf16", bf16), ("fp32", True), ("int8", calibrated)]
-    torch = [("fp32", True), ("bf16", bf16)]
-    return [("openvino", name) for name, possible in openvino if possible] + [
-        ("torch", name) for name, possible in torch if possible
+def possible_engines(device: str, calibrated: bool, hardware: Hardware) -> list[tuple[str, str]]:
+    """The engines and precisions that run here, as (engine, precision)."""
+    return [
+        (engine, precision)
+        for engine, precision in CANDIDATES
+        if _runs(Settings(device=device, engine=engine, precision=precision), calibrated, hardware)
     ]
+
+
+def _runs(settings: Settings, calibrated: bool, hardware: Hardware) -> bool:
+    try:
+        select(settings, hardware, converted=True, int8=calibrated)
+    except InvalidSettings:
+        return False
+    return True
 
 
 def start_and_axes(
@@ -378,7 +389,7 @@ def start_and_axes(
     Raises InvalidSettings where nothing is left to try.
     """
     calibrated = bool(getattr(args, "calibration", None))
-    engines = possible_engines(device, calibrated)
+    engines = possible_engines(device, calibrated, find_hardware())
     if args.precision != "auto":
         engines = [pair for pair in engines if pair[1] == args.precision]
     if not engines:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import handler.cuda
-from handler.cuda import Cuda, choose_precision, fixed_sizes, fold_batch_norms
+from handler.cuda import Cuda, fixed_sizes, fold_batch_norms
 from handler.engines import TorchEager, load_engine
 from handler.errors import InvalidSettings
 from handler.networks import build_network, get_recipe, input_transform
@@ -143,29 +143,7 @@ def test_a_fold_that_changes_the_answers_is_not_taken(monkeypatch: pytest.Monkey
     assert fold_batch_norms(network, TRANSFORM) is network
 
 
-# --- Precision and memory
-
-
-@pytest.mark.parametrize(
-    ("wanted", "bf16", "chosen"),
-    [
-        ("auto", True, "bf16"),
-        ("auto", False, "fp16"),
-        ("fp32", True, "fp32"),
-        ("fp16", True, "fp16"),
-        ("bf16", True, "bf16"),
-    ],
-)
-def test_precision(monkeypatch: pytest.MonkeyPatch, wanted: str, bf16: bool, chosen: str) -> None:
-    capability = (8, 0) if bf16 else (7, 5)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert choose_precision(wanted, "cuda:0") == chosen
-
-
-def test_bf16_without_a_gpu_for_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    with pytest.raises(InvalidSettings, match="this GPU does not compute in bf16"):
-        choose_precision("bf16", "cuda:0")
+# --- Memory
 
 
 def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision.transforms import functional as F  # noqa: N812
 
-from handler.engines import Engine, OpenVino, TorchEager, choose_device, has_bf16, load_engine
-from handler.errors import InvalidModel, InvalidSettings
+from handler.engines import Engine, OpenVino, TorchEager, find_hardware, has_bf16, load_engine
+from handler.errors import InvalidModel
 from handler.images import to_input
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
 from handler.networks import input_transform
+from handler.selection import Hardware
 from handler.settings import Settings
 from tests.drawing import BLUE, GREEN, RED, noise, plain, quarters
 from tests.precisions import each
@@ -201,10 +202,7 @@ def test_max_forward_of_the_settings(converted: Path) -> None:
 
 
 def test_an_archive_for_torch_alone_runs_on_torch(tmp_path: Path) -> None:
-    folder = make_model_dir(tmp_path)
-    assert load(folder).name == "torch-fp32"
-    with pytest.raises(InvalidModel, match="was packaged for torch alone"):
-        load(folder, engine="openvino")
+    assert load(make_model_dir(tmp_path)).name == "torch-fp32"
 
 
 def test_int8_is_taken_where_the_archive_has_it(converted: Path, tmp_path: Path) -> None:
@@ -217,13 +215,6 @@ def test_int8_is_taken_where_the_archive_has_it(converted: Path, tmp_path: Path)
     assert load(tmp_path, card).name == "openvino-int8"
     assert load(tmp_path, card, precision="int8").name == "openvino-int8"
     assert load(tmp_path, card, precision="fp32").name == "openvino-fp32"
-
-
-def test_int8_without_calibration_is_refused(converted: Path) -> None:
-    with pytest.raises(InvalidSettings, match="package it with --calibration"):
-        load(converted, precision="int8")
-    with pytest.raises(InvalidSettings, match="which only the engine openvino has"):
-        load(converted, precision="int8", engine="torch")
 
 
 class CoreOnBf16:
@@ -255,21 +246,6 @@ def test_bf16_that_onednn_may_not_use_is_not_taken(
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert has_bf16.__wrapped__() is used
-
-
-def test_bf16_without_a_cpu_for_it_is_refused(
-    converted: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("handler.engines.has_bf16", lambda: False)
-    with pytest.raises(InvalidSettings, match="this CPU does not compute in bf16"):
-        load(converted, precision="bf16")
-    assert load(converted).name == "openvino-fp32"
-
-
-def test_openvino_on_a_gpu_is_refused(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(InvalidSettings, match="and device is cuda:0"):
-        load(converted, engine="openvino", device="auto")
 
 
 def test_openvino_needs_no_torchvision(converted: Path) -> None:
@@ -323,51 +299,23 @@ def test_workers_share_the_cores(
     assert torch.get_num_threads() == used
 
 
-# --- Devices and precisions
+# --- The machine
 
 
 @NO_GPU
-def test_cuda_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    settings = Settings(device="cuda")
-    with pytest.raises(InvalidSettings, match="device is cuda, and torch sees no GPU here"):
-        load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=1)
+def test_a_gpu_that_torch_does_not_see_is_none() -> None:
+    assert find_hardware(0) == find_hardware() == Hardware(cpu_bf16=has_bf16())
 
 
-@pytest.mark.parametrize(
-    ("device", "gpus", "gpu_id", "chosen"),
-    [
-        ("auto", True, None, "cuda:0"),
-        ("auto", True, 0, "cuda:0"),
-        ("auto", True, 3, "cuda:3"),
-        ("auto", False, None, "cpu"),
-        ("auto", False, 0, "cpu"),
-        ("cpu", True, 1, "cpu"),
-        ("cpu", False, None, "cpu"),
-        ("cuda", True, None, "cuda:0"),
-        ("cuda", True, 1, "cuda:1"),
-    ],
-)
-def test_device_of_a_worker(
-    monkeypatch: pytest.MonkeyPatch, device: str, gpus: bool, gpu_id: int | None, chosen: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
-    assert choose_device(Settings(device=device), gpu_id) == chosen
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpu_id", [None, 0])
+def test_the_gpu_of_a_worker(gpu_id: int | None) -> None:
+    hardware = find_hardware(gpu_id)
+    assert hardware.gpu == 0
+    assert hardware.capability >= (7, 0)
 
 
-@NO_GPU
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"engine": "cuda"}, "engine is cuda, which runs on a GPU, and device is cpu"),
-        ({"precision": "fp16"}, "precision is fp16, which only GPUs compute in"),
-        ({"precision": "fp16", "engine": "torch"}, "precision is fp16, which only GPUs compute in"),
-    ],
-)
-def test_what_only_gpus_have_is_refused_without_one(
-    converted: Path, settings: dict[str, str], message: str
-) -> None:
-    with pytest.raises(InvalidSettings, match=message):
-        load(converted, **settings)
+# --- One interface
 
 
 def test_a_launch_is_the_same_as_a_call() -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from handler.environment import own_variables, platform_variables
 from handler.errors import InvalidSettings, SetupError
-from handler.settings import PROFILES, Settings, own_variables, platform_variables
+from handler.settings import PROFILES, Settings
 
 NAMES = [spec.name for spec in fields(Settings)]
 RANGES = [

@@ -44,7 +44,7 @@ from service.archive.weights import DownloadFailed
 from service.logs import Log
 from service.options import parse_package, parse_serve
 from service.serving import find_archives
-from service.torchserve.server import MODEL_CONFIG_KEYS
+from service.torchserve.server import MODEL_CONFIG
 from tests.drawing import encode, noise, plain
 from tests.server.serving import free_ports
 
@@ -82,7 +82,7 @@ WITHOUT_MODEL = {"metrics.yaml"}
 )
 def test_our_configurations_are_valid(path: Path) -> None:
     config = config_of(path.stem)
-    assert set(config) <= MODEL_CONFIG_KEYS | {"minWorkers", "maxWorkers"}
+    assert set(config) <= set(MODEL_CONFIG) | {"minWorkers", "maxWorkers"}
     Settings.load(config["handler"], {})
     assert config["responseTimeout"] > 0  # TorchServe's default is two minutes
     assert config["maxBatchDelay"] > 0  # TorchServe takes 0 for 100
@@ -790,10 +790,10 @@ def test_recipe_without_classes_is_refused(tmp_path: Path) -> None:
 
 
 def test_int8_without_images_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
+    with pytest.raises(InvalidSettings, match="package it with --calibration DIR"):
         package(MODEL, options("--device", "cpu", "--precision", "int8"), tmp_path)
     monkeypatch.setenv("CLASSIFIER_PRECISION", "int8")
-    with pytest.raises(InvalidSettings, match="which needs images: --calibration DIR"):
+    with pytest.raises(InvalidSettings, match="package it with --calibration DIR"):
         package(MODEL, options("--device", "cpu"), tmp_path)
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model
+from handler.selection import Hardware
 from service import serving as serve
 from service.archive.store import model_config
 from service.options import parse_package
@@ -188,13 +189,14 @@ def test_a_delay_without_batches_is_not_tried() -> None:
     assert delay(alone) == []
 
 
-def test_engines_are_those_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "has_bf16", lambda: False)
-    assert possible_engines("cpu", False) == [("openvino", "fp32"), ("torch", "fp32")]
-    assert ("openvino", "int8") in possible_engines("cpu", True)
-    monkeypatch.setattr(tune, "has_bf16", lambda: True)
-    assert possible_engines("cpu", False)[0] == ("openvino", "bf16")
-    assert {engine for engine, _ in possible_engines("cuda", False)} == {"cuda", "torch"}
+def test_engines_are_those_of_the_machine() -> None:
+    plain, bf16 = Hardware(), Hardware(cpu_bf16=True)
+    gpu = Hardware(gpu=0, capability=(7, 5), cpu_bf16=True)
+    assert possible_engines("cpu", False, plain) == [("openvino", "fp32"), ("torch", "fp32")]
+    assert ("openvino", "int8") in possible_engines("cpu", True, plain)
+    assert possible_engines("cpu", False, bf16)[0] == ("openvino", "bf16")
+    on_gpu = [("cuda", "fp16"), ("cuda", "fp32"), ("torch", "fp32")]
+    assert possible_engines("cuda", True, gpu) == on_gpu
 
 
 # --- Winner and Pareto front
@@ -238,7 +240,7 @@ def run(
     bf16: bool = False,
 ) -> int:
     monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
-    monkeypatch.setattr(tune, "has_bf16", lambda: bf16)
+    monkeypatch.setattr(tune, "find_hardware", lambda: Hardware(cpu_bf16=bf16))
     monkeypatch.setattr(tune.Bench, "measure", lambda self, configuration: measure(configuration))
     monkeypatch.setattr(tune.signal, "signal", lambda *_: None)
     options = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
@@ -425,16 +427,16 @@ REFUSALS = [
     ("handler", "top_k", 1, "handler.top_k is unknown"),
     ("facts", "x", 1, "facts.x is unknown"),
     ("options", "workers", 0, "options.workers must be 1 to 1024, got 0"),
-    ("options", "workers", True, "options.workers must be int, got True"),
-    ("options", "batch_size", "8", "options.batch_size must be int, got '8'"),
+    ("options", "workers", True, "options.workers must be a whole number, got True"),
+    ("options", "batch_size", "8", "options.batch_size must be a whole number, got '8'"),
     ("options", "max_batch_delay_ms", 10_001, "options.max_batch_delay_ms must be 1 to 10000"),
     ("options", "precision", "fp8", "precision must be one of"),
     ("options", "device", "tpu", "device must be one of"),
     ("handler", "engine", "onnx", "engine must be one of"),
     ("handler", "threads", -1, "threads must be 0 to 1024"),
-    ("handler", "max_forward", None, "handler.max_forward must be int, got None"),
-    ("facts", "cores", "2", "facts.cores must be int"),
-    ("facts", "versions", [], "facts.versions must be dict"),
+    ("handler", "max_forward", None, "handler.max_forward must be a whole number, got None"),
+    ("facts", "cores", "2", "facts.cores must be a whole number"),
+    ("facts", "versions", [], "facts.versions must be a mapping"),
     ("", "options", 3, "options must be a mapping"),
     ("", "model", "alexnet", "was tuned for alexnet, and the model is squeezenet1_1"),
 ]

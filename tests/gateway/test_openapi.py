@@ -81,7 +81,7 @@ def test_it_is_served(gateway: Served) -> None:
     suppress_health_check=list(HealthCheck),
 )
 def test_whatever_it_allows_is_answered_as_it_says(
-    case: schemathesis.Case, gateway: Served
+    case: schemathesis.Case[Any], gateway: Served
 ) -> None:
     case.call_and_validate(base_url=gateway.url, timeout=60)
 

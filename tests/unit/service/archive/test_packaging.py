@@ -46,7 +46,7 @@ from service.options import parse_package, parse_serve
 from service.serving import find_archives
 from service.torchserve.server import MODEL_CONFIG
 from tests.drawing import encode, noise, plain
-from tests.server.serving import free_ports
+from tests.processes import free_ports
 
 MODEL = "squeezenet1_1"
 RECIPE = get_recipe(MODEL)
@@ -445,7 +445,7 @@ def test_an_archive_that_cannot_be_written_is_an_error(
     def refuse(*args: Any, **options: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(archives.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr("service.archive.store.tempfile.TemporaryDirectory", refuse)
     with pytest.raises(SetupError, match=r"mar cannot be written: no space left"):
         package(MODEL, options("--batch-size", "3"), archive.parent)
 

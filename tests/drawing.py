@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,7 @@ def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def plain(colour: object = RED, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
+def plain(colour: Any = RED, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
     return Image.new(mode, size, colour)
 
 

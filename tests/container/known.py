@@ -21,7 +21,9 @@ def dockerfile() -> dict[str, dict[str, str]]:
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, rest = line.partition(" ")
         if instruction in ("ARG", "ENV"):
-            found[instruction] |= dict((*word.split("=", 1), "")[:2] for word in rest.split())
+            for word in rest.split():
+                name, _, value = word.partition("=")
+                found[instruction][name] = value
         elif instruction:
             found[instruction][rest] = rest
     return dict(found)

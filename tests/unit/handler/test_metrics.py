@@ -399,7 +399,7 @@ def test_the_document_lists_every_metric_with_type_and_labels() -> None:
 
 def test_the_document_lists_every_bucket() -> None:
     rows = table("| histogram | upper bounds of its buckets, besides `+Inf` |")
-    assert dict(map(tuple, rows)) == {
+    assert {row[0]: row[1] for row in rows} == {
         f"`{name}`": ", ".join(map(str, FAMILIES[name].bounds)) for name in HISTOGRAMS
     }
 

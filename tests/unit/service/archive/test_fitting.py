@@ -2,7 +2,7 @@
 
 import re
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -179,7 +179,7 @@ def test_real_wrappers_are_taken_off() -> None:
     for wrapped in (
         nn.DataParallel(nn.DataParallel(network)),
         AveragedModel(network, use_buffers=True),  # n_averaged beside module.
-        torch.compile(network),
+        cast(nn.Module, torch.compile(network)),
         nn.ModuleDict({"net": network}),
     ):
         assert same(fit("squeezenet1_1", dict(wrapped.state_dict())), state)

@@ -363,7 +363,7 @@ def test_a_server_ends_with_its_daemons(tmp_path: Path) -> None:
         family = server.family()
         sizes = memory(server)
     assert len(family) == len(sizes) == 2
-    assert all(1 < row["pss_mib"] < 100 for row in sizes)
+    assert all(1 < float(str(row["pss_mib"])) < 100 for row in sizes)
     assert not alive(family)
 
 
@@ -385,7 +385,13 @@ def measurement(clients: int, rps: float, p50: float, **more: Any) -> dict[str, 
 
 
 def subject(kind: str, *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
-    blank = {"what": f"a {kind}", "kind": kind, "precision": None, "failed": None, "memory": []}
+    blank: dict[str, Any] = {
+        "what": f"a {kind}",
+        "kind": kind,
+        "precision": None,
+        "failed": None,
+        "memory": [],
+    }
     return (
         blank
         | {"failed_starts": [], "start_seconds": [], "runs": list(runs), "accuracy": None}

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from service.scaling import autoscaler as autoscaler_module
 from service.scaling import scaling as scale
 from service.scaling import workers
 from service.scaling.autoscaler import Autoscaler, Decision, Sample, Watcher, compare
@@ -355,7 +355,7 @@ class Server:
 
 
 @pytest.fixture
-def server(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(web: Web, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(scale, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scale, "QUIET_SECONDS", 0.2)
     monkeypatch.setattr(workers, "QUIET_SECONDS", (0.01, 0.02))
@@ -508,9 +508,9 @@ class Watched:
         self.thread.start()
 
     def wait_for(self, wanted: Callable[[], bool]) -> None:
-        deadline = autoscaler_module.time.monotonic() + 20
+        deadline = time.monotonic() + 20
         while not wanted():
-            assert autoscaler_module.time.monotonic() < deadline, self.lines()
+            assert time.monotonic() < deadline, self.lines()
             self.stop.wait(0.01)
 
     def lines(self) -> list[dict[str, Any]]:

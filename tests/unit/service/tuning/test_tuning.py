@@ -242,7 +242,7 @@ def run(
     monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path))
     monkeypatch.setattr(tune, "find_hardware", lambda: Hardware(cpu_bf16=bf16))
     monkeypatch.setattr(tune.Bench, "measure", lambda self, configuration: measure(configuration))
-    monkeypatch.setattr(tune.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     options = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
     return tune.main([*options, "--slo-p99-ms", "100", *argv])
 
@@ -286,7 +286,7 @@ def test_nothing_is_written_where_everything_fails(
 def test_interrupted_it_prints_what_was_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = []
+    done: list[Configuration] = []
 
     def measure(configuration: Configuration) -> Trial:
         if done:
@@ -489,7 +489,7 @@ def test_the_launcher_refuses_it_before_java_starts(
     path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path.write_text("workers: 3")
-    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(serve, "listen", lambda *_: {})
     monkeypatch.setattr(serve, "TorchServe", lambda *_: pytest.fail("started"))
     assert serve.main(["--model", MODEL, "--tuned", str(path)]) == 2

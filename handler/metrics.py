@@ -1,10 +1,10 @@
-"""Counters, gauges and histograms of a worker, on their way to TorchServe's Prometheus page.
+"""The metrics of a worker: their declarations, and how their values reach TorchServe.
 
-TorchServe reads a worker's metrics as lines on its stdout. It adds counters up in the frontend, so
+TorchServe reads metrics as lines on a worker's stdout. It adds up counters in the frontend, so that
 they outlive the worker, and keeps the last value of gauges. Its own histograms have fixed buckets;
-a histogram here is the three counters that Prometheus makes of one anyway: `_bucket`, `_sum` and
-`_count`. Every line costs the frontend a regular expression, so what comes in is collected and
-handed over once a second.
+a histogram here is therefore the three counters that Prometheus makes of one anyway: `_bucket`,
+`_sum` and `_count`. Each line costs the frontend a regular expression, so increments are collected
+and handed over once a second.
 """
 
 import atexit
@@ -18,10 +18,10 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, count
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 from ts.metrics.caching_metric import CachingMetric
@@ -32,11 +32,11 @@ from handler.gpus import MEMORY_TOTAL, MEMORY_USED, UTILIZATION
 from handler.logs import log_line
 
 FLUSH_SECONDS = 1.0
-SLOW_FLUSHES = 15  # flushes between two of what may be many series at a time
+SLOW_FLUSHES = 15  # metrics with many series are handed over in every 15th flush
 
 MODEL = ("model", "version")
 WORKER = (*MODEL, "worker")
-GPU = ("gpu",)  # torch's number of it alone: a label may not have the colon of "cuda:0"
+GPU = ("gpu",)  # torch's number of the GPU, because a label may not have the colon of "cuda:0"
 
 OUTCOMES = ("success", *sorted(error.__name__ for error in RequestError.__subclasses__()))
 STATUSES = ("200", *sorted({str(error.status) for error in RequestError.__subclasses__()}))
@@ -45,12 +45,16 @@ STAGES = ("queue", "preprocess", "inference", "postprocess", "total", "response"
 
 @dataclass(frozen=True)
 class Family:
-    """A metric. configs/metrics.yaml declares the same, and docs/metrics.md explains it."""
+    """What TorchServe, Prometheus and docs/metrics.md are told about a metric.
+
+    After a change, ./scripts/generate writes configs/metrics.yaml and the tables of the document.
+    """
 
     kind: str  # "counter", "gauge" or "histogram"
     labels: tuple[str, ...]  # those of the worker itself first
-    help: str  # what its unit is, because TorchServe writes "… with unit: " before it
-    values: tuple[str, ...] = ()  # of the last label, where they are known beforehand
+    help: str  # begins with the unit, because TorchServe writes "… with unit: " before it
+    note: str = ""  # what docs/metrics.md says besides
+    values: tuple[str, ...] = ()  # of the last label, if they are known beforehand
     bounds: tuple[float, ...] = ()  # upper bounds of a histogram's buckets
     slow: bool = False  # handed over in every 15th flush only
 
@@ -65,103 +69,167 @@ class Family:
         }
 
 
-REQUESTS = "classifier_requests_total"
-PROBES = "classifier_probes_total"
-IMAGES = "classifier_images_total"
-TOP_CLASSES = "classifier_top_class_total"
-CACHE_LOOKUPS = "classifier_cache_lookups_total"
-STAGE = "classifier_stage_seconds"
-BATCH = "classifier_batch_requests"
-IMAGE_BYTES = "classifier_image_bytes"
-IMAGE_PIXELS = "classifier_image_pixels"
-CONFIDENCE = "classifier_top_confidence_ratio"
-MODEL_INFO = "classifier_model_info"
-BUILD_INFO = "classifier_build_info"
-STARTS = "classifier_worker_starts_total"
-HUNG = "classifier_worker_hung_total"
-STARTUP = "classifier_worker_startup_seconds"
-WARM_UP = "classifier_worker_warmup_seconds"
-BUSY = "classifier_worker_busy_seconds_total"
-CPU = "classifier_worker_cpu_seconds_total"
-MEMORY = "classifier_worker_resident_memory_bytes"
-LAST_FLUSH = "classifier_worker_last_flush_timestamp_seconds"
+FAMILIES: dict[str, Family] = {}
 
-FAMILIES = {
-    REQUESTS: Family(
-        "counter", (*MODEL, "status"), "requests, by HTTP status of the answer", STATUSES
+
+def _declare(kind: str, name: str, *about: Any, **more: Any) -> str:
+    """Add a metric, of which the rest are the fields of Family; its name is what others use."""
+    FAMILIES[name] = Family(kind, *about, **more)
+    return name
+
+
+_counter = partial(_declare, "counter")
+_gauge = partial(_declare, "gauge")
+_histogram = partial(_declare, "histogram")
+
+REQUESTS = _counter(
+    "classifier_requests_total",
+    (*MODEL, "status"),
+    "requests, by HTTP status of the answer",
+    "What TorchServe answers by itself (404, 503 if the queue is full, 413 for an oversized body, "
+    "500 if a worker died) is only in its `Requests4XX` and `Requests5XX`.",
+    values=STATUSES,
+)
+PROBES = _counter(
+    "classifier_probes_total",
+    (*MODEL, "status"),
+    "health checks, by HTTP status of the answer",
+    "A health check is a prediction with the header `X-Probe: 1`, from the gateway or "
+    "`./scripts/healthcheck`. It is in no other count of requests and images here and has no line "
+    "in the log; TorchServe's own counters include it.",
+    values=("200",),
+)
+IMAGES = _counter(
+    "classifier_images_total",
+    (*MODEL, "outcome"),
+    "images, by success or error type",
+    "`outcome` is `success` or the `type` of the error. A request that is refused as a whole "
+    "counts as one image.",
+    values=OUTCOMES,
+)
+TOP_CLASSES = _counter(
+    "classifier_top_class_total",
+    (*MODEL, "class_id", "class"),
+    "images, by their top-1 class",
+    "It shows when clients begin to send other images. There is one series for each class that "
+    "was found; they are handed over every 15 s.",
+    slow=True,
+)
+CACHE_LOOKUPS = _counter(
+    "classifier_cache_lookups_total",
+    (*MODEL, "result"),
+    "images looked up in the result cache, by hit or miss",
+    "0 without a cache.",
+    values=("hit", "miss"),
+)
+STAGE = _histogram(
+    "classifier_stage_seconds",
+    (*MODEL, "stage"),
+    "seconds that a request spent in a stage",
+    "`queue`: from the gateway to the worker, if the request has `X-Request-Start` (see below). "
+    "`preprocess`: reading the request, decoding, resizing. `inference`: the forward passes of "
+    "the whole batch. `postprocess`: sorting and writing the answer. `total`: the whole batch in "
+    "the worker. `response`: `queue` and `total` together, which is what a client waits for.",
+    values=STAGES,
+    bounds=(  # fine around the times of models on CPU and GPU, coarse for those of queues
+        *(0.001, 0.002, 0.003, 0.005, 0.0075),
+        *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+        *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+        *(1, 2, 5, 10, 30),
     ),
-    PROBES: Family(
-        "counter", (*MODEL, "status"), "health checks, by HTTP status of the answer", ("200",)
-    ),
-    IMAGES: Family("counter", (*MODEL, "outcome"), "images, by success or error type", OUTCOMES),
-    TOP_CLASSES: Family(
-        "counter",
-        (*MODEL, "class_id", "class"),
-        "images, by the class that was found likeliest",
-        slow=True,
-    ),
-    CACHE_LOOKUPS: Family(
-        "counter",
-        (*MODEL, "result"),
-        "images looked up in the result cache, by hit or miss",
-        ("hit", "miss"),
-    ),
-    STAGE: Family(
-        "histogram",
-        (*MODEL, "stage"),
-        "seconds that a request spent in a stage",
-        STAGES,
-        # Fine where models on CPU and GPU live, coarse where only queues reach.
-        (
-            *(0.001, 0.002, 0.003, 0.005, 0.0075),
-            *(0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
-            *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
-            *(1, 2, 5, 10, 30),
-        ),
-    ),
-    BATCH: Family(
-        "histogram", MODEL, "requests that shared a batch", bounds=(1, 2, 4, 8, 16, 32, 64, 128)
-    ),
-    IMAGE_BYTES: Family(
-        "histogram",
-        MODEL,
-        "bytes of an encoded image",
-        bounds=(10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000),
-    ),
-    IMAGE_PIXELS: Family(
-        "histogram",
-        MODEL,
-        "pixels of a decoded image, width x height",
-        bounds=(100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000),
-    ),
-    CONFIDENCE: Family(
-        "histogram",
-        MODEL,
-        "probability of the likeliest class of an image, 0 to 1",
-        bounds=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
-    ),
-    MODEL_INFO: Family(
-        "gauge",
-        (*MODEL, "architecture", "weights", "trained", "engine", "precision", "device"),
-        "always 1; the labels say what is served",
-    ),
-    BUILD_INFO: Family(
-        "gauge",
-        (*MODEL, "archive", "torchserve", "torch", "openvino", "python"),
-        "always 1; the labels say what serves it",
-    ),
-    STARTS: Family("counter", WORKER, "starts of a worker, the first one too"),
-    HUNG: Family("counter", WORKER, "workers that hung and were killed, before this one's start"),
-    STARTUP: Family("gauge", WORKER, "seconds from a worker's process to ready, warm-up included"),
-    WARM_UP: Family("gauge", WORKER, "seconds that a worker warmed up"),
-    BUSY: Family("counter", WORKER, "seconds that a worker spent on batches"),
-    CPU: Family("counter", WORKER, "seconds of CPU time that a worker used"),
-    MEMORY: Family("gauge", WORKER, "bytes of memory that a worker holds"),
-    LAST_FLUSH: Family("gauge", WORKER, "seconds since 1970 when a worker last reported"),
-    MEMORY_USED: Family("gauge", GPU, "bytes of a GPU's memory in use, by whomever"),
-    MEMORY_TOTAL: Family("gauge", GPU, "bytes of memory that a GPU has"),
-    UTILIZATION: Family("gauge", GPU, "share of time in which a GPU was computing, 0 to 1"),
-}
+)
+BATCH = _histogram(
+    "classifier_batch_requests",
+    MODEL,
+    "requests that shared a batch",
+    bounds=(1, 2, 4, 8, 16, 32, 64, 128),
+)
+IMAGE_BYTES = _histogram(
+    "classifier_image_bytes",
+    MODEL,
+    "bytes of an encoded image",
+    "Images that could not be decoded are included.",
+    bounds=(10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000),
+)
+IMAGE_PIXELS = _histogram(
+    "classifier_image_pixels",
+    MODEL,
+    "pixels of an image, width x height",
+    "Images whose size is not known are left out.",
+    bounds=(100_000, 300_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000),
+)
+CONFIDENCE = _histogram(
+    "classifier_top_confidence_ratio",
+    MODEL,
+    "probability of the top-1 class of an image, 0 to 1",
+    "If it falls over days, the images no longer look like those that the model was trained on.",
+    bounds=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
+)
+MODEL_INFO = _gauge(
+    "classifier_model_info",
+    (*MODEL, "architecture", "weights", "trained", "engine", "precision", "device"),
+    "always 1; the labels say which model is served",
+    "`trained` is `true` or `false`.",
+)
+BUILD_INFO = _gauge(
+    "classifier_build_info",
+    (*MODEL, "archive", "torchserve", "torch", "openvino", "python"),
+    "always 1; the labels say which software serves it",
+    "`archive` is the start of the digest of all that the archive was made from.",
+)
+STARTS = _counter(
+    "classifier_worker_starts_total",
+    WORKER,
+    "starts of a worker, including the first",
+    "Each one after the first is a restart. A start is counted before the model is loaded, so "
+    "failing starts are included.",
+)
+HUNG = _counter(
+    "classifier_worker_hung_total",
+    WORKER,
+    "workers that hung and were killed before this one's start",
+    "The launcher kills a worker that shows no sign of life (`worker_hung` in the log); the worker "
+    "that starts next counts it.",
+)
+STARTUP = _gauge(
+    "classifier_worker_startup_seconds",
+    WORKER,
+    "seconds from the start of a worker's process until it was ready",
+    "Imports, loading the model and the warm-up are included.",
+)
+WARM_UP = _gauge(
+    "classifier_worker_warmup_seconds", WORKER, "seconds that the warm-up of a worker took"
+)
+BUSY = _counter(
+    "classifier_worker_busy_seconds_total",
+    WORKER,
+    "seconds that a worker spent on batches",
+    "Its rate is the share of time in which the worker is busy.",
+)
+CPU = _counter(
+    "classifier_worker_cpu_seconds_total",
+    WORKER,
+    "seconds of CPU time that a worker used, in all its threads",
+)
+MEMORY = _gauge(
+    "classifier_worker_resident_memory_bytes", WORKER, "bytes of resident memory of a worker"
+)
+LAST_FLUSH = _gauge(
+    "classifier_worker_last_flush_timestamp_seconds",
+    WORKER,
+    "seconds since 1970 when a worker last handed its metrics over",
+    "Each worker does so every second.",
+)
+_gauge(
+    MEMORY_USED,
+    GPU,
+    "bytes of a GPU's memory in use, by any process",
+    "It is read every 5 s from each GPU that has a worker. `gpu` is `0` for `cuda:0` in answers.",
+)
+_gauge(MEMORY_TOTAL, GPU, "bytes of memory that a GPU has")
+_gauge(
+    UTILIZATION, GPU, "share of time in which a GPU was computing, 0 to 1", "A MIG device has none."
+)
 
 Emit = Callable[[str, float, Sequence[str]], None]  # name on Prometheus' page, value, label values
 Reading = tuple[str, float, tuple[str, ...]]  # name, value or increment, label values
@@ -177,10 +245,10 @@ class _Histogram:
 
 
 class Metrics:
-    """What has come since the last flush. Safe to use from several threads."""
+    """Collects values and hands them over in flushes. Safe to use from several threads."""
 
     def __init__(self, emit: Emit, model: str, version: str, worker: str = "0") -> None:
-        """`emit` is called from `flush` only."""
+        """`emit` gets what is to be handed over, from `flush` and `set`."""
         self._emit = emit
         self._own = {"model": model, "version": version, "worker": worker}
         self._lock = threading.Lock()
@@ -188,9 +256,9 @@ class Metrics:
         self._counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._slow_counts: Counter[tuple[str, tuple[str, ...]]] = Counter()
         self._histograms: dict[tuple[str, tuple[str, ...]], _Histogram] = {}
-        # Called at each flush, for what is read and not counted: gauges, above all.
+        # Called at each flush for values that are read and not counted, such as gauges.
         self.readers: list[Callable[[], Iterable[Reading]]] = []
-        # Series exist from the start at 0, so that the first increase is not lost to rate().
+        # Series exist at 0 from the start, so that rate() sees the first increment.
         for name, family in FAMILIES.items():
             if family.kind != "gauge" and not family.slow:
                 for value in family.values or [None]:
@@ -201,7 +269,7 @@ class Metrics:
                         self._histograms[name, labels] = _Histogram(family.bounds)
 
     def add(self, name: str, amount: float, *labels: str) -> None:
-        """Raise a counter; `labels` are the values of those that are not the worker's own."""
+        """Raise a counter; `labels` are the values of the labels that are not the worker's own."""
         with self._lock:
             counts = self._slow_counts if FAMILIES[name].slow else self._counts
             counts[name, labels] += amount  # type: ignore[assignment]  # typed for int, adds floats
@@ -221,7 +289,7 @@ class Metrics:
         self._send(name, value, labels)
 
     def flush(self, everything: bool = True) -> None:
-        """Hand over what has come since the last time; slow metrics only with `everything`."""
+        """Hand over what was collected since the last flush; slow metrics only if `everything`."""
         with self._flushing:
             with self._lock:
                 counts, self._counts = self._counts, Counter()
@@ -242,18 +310,18 @@ class Metrics:
         self._emit(series or name, value, (*own, *labels))
 
     def _send_histogram(self, name: str, labels: tuple[str, ...], series: _Histogram) -> None:
-        """The largest bucket first: one is never below a smaller one, whenever it is scraped."""
+        """Hand over the largest bucket first, so that no scrape finds one below a smaller one."""
         cumulative = list(accumulate(series.counts))
         self._send(name, series.sum, labels, f"{name}_sum")
         self._send(name, cumulative[-1], labels, f"{name}_count")
         bounds = [*map(str, series.bounds), "+Inf"]
-        first = cumulative[-1] == 0  # nothing was observed: the series are being made
+        first = cumulative[-1] == 0  # nothing was observed: the series are being created
         for bound, increment in zip(reversed(bounds), reversed(cumulative), strict=True):
             if increment or first:
                 self._send(name, increment, (*labels, bound), f"{name}_bucket")
 
     def start(self) -> None:
-        """Flush every second from a thread that ends with the process, and at an orderly end."""
+        """Flush every second from a thread that ends with the process, and at an orderly exit."""
         process = psutil.Process()
         cpu_seconds = 0.0
 
@@ -280,22 +348,22 @@ class Metrics:
 
 @lru_cache(maxsize=4096)
 def label_value(text: str) -> str:
-    """A label's value as it passes through TorchServe.
+    """A label's value in a form that passes through TorchServe.
 
-    Its lines are taken apart at "|", "," and ":", and an empty value loses the sample. ASCII only,
-    because its reader breaks lines at U+2028 as well.
+    TorchServe splits its lines at "|", "," and ":", and drops a sample with an empty value. Only
+    ASCII is kept, because TorchServe also breaks lines at U+2028.
     """
     return re.sub(r"[^ -~]|[|,:]", "_", text).strip() or "_"
 
 
 def torchserve_emit() -> Emit:
-    """Emit as TorchServe's own metrics do; the frontend adds the label `Hostname`.
+    """A function that hands values over as TorchServe's own metrics do.
 
-    What the frontend's metrics.yaml does not declare it drops, so an archive that runs in a
-    TorchServe with other metrics loses these and nothing else.
+    The frontend adds the label `Hostname`. It drops metrics that its metrics.yaml does not declare,
+    so an archive that runs in a TorchServe with other metrics loses these and nothing else.
     """
     metrics = {
-        # The unit in a line is not used: HELP has the one of metrics.yaml.
+        # TorchServe ignores the unit in a line: the page's HELP has the one of metrics.yaml.
         series: CachingMetric(series, "Count", [*labels], MetricTypes(kind))
         for name, family in FAMILIES.items()
         for series, (kind, labels) in family.series(name).items()
@@ -307,15 +375,15 @@ def torchserve_emit() -> Emit:
     return emit
 
 
-_held: list[IO[str]] = []  # locks of this process, until it ends
+_held: list[IO[str]] = []  # this process's locks, held until it ends
 
 
 def claim_slot(folder: Path) -> str:
     """The lowest number that no other living worker has claimed in a folder.
 
-    A worker that is started in the place of another gets its number, so the label stays the same
-    after a restart and there are never more of them than workers. (TorchServe's own numbers, the
-    sockets', rise with each scaling up.)
+    A worker that replaces another gets its number. So the label `worker` stays the same after a
+    restart, and there are never more values than workers. (TorchServe's own numbers, those of the
+    sockets, rise with each scaling up.) Raises OSError.
     """
     slot = 0
     while True:

@@ -41,7 +41,7 @@ class Rule:
 
     @property
     def kind(self) -> str:
-        """The type in words, and the least value where there is no most."""
+        """The type in words, with the lowest value if there is no highest."""
         at_least = self.low is not None and self.high is None
         return _KINDS[_plain(self.type)] + (f", {self.low} or more" if at_least else "")
 
@@ -56,6 +56,8 @@ class Rule:
         """Raise InvalidSettings with the name, the rule and the value."""
         if not _fits(value, self.type):
             raise InvalidSettings(f"{name} must be {self.kind}, got {value!r}")
+        if value is None:
+            return
         too_low = self.low is not None and value < self.low
         too_high = self.high is not None and value > self.high
         if too_low or too_high or (self.choices and value not in self.choices):

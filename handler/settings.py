@@ -23,13 +23,14 @@ class Settings:
 
     env: str = setting(
         "development",
-        "profile: `staging` warms up 3 times; `production` too, and it refuses untrained weights",
+        "profile: `staging` has 3 rounds of warm-up; `production` too, and it refuses untrained "
+        "weights",
         choices=tuple(PROFILES),
     )
     top_k: int = setting(5, "classes in an answer if the request does not say", low=1, high=1000)
     max_image_bytes: int = setting(10 * 2**20, "bytes of one encoded image", low=1, high=2**30)
     max_image_pixels: int = setting(
-        50_000_000, "width x height, of all images of a request together", low=1, high=2**30
+        50_000_000, "width x height, summed over the images of a request", low=1, high=2**30
     )
     max_images: int = setting(32, "images in one request", low=1, high=1024)
     device: str = setting(
@@ -50,7 +51,7 @@ class Settings:
     )
     decoder: str = setting(
         "auto",
-        "of JPEGs; `auto`: the GPU if its pixels are those of the CPU",
+        "where JPEGs are decoded; `auto`: on the GPU if its pixels are those of the CPU",
         choices=("auto", "cpu", "gpu"),
     )
     max_forward: int = setting(
@@ -66,12 +67,12 @@ class Settings:
         0, "memory of each worker for results of images seen before; 0: no cache", low=0, high=2**40
     )
     warmup_batches: int = setting(
-        1, "forward passes before a worker reports ready", low=0, high=100
+        1, "rounds of warm-up before a worker reports ready", low=0, high=100
     )
     allow_untrained: bool = setting(True, "whether a model with random weights may be served")
     log_level: str = setting(
         "info",
-        "the workers' lines below it are not written",
+        "lines of the workers below this level are not written",
         choices=("info", "warning", "error"),
     )
     log_requests: bool = setting(True, "one JSON line for each request")

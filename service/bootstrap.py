@@ -28,6 +28,7 @@ STAMP = VENV / "installed.json"
 REQUIREMENTS = {  # of the commands that need more than requirements.txt
     "test": "requirements-dev.txt",
     "benchmark": "requirements-benchmark.txt",
+    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
     "tune": "requirements-benchmark.txt",
 }
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"

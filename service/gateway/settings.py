@@ -1,4 +1,4 @@
-"""Settings of the gateway and its keys: checked, so that nothing in them can be nginx's syntax."""
+"""The settings and keys of the gateway, checked so that nothing in them can be nginx's syntax."""
 
 import ipaddress
 import os
@@ -31,21 +31,21 @@ class Client:
 
 @dataclass(frozen=True, kw_only=True)
 class GatewaySettings:
-    """Texts and numbers as the environment gives them; a value that breaks its rule raises
-    InvalidSettings."""
+    """The settings of one gateway. A value that breaks its rule raises InvalidSettings."""
 
     host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
     upstreams: str = setting(
         "127.0.0.1:8080",
-        "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses",
+        "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses, looked "
+        "up every 5 s",
     )
     management: str = setting(
         "127.0.0.1:8081", "their management addresses, for `/health` and `/info`"
     )
     models: str = setting(
         "mobilenet_v2",
-        "names with commas between; the first answers `/predict`, `/health` needs all",
+        "names separated by commas; the first answers `/predict`, and `/health` needs all",
     )
     split: str = setting(
         "",
@@ -59,20 +59,20 @@ class GatewaySettings:
     tls_key: str = setting("", "PEM file with its key")
     rate: int = setting(200, "requests a second of one client; 0: no limit", low=0, high=1_000_000)
     burst: int = setting(
-        400, "requests that a client may be ahead of its rate", low=0, high=1_000_000
+        400, "requests by which a client may exceed its rate for a moment", low=0, high=1_000_000
     )
     max_concurrent: int = setting(
         256,
-        "requests under way, of all clients; one whose body is still on its way does not count",
+        "requests in progress, of all clients; those whose bodies are still arriving do not count",
         low=1,
         high=100_000,
     )
     max_concurrent_per_client: int = setting(
-        64, "requests under way, of one client", low=1, high=100_000
+        64, "requests in progress, of one client", low=1, high=100_000
     )
     max_body_bytes: int = setting(
         16 * 2**20,
-        "bytes of a request; not above `max_request_size` in `config.properties`",
+        "bytes of a request's body; not above `max_request_size` in `config.properties`",
         low=1,
         high=2**30,
     )
@@ -97,7 +97,7 @@ class GatewaySettings:
                 _split_address(name, entry)
         for model in self.model_names:
             if not NAME.fullmatch(model):
-                raise _invalid("models", "must be names with commas between", self.models)
+                raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
         self.metrics_networks()
         if bool(self.tls_certificate) != bool(self.tls_key):
@@ -111,7 +111,7 @@ class GatewaySettings:
             _check_file("keys", self.keys)
         elif not self.keys and not self.on_loopback:
             raise InvalidSettings(
-                f"{PREFIX}HOST is {self.host}, so that others may reach it: give "
+                f"{PREFIX}HOST is {self.host}, which other machines may reach: give "
                 f"{PREFIX}KEYS=FILE (./scripts/gateway --new-key NAME makes a line of it), "
                 f"or {PREFIX}KEYS=off"
             )
@@ -228,7 +228,7 @@ def read_keys(path: Path) -> list[Client]:
 def _entries(name: str, text: str) -> list[str]:
     entries = [entry.strip() for entry in text.split(",")]
     if not all(entries):
-        raise _invalid(name, "must be entries with commas between", text)
+        raise _invalid(name, "must be entries separated by commas", text)
     return entries
 
 

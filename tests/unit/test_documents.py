@@ -1,5 +1,6 @@
-"""What the documents say is held against the code."""
+"""What the documents name exists, and the site that is made of them has no broken link."""
 
+import os
 import re
 import subprocess
 import sys
@@ -9,47 +10,74 @@ from pathlib import Path
 import pytest
 
 from handler import errors
+from handler.metrics import FAMILIES
 from handler.settings import PREFIX, Settings
 from service.gateway.settings import GatewaySettings
 
 ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / "README.md").read_text("utf-8")
-GATEWAY = (ROOT / "docs" / "gateway.md").read_text("utf-8")
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXTS = {page.name: page.read_text("utf-8") for page in PAGES}
+COMMANDS = sorted(path.name for path in (ROOT / "scripts").iterdir() if not path.suffix)
+COMMANDS = [name for name in COMMANDS if not name.startswith("_")]
+FOLDERS = "handler|service|scripts|deploy|tests|docs|examples|benchmarks"
+# Made by whoever follows the page, by a run, or for Grafana alone.
+OTHER_FILES = {"deploy/keys/keys"}
+OTHER_VARIABLES = {"CLASSIFIER_DASHBOARDS"}
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
-def test_readme_shows_every_command(script: Path) -> None:
-    """Modules with a main are commands; scripts/serve and scripts/test stand for two of them."""
-    if "def main(" in script.read_text() and script.stem != "bootstrap":
-        assert f"scripts/{script.name}" in README or f"scripts/{script.stem}" in README
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    """mkdocs.yml is strict: a link or an anchor that leads nowhere fails the build."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--site-dir", str(tmp_path)]
+    environ = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    page = (tmp_path / "index.html").read_text("utf-8")
+    assert "docs/api.html" in page
+    assert not re.search(
+        r'<(?:script|img)[^>]* src="?https?:|<link[^>]* stylesheet[^>]*https?:', page
+    )
 
 
-@pytest.mark.parametrize("spec", fields(Settings), ids=lambda spec: spec.name)
-def test_readme_lists_every_setting_with_its_default(spec: object) -> None:
-    default = str(spec.default).lower()
-    row = rf"\| `{PREFIX}{spec.name.upper()}` \| `{spec.name}` \| `?{default}`? \|"
-    assert re.search(row, README)
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_shown_and_has_the_options_that_are_shown(name: str) -> None:
+    lines = re.findall(rf"\./scripts/{name}\b([^`#\n]*)", "\n".join(TEXTS.values()))
+    assert lines
+    if name == "test":
+        return
+    command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    known = set(re.findall(r"--[a-z][\w-]+", text))
+    assert {option for line in lines for option in re.findall(r"--[a-z][\w-]+", line)} <= known
 
 
-def test_readme_lists_no_other_setting() -> None:
-    named = set(re.findall(rf"{PREFIX}(\w+)", README))
-    assert named <= {spec.name.upper() for spec in fields(Settings)}
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_other_setting_is_named(page: str) -> None:
+    known = {f"GATEWAY_{spec.name.upper()}" for spec in fields(GatewaySettings)}
+    known |= {f"{PREFIX}{spec.name.upper()}" for spec in fields(Settings)}
+    named = set(re.findall(r"\b(?:GATEWAY|CLASSIFIER)_[A-Z_]+\b", TEXTS[page]))
+    assert named - OTHER_VARIABLES <= known
 
 
-@pytest.mark.parametrize("spec", fields(GatewaySettings), ids=lambda spec: spec.name)
-def test_every_setting_of_the_gateway_is_listed_with_its_default(spec: object) -> None:
-    default = f"`{spec.default}`" if spec.default != "" else ""
-    assert f"| `GATEWAY_{spec.name.upper()}` | {default}".rstrip() in GATEWAY
+@pytest.mark.parametrize("page", TEXTS)
+def test_no_other_metric_is_named(page: str) -> None:
+    series = {name for family, spec in FAMILIES.items() for name in spec.series(family)}
+    named = set(re.findall(r"\bclassifier_\w+", TEXTS[page]))
+    assert named <= series | FAMILIES.keys()
 
 
-def test_no_other_setting_of_the_gateway_is_named() -> None:
-    named = set(re.findall(r"GATEWAY_(\w+)", README + GATEWAY))
-    assert named <= {spec.name.upper() for spec in fields(GatewaySettings)}
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_that_is_named_exists(page: str) -> None:
+    named = re.findall(rf"(?<![\w/.-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)", TEXTS[page])
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert missing <= OTHER_FILES
 
 
-def test_readme_lists_every_error_under_its_status() -> None:
+def test_every_error_is_listed_under_its_status() -> None:
     listed = dict[str, int]()
-    for status, names in re.findall(r"^\| (\d{3}) \| (`.+?`) \|", README, re.MULTILINE):
+    rows = re.findall(r"^\| (\d{3}) \| (`.+?`) \|", TEXTS["api.md"], re.MULTILINE)
+    for status, names in rows:
         listed |= {name: int(status) for name in re.findall(r"`(\w+)`", names)}
     known = {
         cls.__name__: cls.status
@@ -58,29 +86,6 @@ def test_readme_lists_every_error_under_its_status() -> None:
     }
     known.pop("RequestError")
     assert listed == known
-
-
-def test_readme_names_every_option() -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "serve.py", "--help"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    options = set(re.findall(r"^\s+(--[a-z-]+)", done.stdout, re.MULTILINE))
-    assert len(options) >= 13
-    for option in options:
-        assert f"`{option}" in README
-
-
-def test_readme_links_lead_somewhere() -> None:
-    headings = re.findall(r"^## (.+)$", README, re.MULTILINE)
-    anchors = {heading.lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        else:
-            assert (ROOT / target.partition("#")[0]).exists()
 
 
 def test_every_line_of_config_properties_is_explained() -> None:

@@ -1,13 +1,16 @@
-"""The pins: wheels for every platform and Python that the README names, dependencies included.
+"""The pins: all that is imported, with wheels for every platform and Python that the README names.
 
-Resolved by uv, since pip judges a dependency's condition (`; platform_machine == "aarch64"`) by the
-machine that it runs on. Nothing but metadata is downloaded.
+Wheels are resolved by uv, since pip judges a dependency's condition
+(`; platform_machine == "aarch64"`) by the machine that it runs on. Nothing but metadata is
+downloaded.
 """
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,33 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # As the README says them: glibc 2.28 or 2.35, macOS 14.
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_35", "aarch64-apple-darwin")
 MACOS = "14.0"
+
+
+def imported(folder: Path) -> set[str]:
+    """The modules that the code in a folder imports, anywhere in it, by their first names."""
+    found = set()
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                found.add(node.module.partition(".")[0])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("folder", "files"), [("handler", [""]), ("service", ["", "-int8", "-benchmark"])]
+)
+def test_every_import_is_pinned_by_name(folder: str, files: list[str]) -> None:
+    """A package that only comes with another one would change, or go, with the other's version."""
+    text = "\n".join((ROOT / f"requirements{name}.txt").read_text() for name in files)
+    pins = set(re.findall(r"^([\w-]+)==", text, re.MULTILINE))
+    modules = imported(ROOT / folder) - sys.stdlib_module_names - {"handler", "service"}
+    assert len(modules) > 5
+    distributions = packages_distributions()
+    for module in modules:
+        names = {name.lower().replace("_", "-") for name in distributions[module]}
+        assert names & pins, module
 
 
 @pytest.fixture(scope="module")
@@ -29,24 +59,10 @@ def resolve(
     requirements: Path, platform: str, python: str, cache: Path
 ) -> subprocess.CompletedProcess[str]:
     """Look for a wheel of each pin, and of all that they need; skip if no registry answers."""
-    uv = Path(sys.executable).with_name("uv")
-    command = [
-        str(uv),
-        "pip",
-        "compile",
-        str(requirements),
-        "--only-binary",
-        ":all:",
-        "--no-config",
-    ]
-    command += [
-        "--python-platform",
-        platform,
-        "--python-version",
-        python,
-        "--cache-dir",
-        str(cache),
-    ]
+    uv = str(Path(sys.executable).with_name("uv"))
+    command = [uv, "pip", "compile", str(requirements), "--only-binary", ":all:", "--no-config"]
+    command += ["--python-platform", platform, "--python-version", python]
+    command += ["--cache-dir", str(cache)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
     done = subprocess.run(
         command,

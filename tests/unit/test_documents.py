@@ -86,14 +86,3 @@ def test_every_error_is_listed_under_its_status() -> None:
     }
     known.pop("RequestError")
     assert listed == known
-
-
-def test_every_line_of_config_properties_is_explained() -> None:
-    explained = False
-    for line in (ROOT / "config.properties").read_text().splitlines():
-        if line.startswith("#"):
-            explained = True
-        elif not line:
-            explained = False
-        else:
-            assert explained, line

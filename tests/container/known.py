@@ -5,13 +5,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 
 from handler.settings import Settings
 from service.gateway.settings import GatewaySettings
 from service.torchserve.server import CONFIG_KEYS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def dockerfile() -> dict[str, dict[str, str]]:

@@ -13,7 +13,8 @@ from service import health as healthcheck
 from service.gateway.settings import GatewaySettings
 from service.options import parse_serve
 from service.torchserve.server import read_address, read_config
-from tests.container.known import ROOT, check_variables, dockerfile
+from tests import ROOT
+from tests.container.known import check_variables, dockerfile
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())

@@ -12,7 +12,7 @@ import pytest
 from container_test import building
 from container_test.container import Container
 from container_test.load import Load
-from tests.container.known import ROOT
+from tests import ROOT
 
 SCRIPT = ROOT / "deploy" / "container-test"
 NOWHERE = Container(key="", pid=0)  # requests are sent on connections that are there

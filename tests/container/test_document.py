@@ -5,7 +5,8 @@ import re
 import pytest
 
 from service.options import parse_serve
-from tests.container.known import ROOT, dockerfile
+from tests import ROOT
+from tests.container.known import dockerfile
 
 TEXT = (ROOT / "docs" / "deploy.md").read_text("utf-8")
 REPORTS = {"mobilenet_v2": "benchmarks/REPORT.md", "resnet50": "benchmarks/resnet50/REPORT.md"}

@@ -15,8 +15,9 @@ from typing import Any
 
 import requests
 
+from tests import ROOT
 from tests.processes import free_port, wait_for
-from tests.server.serving import ROOT, Server, environment
+from tests.server.serving import Server, environment
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
 START_SECONDS = 30

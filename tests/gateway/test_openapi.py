@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from handler import errors
+from tests import ROOT
 from tests.drawing import announced
 from tests.gateway.conftest import Served
 from tests.server.colours import LABELS, encoded
-from tests.server.serving import ROOT
 
 FILE = ROOT / "deploy" / "gateway" / "openapi.json"
 DOCUMENT = json.loads(FILE.read_text("utf-8"))

@@ -11,11 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests import ROOT
 from tests.gateway.clients import SMALL
 from tests.gateway.conftest import Served
 from tests.gateway.running import COMMAND, Load, kill, refused, running, settings
 from tests.processes import free_port, wait_for
-from tests.server.serving import ROOT, environment, serving
+from tests.server.serving import environment, serving
 
 
 @pytest.mark.parametrize(

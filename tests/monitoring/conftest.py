@@ -12,8 +12,9 @@ import pytest
 import requests
 import yaml
 
+from tests import ROOT
 from tests.processes import free_port, wait_for
-from tests.server.serving import ROOT, Server, serving
+from tests.server.serving import Server, serving
 
 MONITORING = ROOT / "deploy" / "monitoring"
 

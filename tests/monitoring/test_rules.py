@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.monitoring.conftest import MONITORING
-from tests.server.serving import ROOT
 
 ALERTS = [
     rule

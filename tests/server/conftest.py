@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.server.serving import ROOT, Server, serving
+from tests import ROOT
+from tests.server.serving import Server, serving
 
 SHARED = ROOT.parent / "shared"
 

@@ -14,9 +14,9 @@ from zipfile import ZipFile
 import psutil
 import requests
 
+from tests import ROOT
 from tests.processes import free_ports, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 SERVE = [sys.executable, str(ROOT / "scripts" / "serve.py")]
 READY_SECONDS = 180
 STOP_SECONDS = 30

@@ -20,10 +20,11 @@ import torch
 import torchvision
 
 import tests.server.serving
+from tests import ROOT
 from tests.drawing import encode, plain
 from tests.processes import alive, free_ports, wait_for
 from tests.server.colours import make_weights
-from tests.server.serving import ROOT, SERVE, copy_changed, environment, run_serve, serving
+from tests.server.serving import SERVE, copy_changed, environment, run_serve, serving
 
 
 class Payload:

@@ -14,10 +14,12 @@ import pytest
 import requests
 
 from handler.engines import has_bf16
+from tests import ROOT
 from tests.processes import wait_for
 from tests.server.colours import LABELS, encoded
-from tests.server.serving import ROOT, Server
+from tests.server.serving import Server
 
+OURS = ("classifier_requests", "classifier_image")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
 
 
@@ -34,18 +36,17 @@ def scrape(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], float
 
 def settled(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Samples once nothing is under way: a worker hands its counts over once a second."""
-    deadline = time.monotonic() + 30
-    samples = scrape(server)
-    while True:
+    seen = [scrape(server)]
+
+    def is_settled() -> bool:
         time.sleep(2.5)
-        again = scrape(server)
-        ours = [
-            key for key in again if key[0].startswith(("classifier_requests", "classifier_image"))
-        ]
-        if all(samples.get(key) == again[key] for key in ours):
-            return again
-        assert time.monotonic() < deadline
-        samples = again
+        seen.append(scrape(server))
+        before, after = seen[-2:]
+        ours = [name for name in after if name[0].startswith(OURS)]
+        return all(before.get(name) == after[name] for name in ours)
+
+    wait_for(is_settled, 30)
+    return seen[-1]
 
 
 def value(samples: dict[Any, float], name: str, **labels: str) -> float:

@@ -15,10 +15,11 @@ import psutil
 import pytest
 import requests
 
+from tests import ROOT
 from tests.driver import make_driver
 from tests.processes import free_ports, wait_for
 from tests.server.colours import encoded
-from tests.server.serving import ROOT, STOP_SECONDS, Server, run_serve, serving
+from tests.server.serving import STOP_SECONDS, Server, run_serve, serving
 
 SCALE = [sys.executable, str(ROOT / "scripts" / "scale.py"), "mobilenet_v2"]
 UNKNOWN = "GPU-00000000-0000-0000-0000-000000000000"

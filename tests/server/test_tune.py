@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from service.tuning.tuned import read_tuned
-from tests.server.serving import ROOT, environment, serving
+from tests import ROOT
+from tests.server.serving import environment, serving
 
 MODEL = "shufflenet_v2_x0_5"
 OPTIONS = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]

@@ -13,8 +13,8 @@ from handler import errors
 from handler.metrics import FAMILIES
 from handler.settings import PREFIX, Settings
 from service.gateway.settings import GatewaySettings
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text("utf-8") for page in PAGES}
 COMMANDS = sorted(path.name for path in (ROOT / "scripts").iterdir() if not path.suffix)

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # As the README says them: glibc 2.28 or 2.35, macOS 14.
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_35", "aarch64-apple-darwin")

@@ -2,7 +2,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import alive
+from tests.processes import alive, wait_for
 
 # Starts a server that has a child and ignores SIGTERM, tells its pid, and waits.
 LAUNCHER = """
@@ -67,10 +66,7 @@ def guardians(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while left := alive(processes):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+    wait_for(lambda: not alive(processes), seconds, lambda: alive(processes))
 
 
 def test_nothing_is_left_of_a_launcher_that_was_killed(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from service.load.generator import (
     without_tensor_header,
 )
 from service.load.processes import memory, pss_bytes, running
-from tests.processes import alive
+from tests.processes import alive, wait_for
 
 PICTURES = [Picture("a.jpg", b"a"), Picture("b.jpg", b"b")]
 Respond = Callable[[bytes], Coroutine[Any, Any, aiohttp_web.Response]]
@@ -357,9 +357,7 @@ subprocess.Popen([sys.executable, "-c", {CHILD!r}], start_new_session=True)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_server_ends_with_its_daemons(tmp_path: Path) -> None:
     with running([sys.executable, "-c", PARENT], {}, tmp_path) as server:
-        deadline = time.monotonic() + 10
-        while server.log.read_text().count("up") < 2 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: server.log.read_text().count("up") == 2, 10)
         family = server.family()
         sizes = memory(server)
     assert len(family) == len(sizes) == 2

@@ -9,7 +9,7 @@ from tests.precisions import computes_in, describe_machine
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """What a machine does not have cannot be tested on it, whatever else may not be skipped."""
+    """Skip what this machine cannot compute in, even if nothing else may be skipped."""
     on_gpu = item.get_closest_marker("gpu") is not None
     if on_gpu:
         import torch

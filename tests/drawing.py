@@ -75,7 +75,7 @@ def turned(image: Image.Image, orientation: int, format: str, **options: object)
 
 
 def with_exif(exif: bytes, image: Image.Image) -> bytes:
-    """A JPEG with these bytes as its EXIF block, whatever they are."""
+    """A JPEG with these bytes, valid or not, as its EXIF block."""
     return encode(image, "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0" + exif)
 
 
@@ -84,7 +84,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def announced(format: str, width: int, height: int) -> bytes:
-    """A few bytes whose header announces this size, whatever they hold."""
+    """A few bytes whose header announces this size."""
     if format == "PNG":
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         body = png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND", b"")

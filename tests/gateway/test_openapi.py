@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 def of_this_model() -> dict[str, Any]:
     """The document, as far as a schema can say it, for a model of three classes.
 
-    The headers are read only where nothing nearer to the image says it: they have a test below.
+    The headers are read only if nothing nearer to the image says it: they have a test below.
     """
     document = json.loads(FILE.read_text("utf-8"))
     schemas = document["components"]["schemas"]
@@ -131,7 +131,7 @@ def test_each_kind_of_answer_is_as_described(kind: str, gateway: Served) -> None
     assert answer.json().get("code", status) == status
 
 
-def test_the_headers_are_read_where_nothing_nearer_says_it(gateway: Served) -> None:
+def test_the_headers_are_read_if_nothing_nearer_says_it(gateway: Served) -> None:
     def classes(query: str = "", **options: Any) -> int:
         answer = requests.post(f"{gateway.url}/predict{query}", timeout=60, **options).json()
         return len(answer["predictions"])

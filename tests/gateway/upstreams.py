@@ -32,7 +32,7 @@ def torchserve_that(answer: bytes | None) -> Iterator[str]:
                 return
             held.enter_context(connection)
             if answer is not None:
-                with suppress(OSError):  # whoever asked wants no more of it
+                with suppress(OSError):  # the client is gone
                     connection.recv(65536)
                     connection.sendall(answer)
                     connection.shutdown(socket.SHUT_WR)

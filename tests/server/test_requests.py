@@ -100,7 +100,7 @@ def forward(server: Server, body: bytes, content_type: str) -> requests.Response
 
 @pytest.mark.parametrize("by", ["torchserve", "handler"])
 def test_files_of_one_name_are_answered_in_order(server: Server, by: str) -> None:
-    """Whoever takes the form apart."""
+    """TorchServe takes a form apart, or the handler does if the gateway hands it over whole."""
     labels = ("blue", "red", "green", "red")
     names = ("file", "file", "image", "file")
     files = [

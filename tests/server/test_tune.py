@@ -18,7 +18,7 @@ SECONDS = 180
 
 
 def run_script(name: str, folder: Path, *argv: str) -> str:
-    """What a script prints; it is told to end its servers where it takes too long."""
+    """What a script prints; it is told to end its servers if it takes too long."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / name), *argv],
         env=environment(folder, {"PYTHONPATH": str(ROOT)}),

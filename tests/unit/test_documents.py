@@ -47,8 +47,10 @@ def test_every_command_is_shown_and_has_the_options_that_are_shown(name: str) ->
     if name == "test":
         return
     command = [sys.executable, str(ROOT / "scripts" / f"{name}.py"), "--help"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    known = set(re.findall(r"--[a-z][\w-]+", text))
+    environ = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}  # any terminal shows it
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    known = set(re.findall(r"--[a-z][\w-]+", done.stdout))
     assert {option for line in lines for option in re.findall(r"--[a-z][\w-]+", line)} <= known
 
 

@@ -135,7 +135,8 @@ def _value(value: Any) -> str:
 
 def _options(parser: ArgumentParser) -> list[list[str]]:
     return [
-        [f"`{_usage(action)}`", *_help(parser, action)]
+        # mkdocs would show the backslash that a pipe in a table needs
+        [f"`{_usage(action)}`".replace("|", "/"), *_help(parser, action)]
         for action in parser._actions
         if action.dest != "help"
     ]

@@ -1,10 +1,9 @@
-"""What docs/deploy.md says is held against the code, and its figures against the reports."""
+"""The build arguments in docs/deploy.md are the Dockerfile's, its figures the reports'."""
 
 import re
 
 import pytest
 
-from service.options import parse_serve
 from tests import ROOT
 from tests.container.known import dockerfile
 
@@ -20,13 +19,6 @@ def test_every_build_argument_is_listed_and_no_other() -> None:
         for name in re.findall(r"`(\w+)`", row)
     }
     assert listed == dockerfile()["ARG"].keys()
-
-
-@pytest.mark.parametrize(
-    "options", re.findall(r"\./scripts/serve((?: --?[\w-]+(?: [\w./]+)?)+)", TEXT), ids=str.strip
-)
-def test_command_lines_are_taken(options: str) -> None:
-    parse_serve(options.split())
 
 
 def rows() -> list[tuple[str, str, float, int, int]]:

@@ -62,3 +62,17 @@ def test_a_file_whose_name_is_no_text(web: Web, tmp_path: Path) -> None:
     done = predict(web, image, "utf-8")
     assert (done.returncode, done.stderr) == (0, b"")
     assert rb"\udcff.png  64x48" in done.stdout
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_help_of_every_command_on_any_terminal(script: Path) -> None:
+    if script.stem in ("__init__", "java_cds"):
+        return
+    done = subprocess.run(
+        [sys.executable, script, "--help"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"usage:" in done.stdout

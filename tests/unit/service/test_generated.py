@@ -84,7 +84,7 @@ def test_options_are_listed_as_help_explains_them() -> None:
     other.add_argument("--seconds", type=float, default=2.0, help="measured (%(default)s)")
     other.add_argument("--json", action="store_true", help="for machines")
     found = tables({"serve": serve, "other": other})
-    assert found["options serve"][2:] == [r"| `--device cpu\|cuda` | cpu | of a worker |"]
+    assert found["options serve"][2:] == ["| `--device cpu/cuda` | cpu | of a worker |"]
     assert found["options other"][2:] == [
         "| `IMAGE …` |  |  |",
         "| `--tuned [FILE]` | not used | best so far |",

@@ -201,7 +201,8 @@ def starting(folder: Path, *options: str, env: Mapping[str, str]) -> Iterator[ps
     try:
         yield process
     finally:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def test_a_signal_while_loading_stops_everything(

@@ -1,8 +1,38 @@
-"""Say whether the service can answer: for containers and load balancers."""
+"""Exit 0 only if each model has all its workers READY and answers a prediction.
 
+For containers and load balancers. TorchServe's own /ping says Healthy while models load, while
+workers crash, and without any model; its workers say READY while every prediction fails.
+"""
+
+import argparse
 import sys
+from collections.abc import Sequence
 
-from service.health import main
+from service.health import check_gateway, check_models
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
+    parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
+    parser.add_argument(
+        "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
+    )
+    parser.add_argument(
+        "--predictions", default="http://127.0.0.1:8080", help="predictions address (%(default)s)"
+    )
+    parser.add_argument(
+        "--gateway",
+        action="store_true",
+        help="ask the gateway that the GATEWAY_ variables describe for its /health instead",
+    )
+    args = parser.parse_args(argv)
+    if args.gateway:
+        healthy, message = check_gateway()
+    else:
+        healthy, message = check_models(args.management, args.predictions, args.models)
+    print(message)
+    return 0 if healthy else 1
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,8 +1,26 @@
-"""Write down Java's classes as it keeps them in memory, so that TorchServe starts in less time."""
+"""Write down Java's classes as it keeps them in memory, so that TorchServe starts in less time.
+
+scripts/java_cds.py    once after an installation; ./scripts/serve does it by itself
+"""
 
 import sys
+from collections.abc import Sequence
 
-from service.torchserve.java_cds import main
+from handler.errors import SetupError
+from service.torchserve.java import JAVA_CDS, find_java
+from service.torchserve.java_cds import make_java_cds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    del argv  # there are no options
+    try:
+        make_java_cds(find_java(), JAVA_CDS)
+    except SetupError as exc:
+        print(f"warning: Java starts slower, without class data sharing: {exc}", file=sys.stderr)
+        return 1
+    print(f"{JAVA_CDS}  {JAVA_CDS.stat().st_size / 2**20:.1f} MiB")
+    return 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

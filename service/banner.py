@@ -1,15 +1,16 @@
-"""What ./scripts/serve says when it is ready."""
+"""What ./scripts/serve prints when it is ready."""
 
 import os
 import shlex
 import sys
 from collections.abc import Sequence
 
-from service import health as healthcheck
 from service.gateway.process import Gateway
 from service.logs import Log
+from service.torchserve.management import Management
 from service.torchserve.server import ROOT, Addresses
 
+TIMEOUT_SECONDS = 30  # for what a worker answers
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 
 
@@ -20,7 +21,7 @@ def announce(
     gateway: Gateway | None,
     seconds: float,
 ) -> None:
-    """Say that the service is ready, in the log or to the people at the terminal."""
+    """Say that the service is ready, in the log and to people at a terminal."""
     if log.form == "json":
         log.event(
             "INFO",
@@ -40,17 +41,16 @@ def announce(
 def banner(
     served: Sequence[str], addresses: Addresses, gateway: Gateway | None, seconds: float
 ) -> str:
-    """What people need next, with lines that work when pasted."""
+    """What people need next, in lines that work when pasted."""
     example = shlex.quote(os.path.relpath(EXAMPLE))
-    management = addresses.management.url
+    management = Management(addresses.management.url, TIMEOUT_SECONDS)
     lines = []
     for model in served:
-        info = healthcheck.describe(management, model, "?customized=true", timeout=30) or {}
-        facts = info["customizedMetadata"]
-        workers = info["minWorkers"]
+        facts = management.info(model)
+        workers = management.describe(model).min_workers
         top_k = min(3, facts["classes"])
         predict = f"{addresses.inference.url}/predictions/{model}"
-        described = f"{management}/models/{model}"
+        described = f"{management.url}/models/{model}"
         lines += [
             f"{model} is ready: {workers} worker{'s' if workers > 1 else ''} on {facts['device']}, "
             f"{facts['engine']}, weights {facts['weights']['name']}",

@@ -1,120 +1,65 @@
-"""Exit 0 only when every wanted model has all its workers READY, and answers a prediction.
+"""Whether the service can answer: what ./scripts/healthcheck asks.
 
 TorchServe's own /ping says Healthy while models load, while workers crash, and without any model;
 its workers say READY while every prediction fails.
 """
 
-import argparse
 from collections.abc import Sequence
-from typing import Any
 
 import requests
 
 from handler.errors import SetupError
 from service.gateway.settings import GatewaySettings
 from service.gateway.watch import ask_prediction
+from service.torchserve.management import Management, ModelState, UnknownModel, direct_session
 
 TIMEOUT_SECONDS = 5
 
 
-def get(url: str, timeout: float, verify: bool = True) -> requests.Response:
-    """GET on a connection of its own, past any proxy of the environment."""
-    with requests.Session() as session:
-        session.trust_env = False
-        return session.get(url, timeout=timeout, verify=verify)
+def check_models(management: str, predictions: str, models: Sequence[str]) -> tuple[bool, str]:
+    """Whether each model has all its workers READY and answers a prediction; a line for each.
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
-    parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
-    parser.add_argument(
-        "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
-    )
-    parser.add_argument(
-        "--predictions", default="http://127.0.0.1:8080", help="predictions address (%(default)s)"
-    )
-    parser.add_argument(
-        "--gateway",
-        action="store_true",
-        help="ask the gateway that the GATEWAY_ variables describe for its /health instead",
-    )
-    args = parser.parse_args(argv)
-    if args.gateway:
-        return check_gateway()
+    `management` and `predictions` are http://HOST:PORT. No models means every registered one, and
+    at least one.
+    """
+    client = Management(management, TIMEOUT_SECONDS)
     try:
-        models = args.models or registered_models(args.management)
-        states = {model: describe(args.management, model) for model in models}
+        states = {model: _describe(client, model) for model in models or client.models()}
     except requests.RequestException as exc:
-        print(f"{args.management} does not answer: {type(exc).__name__}")
-        return 1
+        return False, f"{management} does not answer: {type(exc).__name__}"
     if not states:
-        print("no model is registered")
-        return 1
-    healthy = True
+        return False, "no model is registered"
+    healthy, lines = True, []
     for model, state in states.items():
+        if state is None:
+            healthy = False
+            lines.append(f"{model}: not registered")
+            continue
         failure = ""
-        if is_ready(state):
-            address = args.predictions.removeprefix("http://")
-            failure = ask_prediction(address, model, TIMEOUT_SECONDS)
-        healthy = healthy and is_ready(state) and not failure
-        print(f"{model}: {summary(state)}" + (f", {failure}" if failure else ""))
-    return 0 if healthy else 1
+        if state.is_ready:
+            failure = ask_prediction(predictions.removeprefix("http://"), model, TIMEOUT_SECONDS)
+        healthy = healthy and state.is_ready and not failure
+        line = f"{model}: {state.ready} of {state.min_workers} workers READY"
+        lines.append(f"{line}, {failure}" if failure else line)
+    return healthy, "\n".join(lines)
 
 
-def check_gateway() -> int:
-    """0 where the gateway says that all models are ready."""
+def _describe(client: Management, model: str) -> ModelState | None:
+    try:
+        return client.describe(model)
+    except UnknownModel:
+        return None
+
+
+def check_gateway() -> tuple[bool, str]:
+    """Whether the gateway that the GATEWAY_ variables describe says that all models are ready."""
     try:
         url = f"{GatewaySettings.load().url}/health"
-        # On loopback, under whatever name its certificate has.
-        response = get(url, timeout=TIMEOUT_SECONDS, verify=False)
+        with direct_session() as session:
+            # It is on loopback, whatever the name in its certificate.
+            answer = session.get(url, timeout=TIMEOUT_SECONDS, verify=False)
     except SetupError as exc:
-        print(exc)
-        return 1
+        return False, str(exc)
     except requests.RequestException as exc:
-        print(f"{url} does not answer: {type(exc).__name__}")
-        return 1
-    print(response.text)
-    return 0 if response.ok else 1
-
-
-def registered_models(management: str) -> list[str]:
-    """Names of the models that TorchServe knows. Raises requests.RequestException."""
-    names: list[str] = []
-    page = ""
-    while True:
-        response = get(f"{management}/models{page}", timeout=TIMEOUT_SECONDS)
-        response.raise_for_status()
-        content = response.json()
-        names += [model["modelName"] for model in content["models"]]
-        if "nextPageToken" not in content:
-            return names
-        page = f"?next_page_token={content['nextPageToken']}"
-
-
-def describe(
-    management: str, model: str, query: str = "", timeout: float = TIMEOUT_SECONDS
-) -> dict[str, Any] | None:
-    """TorchServe's description of a model's default version; None where it is not registered.
-
-    Raises requests.RequestException.
-    """
-    response = get(f"{management}/models/{model}{query}", timeout=timeout)
-    if response.status_code == 404:
-        return None
-    response.raise_for_status()
-    return dict(response.json()[0])
-
-
-def ready_workers(state: dict[str, Any]) -> int:
-    return sum(worker["status"] == "READY" for worker in state["workers"])
-
-
-def is_ready(state: dict[str, Any] | None) -> bool:
-    """Whether as many workers are READY as the model should have, and at least one."""
-    return state is not None and ready_workers(state) >= max(1, state["minWorkers"])
-
-
-def summary(state: dict[str, Any] | None) -> str:
-    if state is None:
-        return "not registered"
-    return f"{ready_workers(state)} of {state['minWorkers']} workers READY"
+        return False, f"{url} does not answer: {type(exc).__name__}"
+    return answer.ok, answer.text

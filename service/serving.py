@@ -15,7 +15,6 @@ import requests
 
 from handler.errors import InvalidSettings, SetupError
 from handler.machine import count_gpus
-from service import health as healthcheck
 from service.archive.store import (
     archive_path,
     check_device_ids,
@@ -28,12 +27,12 @@ from service.archive.store import (
 from service.banner import announce
 from service.gateway.process import Gateway, GatewayEnded
 from service.gateway.settings import GatewaySettings, name_ignored
-from service.guardian import Guardian
 from service.logs import Log, default_form
 from service.options import package_argv, parse_serve
 from service.ports import check_ports
-from service.signals import on_stop
+from service.processes import Guardian, on_stop, wait_until
 from service.torchserve.java import find_java
+from service.torchserve.management import Management, UnknownModel
 from service.torchserve.server import (
     ROOT,
     Addresses,
@@ -85,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     server, gateway = service.server, service.gateway
     try:
         server.start(lambda output: log.relay(output, server.read))
-        wait_until_ready(server, service.addresses.management.url, service.served, stop)
+        management = Management(service.addresses.management.url)
+        wait_until_ready(server, management, service.served, stop)
         if not stop.is_set():
             if gateway:
                 gateway.start()
@@ -260,19 +260,10 @@ def package_apart(argv: Sequence[str]) -> int:
 
     Returns its exit status; raises SetupError where it was killed.
     """
-    with Guardian("") as guardian:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "scripts" / "package.py"), *argv],
-            stdout=subprocess.DEVNULL,  # the archives' sizes; what it has to say goes to stderr
-            start_new_session=True,  # Ctrl-C reaches us alone, and the child as SIGTERM
-        )
-        guardian.watch(process.pid)
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
+    command = [sys.executable, ROOT / "scripts" / "package.py", *argv]
+    with Guardian() as guardian:
+        # It prints the archives' sizes on stdout; what it has to say goes to stderr.
+        status = guardian.start(command, stdout=subprocess.DEVNULL).wait()
     if status < 0:
         raise SetupError(
             f"packaging was killed by signal {-status} (9 is often the system out of memory)"
@@ -291,25 +282,29 @@ def ending(server: TorchServe) -> str:
 
 
 def wait_until_ready(
-    server: TorchServe, management: str, models: Sequence[str], stop: Event
+    server: TorchServe, management: Management, models: Sequence[str], stop: Event
 ) -> None:
     """Return when every model has its workers READY, or `stop` is set. Raises StartFailed."""
-    deadline = time.monotonic() + READY_SECONDS
     pids: dict[str, set[int]] = {model: set() for model in models}
-    while not stop.wait(POLL_SECONDS):
+
+    def is_ready(model: str) -> bool:
+        try:
+            state = management.describe(model)
+        except UnknownModel as exc:
+            raise StartFailed(f"TorchServe did not accept the archive of {model}") from exc
+        pids[model] |= {worker.pid for worker in state.workers if worker.pid > 0}
+        if not state.is_ready and len(pids[model]) > state.min_workers * (1 + MAX_RESTARTS):
+            raise StartFailed(f"{model} does not load: its workers end again and again")
+        return state.is_ready
+
+    def all_ready() -> bool:
         if server.exit_status() is not None:
             raise StartFailed(ending(server))
         try:
-            states = {model: healthcheck.describe(management, model) for model in models}
-        except requests.RequestException:
-            states = {}
-        if states and all(map(healthcheck.is_ready, states.values())):
-            return
-        for model, state in states.items():
-            if state is None:
-                raise StartFailed(f"TorchServe did not accept the archive of {model}")
-            pids[model] |= {worker["pid"] for worker in state["workers"] if worker["pid"] > 0}
-            if len(pids[model]) > state["minWorkers"] * (1 + MAX_RESTARTS):
-                raise StartFailed(f"{model} does not load: its workers end again and again")
-        if time.monotonic() > deadline:
-            raise StartFailed(f"not ready within {READY_SECONDS} s")
+            ready = [is_ready(model) for model in models]  # every one, for its failure
+        except requests.RequestException:  # Java is starting
+            return False
+        return all(ready)
+
+    if not wait_until(lambda: stop.is_set() or all_ready(), READY_SECONDS, POLL_SECONDS):
+        raise StartFailed(f"not ready within {READY_SECONDS} s")

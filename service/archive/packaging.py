@@ -50,8 +50,8 @@ from service.archive.weights import (
     read_weights,
     scales_input_again,
 )
-from service.guardian import Guardian
 from service.options import parse_package
+from service.processes import Guardian
 from service.torchserve.server import CONFIG_FILE, dump_config, read_config, read_path
 from service.tuning.tuned import describe_differences
 

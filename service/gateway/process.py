@@ -1,13 +1,7 @@
-"""Run nginx in front of TorchServe: POST /predict, GET /health, GET /info, keys, limits, retries.
+"""nginx in front of TorchServe as a process: started, kept up to date, and stopped."""
 
-Settings are environment variables GATEWAY_…, listed in docs/gateway.md.
-"""
-
-import argparse
-import hashlib
 import os
 import re
-import secrets
 import shutil
 import signal
 import subprocess
@@ -15,10 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
 
 from handler.errors import SetupError
 from service.gateway.config import (
@@ -29,62 +21,19 @@ from service.gateway.config import (
     targets,
     worker_user,
 )
-from service.gateway.settings import NAME, GatewaySettings, name_ignored, read_keys
+from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
-from service.guardian import Guardian
-from service.logs import Log, default_form
+from service.logs import Log
 from service.ports import check_ports
-from service.signals import on_stop
+from service.processes import Guardian, end, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
 MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs the first
 PLACES = ("/usr/local/sbin", "/usr/sbin")  # where nginx is and people's PATH is not
 POLL_SECONDS = 0.2
+START_SECONDS = 10
 RESOLVE_SECONDS = 5  # between two looks at the addresses behind the replicas' names
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="./scripts/gateway", description=__doc__)
-    parser.add_argument(
-        "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
-    )
-    args = parser.parse_args(argv)
-    if args.new_key is not None:
-        return new_key(args.new_key)
-    stop = Event()
-    on_stop(lambda *_: stop.set())
-    gateway = None
-    log = Log(default_form())
-    name_ignored(log)
-    try:
-        settings = GatewaySettings.load()
-        gateway = Gateway(settings, log)
-        gateway.start()
-        print(f"Gateway on {settings.url}", file=sys.stderr, flush=True)
-        while not stop.wait(POLL_SECONDS):
-            gateway.check()
-    except SetupError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except GatewayEnded as exc:
-        print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
-        return 1
-    finally:
-        if gateway:
-            gateway.stop()
-    return 0
-
-
-def new_key(name: str) -> int:
-    """Print a key, which is kept nowhere, and the line that lets it in."""
-    if not NAME.fullmatch(name):
-        print(f"error: a client's name must match {NAME.pattern}, got {name!r}", file=sys.stderr)
-        return 2
-    key = secrets.token_urlsafe(32)
-    print(f"key, for the client: {key}")
-    print(f"line for the file:   {name} {hashlib.sha256(key.encode()).hexdigest()}")
-    return 0
 
 
 class GatewayEnded(Exception):
@@ -140,22 +89,16 @@ class Gateway:
                 raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
-            self._process = subprocess.Popen(
-                self._command(),
-                stdin=subprocess.DEVNULL,
-                pass_fds=[writer],
-                start_new_session=True,  # Ctrl-C reaches us alone
-            )
-            self._guardian.watch(self._process.pid)
+            self._process = self._guardian.start(self._command(), pass_fds=[writer])
         finally:
             os.close(writer)
             self._log = threading.Thread(target=self._relay, args=(reader,))
             self._log.start()
-        deadline = time.monotonic() + 10
-        while not pid_file.exists():  # it is written when nginx listens
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise SetupError("nginx did not start; the cause is in the log above")
-            time.sleep(0.02)
+        process = self._process
+        # nginx writes the file when it listens.
+        wait_until(lambda: pid_file.exists() or process.poll() is not None, START_SECONDS, 0.02)
+        if not pid_file.exists():
+            raise SetupError("nginx did not start; the cause is in the log above")
         self._watch.start(self._folder / "control" / "sock")
 
     def _command(self) -> list[str]:
@@ -242,14 +185,8 @@ class Gateway:
         """Close the listeners, let requests in flight be answered, and end."""
         self._watch.stop()
         if self._process is not None:
-            self._process.send_signal(signal.SIGQUIT)
-            try:
-                self._process.wait(stop_seconds(self._settings) + 5)
-            except (subprocess.TimeoutExpired, KeyboardInterrupt):  # a second Ctrl-C
-                self._process.terminate()
-                self._process.wait()
-            with suppress(ProcessLookupError):  # workers outlive a master that was killed
-                os.killpg(self._process.pid, signal.SIGKILL)
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
+                end(self._process, stop_seconds(self._settings) + 5, signal.SIGQUIT)
         if self._log is not None:
             self._log.join()
         if self._folder != Path():

@@ -17,6 +17,7 @@ from typing import Any
 import requests
 
 from service.logs import Log
+from service.torchserve.management import direct_session
 
 ASK_SECONDS = 1.0  # between two questions
 PING_TIMEOUT_SECONDS = 2.0
@@ -57,8 +58,7 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
     """
     url = f"http://{address}/predictions/{model}"
     try:
-        with requests.Session() as session:
-            session.trust_env = False
+        with direct_session() as session:
             answer = session.post(url, PIXEL, headers=HEADERS, timeout=timeout, **PLAIN)
     except requests.Timeout:
         return f"no prediction of {model} within {timeout:g} s"
@@ -129,8 +129,7 @@ class Watch:
 
     def _find_failure(self, address: str, replica: _Replica) -> str:
         try:
-            with requests.Session() as session:
-                session.trust_env = False
+            with direct_session() as session:
                 session.get(f"http://{address}/ping", timeout=PING_TIMEOUT_SECONDS, **PLAIN)
         except requests.RequestException:
             return SILENT

@@ -1,9 +1,7 @@
 """Servers as processes: started, found again with all they started, weighed, and always ended."""
 
-import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import uuid
@@ -13,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from service import processes
+from service.processes import Guardian
 
 MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
 STOP_SECONDS = 20
@@ -59,37 +60,32 @@ def running(
     """Start a command in `folder`, and end all its processes afterwards."""
     marker = uuid.uuid4().hex
     log = folder / "output.log"
+    guardian = Guardian()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
+        process = guardian.start(
+            command,
             stdout=file,
             stderr=subprocess.STDOUT,
             env={**environ, MARKER: marker},
             cwd=folder,
-            start_new_session=True,
         )
     server = Server(process, marker, log)
     try:
         yield server
     finally:
         end(server)
+        guardian.dismiss()
 
 
 def end(server: Server) -> None:
     """SIGTERM to the command, then SIGKILL to whatever is left of its family."""
     family = server.family()
-    server.process.terminate()
-    with suppress(subprocess.TimeoutExpired):
-        server.process.wait(STOP_SECONDS)
+    processes.end(server.process, STOP_SECONDS)
     family += server.family()
     for process in family:
         # psutil compares start times, so a process that took over a PID is left alone
         with suppress(psutil.Error):
             process.kill()
-    with suppress(ProcessLookupError):
-        os.killpg(server.process.pid, signal.SIGKILL)
-    server.process.wait()
     psutil.wait_procs(family, timeout=5)
 
 

@@ -10,21 +10,23 @@ from typing import Any
 
 import requests
 
-from service.scaling.workers import Counters, Model, Space, State, UnknownModel, count_fitting
+from service.scaling.memory import MemoryHeadroom, count_fitting
+from service.scaling.model import Counters, Model
+from service.torchserve.management import ModelState, UnknownModel
 
 SLOW_INTERVALS = 2  # in a row, until there are more workers
 FAR_OVER = 4  # times the target: the workers are doubled
-QUIET_SHARE = 0.5  # of the target: a queue that is no reason to keep the workers
-BUSY_SHARE = 0.7  # of the time of the workers that would be left
+QUIET_SHARE = 0.5  # of the target: a shorter queue is no reason to keep all workers
+BUSY_SHARE = 0.7  # how busy the workers that are left may be
 
 
 @dataclass(frozen=True)
 class Sample:
     """What an interval was like."""
 
-    wanted: int  # workers that there should be
+    workers: int  # that there should be
     ready: int
-    requests: int  # that came
+    requests: int  # that came in
     queue_ms: float  # mean time that a request waited for a worker
     busy: float  # workers that had a request in hand, on average; of a batch each counts
     pending: int  # requests that wait, at the end
@@ -33,21 +35,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class Decision:
-    """So many workers, and why."""
+    """How many workers there should be, and why."""
 
     workers: int
     reason: str
 
 
-def compare(state: State, before: Counters, after: Counters, seconds: float) -> Sample | None:
-    """The interval between two readings; None where the server has started again meanwhile."""
+def compare(state: ModelState, before: Counters, after: Counters, seconds: float) -> Sample | None:
+    """The interval between two readings; None if the server has started again meanwhile."""
     count = after.requests - before.requests
     queue_us = after.queue_us - before.queue_us
     latency_us = after.latency_us - before.latency_us
     if min(count, queue_us, latency_us) < 0:
         return None
     return Sample(
-        wanted=state.wanted,
+        workers=state.min_workers,
         ready=state.ready,
         requests=int(count),
         queue_ms=round(queue_us / 1000 / max(1, count), 3),
@@ -60,8 +62,8 @@ def compare(state: State, before: Counters, after: Counters, seconds: float) -> 
 class Autoscaler:
     """Decides from one sample after the other; `now` is any clock in seconds that never goes back.
 
-    More workers when the queue was too long in two intervals in a row, one fewer when for the whole
-    cool-down it was short and the workers that are left would not be too busy.
+    There are more workers if the queue was too long in two intervals in a row, and one fewer if for
+    the whole cool-down it was short and the workers that are left would not be too busy.
     """
 
     def __init__(self, minimum: int, maximum: int, queue_ms: float, cool_down: float) -> None:
@@ -72,43 +74,42 @@ class Autoscaler:
         self.reset()
 
     def reset(self) -> None:
-        """Forget what was: the workers have changed, or nothing is known of a time."""
+        """Forget the past: the workers have changed, or nothing is known of a time."""
         self._slow = 0
         self._quiet_since: float | None = None
 
     def decide(self, sample: Sample, now: float) -> Decision:
         """How many workers there should be; the caller calls reset() after changing them."""
-        wanted = sample.wanted
-        if wanted < self._minimum:
+        workers = sample.workers
+        if workers < self._minimum:
             return Decision(self._minimum, "fewer than the minimum")
-        if wanted > self._maximum:
+        if workers > self._maximum:
             return Decision(self._maximum, "more than the maximum")
-        if sample.ready < wanted:
+        if sample.ready < workers:
             self.reset()
-            return Decision(wanted, "workers are starting")
+            return Decision(workers, "workers are starting")
         full = sample.remaining == 0
         stuck = sample.pending > 0 and sample.requests == 0
         if full or stuck or sample.queue_ms > self._target:
             self._quiet_since = None
             self._slow += 1
             if self._slow < SLOW_INTERVALS:
-                return Decision(wanted, "the queue is long")
-            if wanted == self._maximum:
-                return Decision(wanted, "the queue is long, at the maximum")
+                return Decision(workers, "the queue is long")
+            if workers == self._maximum:
+                return Decision(workers, "the queue is long, at the maximum")
             far = full or sample.queue_ms > FAR_OVER * self._target
-            return Decision(
-                min(self._maximum, wanted * 2 if far else wanted + 1), "the queue is long"
-            )
+            more = workers * 2 if far else workers + 1
+            return Decision(min(self._maximum, more), "the queue is long")
         self._slow = 0
         calm = sample.queue_ms <= QUIET_SHARE * self._target and sample.pending == 0
-        if not calm or sample.busy > BUSY_SHARE * (wanted - 1):
+        if not calm or sample.busy > BUSY_SHARE * (workers - 1):
             self._quiet_since = None
-            return Decision(wanted, "as it should be")
+            return Decision(workers, "as it should be")
         if self._quiet_since is None:
             self._quiet_since = now
-        if wanted == self._minimum or now - self._quiet_since < self._cool_down:
-            return Decision(wanted, "quiet")
-        return Decision(wanted - 1, "quiet")
+        if workers == self._minimum or now - self._quiet_since < self._cool_down:
+            return Decision(workers, "quiet")
+        return Decision(workers - 1, "quiet")
 
 
 def log(event: str, model: Model, **facts: Any) -> None:
@@ -128,21 +129,21 @@ class Watcher:
         self,
         model: Model,
         autoscaler: Autoscaler,
-        find_spaces: Callable[[State], list[Space]],
+        find_headroom: Callable[[ModelState], list[MemoryHeadroom]],
         interval: float,
         stop: Event,
     ) -> None:
-        """`find_spaces` gives the memory that there is for more workers; `interval` is seconds."""
+        """`find_headroom` finds the memory for more workers; `interval` is seconds."""
         self._model = model
         self._autoscaler = autoscaler
-        self._find_spaces = find_spaces
+        self._find_headroom = find_headroom
         self._interval = interval
         self._stop = stop
         self._before: tuple[Counters, float] | None = None  # with the time of their reading
         self._told = ""  # what is the same as the last time is not logged again
 
     def run(self) -> None:
-        """Until `stop` is set. Raises UnknownModel where the model is not there at the start.
+        """Scale until `stop` is set. Raises UnknownModel if the model is not there at the start.
 
         A server that does not answer is asked again: it may be starting.
         """
@@ -172,30 +173,32 @@ class Watcher:
                 self._act(self._autoscaler.decide(sample, now), sample, state)
         self._before = (counters, now)
 
-    def _act(self, decision: Decision, sample: Sample, state: State) -> None:
+    def _act(self, decision: Decision, sample: Sample, state: ModelState) -> None:
         """Do what was decided, as far as memory and requests in hand allow it, and log it.
 
-        Workers are stopped at a quiet moment alone, so that no request is lost; where there is
-        none, the next interval tries again.
+        Workers are stopped at a quiet moment alone, so that no request is lost; if there is none,
+        the next interval tries again.
         """
         workers, reason = decision.workers, decision.reason
-        spaces: list[Space] = []
-        if workers > sample.wanted:
-            spaces = self._find_spaces(state)
-            workers = sample.wanted + count_fitting(spaces, workers - sample.wanted)
-            if workers == sample.wanted:
+        headroom: list[MemoryHeadroom] = []
+        if workers > sample.workers:
+            headroom = self._find_headroom(state)
+            workers = sample.workers + count_fitting(headroom, workers - sample.workers)
+            if workers == sample.workers:
                 reason += ", and there is no memory for more workers"
-        elif workers < sample.wanted and not self._model.wait_until_quiet(
+        elif workers < sample.workers and not self._model.wait_until_quiet(
             self._interval, self._stop
         ):
-            workers = sample.wanted
+            workers = sample.workers
             reason += ", but never without a request in hand"
-        if workers == sample.wanted and reason == self._told:
+        if workers == sample.workers and reason == self._told:
             return
-        facts = asdict(sample) | ({"memory": [asdict(space) for space in spaces]} if spaces else {})
-        change = {"from": facts.pop("wanted"), "to": workers}
+        facts = asdict(sample)
+        if headroom:
+            facts["memory"] = [asdict(kind) for kind in headroom]
+        change = {"from": facts.pop("workers"), "to": workers}
         log("scale", self._model, **change, reason=reason, **facts)
         self._told = reason
-        if workers != sample.wanted:
+        if workers != sample.workers:
             self._model.resize(workers)
             self._autoscaler.reset()

@@ -16,7 +16,6 @@ from pathlib import Path
 from threading import Thread
 from typing import IO, Any
 
-import ts
 import yaml
 
 from handler.errors import InvalidSettings, SetupError
@@ -24,17 +23,20 @@ from handler.gpus import VISIBLE, WORKERS_VISIBLE
 from handler.machine import available_memory, count_gpus
 from handler.model_card import ModelCard
 from handler.rules import Rule
-from service.guardian import Guardian
-from service.torchserve.java import MEMORY_OPTIONS, OUT_OF_MEMORY, memory_bounds, utf8_locale
+from service.processes import Guardian, end
+from service.torchserve.java import (
+    JAVA_CDS,
+    MEMORY_OPTIONS,
+    OUT_OF_MEMORY,
+    memory_bounds,
+    server_command,
+    utf8_locale,
+)
 from service.torchserve.watchdog import Hung, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = ROOT / "config.properties"
 CONFIG_FILE = "model-config.yaml"  # in an archive
-SERVER_HOME = Path(ts.__file__).parent.parent
-FRONTEND = str(SERVER_HOME / "ts" / "frontend" / "*")  # Java expands it
-CLASS_ARCHIVE = Path(sys.prefix) / "java-classes.jsa"  # made by scripts/java_cds.py
-LOG_CONFIG = ROOT / "handler" / "configs" / "log4j2.xml"
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
@@ -274,9 +276,9 @@ class TorchServe:
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
         """Start Java as the launcher `torchserve` would.
 
-        `relay` reads what it prints, in a thread of its own, until it ends; None: that goes where
-        our output goes. The launcher itself forwards no signals, knows one server per machine by
-        its PID file, and stays around as a process.
+        `relay` reads its output in a thread of its own until it ends; without one, Java writes to
+        our stdout and stderr. The launcher itself is not used: it forwards no signals, allows one
+        server per machine (its PID file), and remains as a process.
         """
         self._folder = make_folder()
         self._guardian = Guardian(self._folder)
@@ -287,24 +289,17 @@ class TorchServe:
             unpack(archive, config, store / f"{number}-{archive.stem}", self._digests.get(archive))
             for number, (archive, config) in enumerate(self._archives.items())
         ]
-        plugins = [self._config["plugins_path"]] if self._config.get("plugins_path") else []
-        command = [
-            self._java,
-            f"-Dmodel_server_home={SERVER_HOME}",
-            f"-Dlog4j.configurationFile={LOG_CONFIG.as_uri()}",
-            f"-Djava.io.tmpdir={self._folder}",
-            # One that is missing or of another Java is ignored, and newer ones call that an error.
-            *(f"-XX:SharedArchiveFile={CLASS_ARCHIVE}", "-Xlog:cds=off"),
+        options = [
+            # A file that is missing or of another Java is ignored; newer ones call that an error.
+            *(f"-XX:SharedArchiveFile={JAVA_CDS}", "-Xlog:cds=off"),
             "-XX:-UsePerfData",  # a file in /tmp, which kill -9 would leave there
             *MEMORY_OPTIONS,
             *memory_bounds(available_memory()),
             *self._config.get("vmargs", "").split(),
-            *("-cp", ":".join([FRONTEND, *plugins])),
-            "org.pytorch.serve.ModelServer",
-            *("--python", sys.executable),
-            *("-f", CONFIG),
-            *("-s", store),
-            "-ncs",  # no snapshots: the last one would be restored instead of what is asked for
+        ]
+        plugins = self._config.get("plugins_path", "")
+        command = [
+            *server_command(self._java, options, Path(self._folder), CONFIG, plugins),
             *("-m", *(model.name for model in models)),  # served under the names in them
         ]
         environ = os.environ | {
@@ -322,56 +317,49 @@ class TorchServe:
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)
         try:
-            self._process = subprocess.Popen(
-                [str(word) for word in command],
+            self._process = self._guardian.start(
+                command,
                 env=environ | self._environ,
                 cwd=self._folder,
-                stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE if relay else None,
                 stderr=subprocess.STDOUT if relay else None,
-                start_new_session=True,  # Ctrl-C reaches us alone; the group can be ended as one
             )
         except OSError as exc:
             raise SetupError(f"{self._java} cannot be run: {exc.strerror}") from exc
-        self._guardian.watch(self._process.pid)
         self._watchdog = Watchdog(store, self._process.pid)
         if relay:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
 
     def read(self, line: bytes) -> None:
-        """A line that Java has printed: for `relay` to call."""
+        """Look at a line that Java has printed; `relay` calls this."""
         if found := OUT_OF_MEMORY.match(line):
             self._out_of_memory = found[1].decode("utf-8", "replace").removesuffix(", aborting")
 
     def exit_status(self) -> int | None:
-        """None while it runs."""
+        """The status with which Java ended; None while it runs."""
         return self._process.poll() if self._process else None
 
     def out_of_memory(self) -> str | None:
-        """What Java, which has ended, said that it had no memory for."""
+        """Why Java ran out of memory, in its words, if that is why it ended."""
         if self._reader is not None:
             self._reader.join(READ_SECONDS)
         return self._out_of_memory
 
     def end_hung_workers(self) -> list[Hung]:
-        """To be called again and again: TorchServe starts others in their place."""
+        """Kill the workers that hang and return them; to be called again and again.
+
+        TorchServe starts others in their place.
+        """
         return self._watchdog.check() if self._watchdog else []
 
     def stop(self) -> None:
         """End Java, then whatever is left of its group, and remove the folder."""
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                print("TorchServe did not stop in time; killing it", file=sys.stderr)
-            except KeyboardInterrupt:  # a second Ctrl-C
-                pass
+            with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
+                if not end(self._process, STOP_SECONDS):
+                    print("TorchServe did not stop in time and was killed", file=sys.stderr)
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on it takes no time
-            with suppress(ProcessLookupError):  # nothing is left
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
         if self._reader is not None:  # its last lines
             self._reader.join(READ_SECONDS)
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Ends workers that hang: they have stopped giving the sign of life that handler/pulse.py gives."""
+"""Ends workers that hang, which no longer give the sign of life of handler/pulse.py."""
 
 import json
 import os
@@ -25,21 +25,21 @@ class Hung:
 
 
 class Watchdog:
-    """Compares what it sees with what it saw the last time, and never with a clock.
+    """Compares each look with the one before, and never with a clock.
 
-    So no clock that is set, and no time in which the machine slept, looks like silence. A look that
-    comes late starts anew: we were stopped ourselves, or starve, and so may the workers have.
+    So neither a clock that is set nor a machine that slept looks like silence. A look that comes
+    late starts anew: this process was stopped or starved, and so the workers may have been too.
     """
 
     def __init__(self, store: Path, group: int) -> None:
-        """The models' folders are in `store`; the workers are of the process group."""
+        """`store` has the models' folders; `group` is the process group of the workers."""
         self._store = store
         self._group = group
         self._seen: dict[Path, tuple[int, int]] = {}  # the last beat, and the looks that saw it
         self._looked = time.monotonic()
 
     def check(self) -> list[Hung]:
-        """To be called again and again: kill the workers that hang, and say which they were."""
+        """Kill the workers that hang and return them; to be called again and again."""
         now = time.monotonic()
         passed = now - self._looked
         if passed < LOOK_SECONDS:
@@ -64,7 +64,7 @@ class Watchdog:
         """Kill a worker; None if it has ended by itself."""
         pid = int(file.name.removeprefix(PREFIX))
         try:
-            if os.getpgid(pid) != self._group:  # its number is somebody else's by now
+            if os.getpgid(pid) != self._group:  # another process has its number by now
                 raise ProcessLookupError
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:

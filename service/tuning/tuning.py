@@ -32,7 +32,7 @@ from handler.selection import Hardware, select
 from handler.settings import PREFIX, Settings
 from service.archive.store import model_config
 from service.options import add_model_options, check_model_options, number, package_argv
-from service.signals import on_stop
+from service.processes import on_stop
 from service.torchserve.server import ROOT, read_config, read_path
 from service.tuning.tuned import Facts, Tuned, TunedHandler, TunedOptions, tuned_path
 

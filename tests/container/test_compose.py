@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from service import health as healthcheck
+from scripts.healthcheck import main
 from service.gateway.settings import GatewaySettings
 from service.options import parse_serve
 from service.torchserve.server import read_address, read_config
@@ -97,7 +97,7 @@ def test_the_gateways_health_check_is_an_option_of_the_script(
     exec_form, python, script, *options = SERVICES["gateway"]["healthcheck"]["test"]
     assert (exec_form, python, script) == ("CMD", "python", "scripts/healthcheck.py")
     with pytest.raises(SystemExit):
-        healthcheck.main([*options, "--help"])
+        main([*options, "--help"])
     assert all(option in capsys.readouterr().out for option in options)
 
 

@@ -154,9 +154,15 @@ def serving(
 def package(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
     """Make the archive that ./scripts/serve is then asked for."""
     command = [sys.executable, str(ROOT / "scripts" / "package.py"), *options]
-    subprocess.run(
-        command, env=environment(folder, env), check=True, capture_output=True, timeout=300
+    done = subprocess.run(
+        command,
+        env=environment(folder, env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
 
 
 def copy_changed(store: Path, folder: Path, more: Mapping[str, str]) -> None:

@@ -7,31 +7,23 @@ from typing import Any
 
 import pytest
 
-from service.health import main
+from scripts.healthcheck import main
 from tests.unit.conftest import Web
+from tests.unit.service.described import described
 
 JSON = "application/json"
 
 
-def state(*workers: str, wanted: int = 2) -> list[dict[str, Any]]:
-    """TorchServe's description of one version of a model."""
-    return [
-        {
-            "modelName": "birds",
-            "minWorkers": wanted,
-            "workers": [
-                {"id": str(9000 + index), "status": status, "pid": 100 + index}
-                for index, status in enumerate(workers)
-            ],
-        }
-    ]
+def state(*workers: str, expected: int = 2) -> list[dict[str, Any]]:
+    """TorchServe's description of a model whose workers have these states."""
+    return described(*workers, expected=expected)
 
 
 def serve(web: Web, **models: Any) -> None:
     listed = {"models": [{"modelName": name, "modelUrl": f"{name}.mar"} for name in models]}
     web.answers["/models"] = web.text(json.dumps(listed), content_type=JSON)
-    for name, described in models.items():
-        web.answers[f"/models/{name}"] = web.text(json.dumps(described), content_type=JSON)
+    for name, facts in models.items():
+        web.answers[f"/models/{name}"] = web.text(json.dumps(facts), content_type=JSON)
         web.answers[f"/predictions/{name}"] = web.text("{}", content_type=JSON)
 
 
@@ -93,14 +85,14 @@ def test_ready_workers_that_do_not_answer(
         assert capsys.readouterr().out == f"birds: 2 of 2 workers READY, {words}\n"
 
 
-def test_more_workers_than_wanted_while_scaling_down(web: Web) -> None:
-    serve(web, birds=state("READY", "READY", "UNLOADING", wanted=1))
+def test_more_workers_than_expected_while_scaling_down(web: Web) -> None:
+    serve(web, birds=state("READY", "READY", "UNLOADING", expected=1))
     assert check(web) == 0
 
 
 def test_a_model_without_workers_is_not_ready(web: Web) -> None:
-    """Scaled to 0: as many as wanted, and nobody to answer."""
-    serve(web, birds=state(wanted=0))
+    """Scaled to 0: as many as expected, and nobody to answer."""
+    serve(web, birds=state(expected=0))
     assert check(web) == 1
 
 

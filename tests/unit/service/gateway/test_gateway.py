@@ -207,16 +207,6 @@ def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
     assert DIGEST not in str(error.value)
 
 
-def test_new_key_is_the_line_of_its_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gateway.main(["--new-key", "alice"]) == 0
-    key, line = (text.partition(": ")[2].strip() for text in capsys.readouterr().out.splitlines())
-    assert len(key) >= 43  # 256 bits
-    (tmp_path / "keys").write_text(line)
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    assert read_keys(tmp_path / "keys") == [Client("alice", digest)]
-    assert gateway.main(["--new-key", "a b"]) == 2
-
-
 def test_every_name_of_the_template_is_filled_in(tmp_path: Path) -> None:
     assert not re.search(r"\$\{", rendered(tmp_path))
     assert not re.search(r"\$\{", rendered(tmp_path, split="1.0=90,2.0=10", rate="0"))

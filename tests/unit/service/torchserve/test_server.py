@@ -17,7 +17,7 @@ import pytest
 from handler.errors import InvalidSettings, SetupError
 from service.ports import check_ports
 from service.torchserve import server as torchserve
-from service.torchserve.java import find_java, memory_bounds
+from service.torchserve.java import JAVA_CDS, LOG_CONFIG, find_java, memory_bounds
 from service.torchserve.server import (
     CONFIG,
     CONFIG_KEYS,
@@ -102,7 +102,7 @@ def test_our_config_keeps_everything_on_this_machine() -> None:
 
 def test_our_config_names_files_that_exist() -> None:
     assert (CONFIG.parent / read_config()["metrics_config"]).is_file()
-    assert torchserve.LOG_CONFIG.is_file()
+    assert LOG_CONFIG.is_file()
 
 
 def test_config_as_torchserve_reads_it(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_one_port_for_two_is_refused(free_ports: list[int]) -> None:
     port = free_ports[0]
     with pytest.raises(SetupError) as refused:
         check_ports({"metrics": ("127.0.0.1", port), "gRPC": ("127.0.0.1", port)})
-    assert str(refused.value) == f"port {port} is wanted for metrics and for gRPC"
+    assert str(refused.value) == f"port {port} is given twice, for metrics and for gRPC"
 
 
 @pytest.mark.parametrize("port", [0, -1, 65536, 99999])
@@ -396,7 +396,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
         assert server.exit_status() is None
     assert " -Xmx1g -XX:+ExitOnOutOfMemoryError " in command
     assert re.search(r" -Xmx\d+m -XX:MaxDirectMemorySize=\d+m .*-Xmx1g", command), "the last counts"
-    assert f" -XX:SharedArchiveFile={torchserve.CLASS_ARCHIVE} " in command
+    assert f" -XX:SharedArchiveFile={JAVA_CDS} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
     assert f" -f {CONFIG} " in command
     assert re.search(r" -s \S+/torchserve-\w+/store ", command)
@@ -404,13 +404,13 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert command.endswith(" -m 0-birds 1-fish\n")
 
 
-def test_a_class_archive_of_another_java_is_ignored_in_silence(
+def test_shared_classes_of_another_java_are_ignored_in_silence(
     tmp_path: Path, pipe: Pipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever changes JAVA_HOME would find a warning, or an error, first in the log."""
     other = tmp_path / "other.jsa"
     other.write_bytes(struct.pack("=IiI", 0xF00BABA2, 0, 0xB) + bytes(4096))  # as Java 17 does
-    monkeypatch.setattr(torchserve, "CLASS_ARCHIVE", other)
+    monkeypatch.setattr(torchserve, "JAVA_CDS", other)
     options = 'while [ "$1" != -cp ]; do options="$options $1"; shift; done'
     java = f"{options}; {find_java()} $options -version >{pipe.path} 2>&1; exec sleep 600"
     with running(server_of(tmp_path, java)):

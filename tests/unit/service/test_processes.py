@@ -1,3 +1,5 @@
+"""Child processes, which always end, and the signals that stop a command."""
+
 import os
 import signal
 import subprocess
@@ -9,23 +11,31 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.processes import alive, wait_for
+from service.processes import Guardian, end, wait_until
+from tests.processes import alive
+
+ROOT = Path(__file__).resolve().parents[3]
 
 # Starts a server that has a child and ignores SIGTERM, tells its pid, and waits.
 LAUNCHER = """
 import subprocess, sys
-from service.guardian import Guardian
+from service.processes import Guardian
 guardian = Guardian(sys.argv[1])
-server = subprocess.Popen(
-    ["sh", "-c", "trap '' TERM; sleep 600 & echo up; wait"],
-    start_new_session=True, stdout=subprocess.PIPE,
-)
-guardian.watch(server.pid)
+command = ["sh", "-c", "trap '' TERM; sleep 600 & echo up; wait"]
+server = guardian.start(command, stdout=subprocess.PIPE)
 server.stdout.readline()
 print(server.pid, flush=True)
 sys.stdin.readline()
 server.kill()
 guardian.dismiss()
+"""
+STOPPED = """
+import signal, sys
+from service.processes import on_stop
+on_stop(lambda number, _: sys.exit(f"stopped by {number}"))
+on_stop(lambda number, _: sys.exit(f"stopped by {number}"))  # as serve does, twice
+signal.raise_signal(getattr(signal, sys.argv[1]))
+sys.exit("goes on")
 """
 
 
@@ -66,7 +76,7 @@ def guardians(folder: Path) -> list[psutil.Process]:
 
 
 def wait_until_gone(processes: list[psutil.Process], seconds: float = 10) -> None:
-    wait_for(lambda: not alive(processes), seconds, lambda: alive(processes))
+    assert wait_until(lambda: not alive(processes), seconds), alive(processes)
 
 
 def test_nothing_is_left_of_a_launcher_that_was_killed(tmp_path: Path) -> None:
@@ -119,3 +129,56 @@ def test_a_launcher_whose_guardian_is_gone_goes_on(tmp_path: Path, number: signa
         wait_until_gone([guardian])
         _, _ = process.communicate("stop\n", timeout=10)
         assert process.returncode == 0
+
+
+def test_what_was_started_ends_with_the_block(tmp_path: Path) -> None:
+    with Guardian() as guardian:
+        process = guardian.start(["sh", "-c", "sleep 600 & wait"])
+        started = psutil.Process(process.pid)
+        assert wait_until(started.children, 10)
+        family = [started, *started.children()]
+    assert process.returncode == -signal.SIGTERM
+    wait_until_gone(family)
+
+
+@pytest.mark.parametrize(
+    ("ignored", "in_time", "status"),
+    [("", True, -signal.SIGTERM), ("TERM", False, -signal.SIGKILL)],
+)
+def test_a_process_that_does_not_end_is_killed(ignored: str, in_time: bool, status: int) -> None:
+    with Guardian() as guardian:
+        command = ["sh", "-c", f"trap '' {ignored or 'USR1'}; echo up; exec sleep 600"]
+        process = guardian.start(command, stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        assert end(process, seconds=0.2) is in_time
+        assert process.returncode == status
+
+
+def test_waiting_ends_with_the_condition_or_the_deadline() -> None:
+    results = iter([0, "", 7, 8])
+    assert wait_until(lambda: next(results), 10, poll_seconds=0.001) == 7
+    assert wait_until(lambda: None, 0.01, poll_seconds=0.001) is None
+
+
+@pytest.mark.parametrize(
+    ("shell", "signal", "said"),
+    [
+        ("", "SIGHUP", "stopped by 1"),
+        ("", "SIGINT", "stopped by 2"),
+        ("", "SIGTERM", "stopped by 15"),
+        ("trap '' HUP; ", "SIGHUP", "goes on"),  # what nohup does
+        ("trap '' HUP; ", "SIGTERM", "stopped by 15"),
+        ("trap '' INT; ", "SIGINT", "stopped by 2"),  # what a shell does to its background jobs
+    ],
+)
+def test_signals(shell: str, signal: str, said: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f'{shell}exec "$0" "$@"', sys.executable, "-c", STOPPED, signal],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stderr.strip() == said

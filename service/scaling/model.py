@@ -1,0 +1,96 @@
+"""A running model as scaling sees it: its state, what it has done so far, and its size."""
+
+import re
+import time
+from dataclasses import dataclass
+from threading import Event
+
+from service.torchserve.management import Management, ModelState, direct_session
+
+SAMPLE = re.compile(r"^(ts_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+LABEL = re.compile(r'(\w+)="([^"]*)"')
+QUIET_SECONDS = (0.1, 1.0)  # bounds of the pause that shows that no request is in hand
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Sums since the start of the server."""
+
+    requests: float
+    queue_us: float  # time that answered requests waited for a worker
+    latency_us: float  # time until they were answered, in the queue included
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of a running server. Every method raises requests.RequestException."""
+
+    management: Management
+    metrics: str  # http://HOST:PORT
+    name: str
+    version: str | None = None  # None: the default version
+
+    @property
+    def _target(self) -> str:
+        return f"{self.name}/{self.version}" if self.version else self.name
+
+    def describe(self) -> ModelState:
+        """The model's state. Raises UnknownModel."""
+        return self.management.describe(self._target)
+
+    def resize(self, workers: int) -> None:
+        """Ask for a number of workers, which are there later."""
+        self.management.resize(self._target, workers)
+
+    def find_labels(self, version: str) -> set[str]:
+        """The labels of the counters of `version`, which describe() gave.
+
+        A counter is labelled with the version if a request named it, and with "default" if not.
+        """
+        if self.version is not None:
+            default = self.management.describe(self.name)
+            if version != default.version:
+                return {version}
+        return {version, "default"}
+
+    def read_counters(self, labels: set[str]) -> Counters:
+        """The sums over some labels, from the metrics page."""
+        with direct_session() as session:
+            page = session.get(f"{self.metrics}/metrics", timeout=self.management.timeout)
+        page.raise_for_status()
+        return parse_counters(page.text, self.name, labels)
+
+    def wait_until_quiet(self, seconds: float, stop: Event) -> bool:
+        """Whether within `seconds`, and before `stop`, no request was in hand for a moment.
+
+        TorchServe does not say what its workers have in hand. It counts what comes in: if nothing
+        has come for several times as long as a request takes, and none waits, all are answered.
+        """
+        deadline = time.monotonic() + seconds
+        labels = self.find_labels(self.describe().version)
+        before = self.read_counters(labels)
+        low, high = QUIET_SECONDS
+        mean = (before.latency_us - before.queue_us) / 1e6 / max(1, before.requests)
+        while not stop.wait(min(high, max(low, 4 * mean))):
+            after = self.read_counters(labels)
+            if after == before and self.describe().pending == 0:
+                return True
+            if time.monotonic() > deadline:
+                return False
+            before = after
+        return False
+
+
+def parse_counters(page: str, model: str, versions: set[str]) -> Counters:
+    """A model's counters on TorchServe's metrics page, summed over the labels of some versions."""
+    sums = dict.fromkeys(("requests_total", "queue_latency", "inference_latency"), 0.0)
+    names = {
+        "ts_inference_requests_total": "requests_total",
+        "ts_queue_latency_microseconds": "queue_latency",
+        "ts_inference_latency_microseconds": "inference_latency",
+    }
+    for name, text, value in SAMPLE.findall(page):
+        labels = dict(LABEL.findall(text))
+        if name in names and labels["model_name"] == model and labels["model_version"] in versions:
+            sums[names[name]] += float(value)
+    return Counters(*sums.values())

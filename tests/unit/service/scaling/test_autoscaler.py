@@ -1,0 +1,239 @@
+"""The autoscaler: decisions over sequences of samples, and in front of a server of every mood."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise
+from threading import Event
+from typing import Any
+
+import pytest
+
+from service.processes import wait_until
+from service.scaling.autoscaler import Autoscaler, Decision, Sample, Watcher, compare
+from service.scaling.memory import MemoryHeadroom
+from service.scaling.model import Counters, Model
+from service.torchserve.management import Management, ModelState, UnknownModel, Worker
+from tests.unit.conftest import Web
+from tests.unit.service.scaling.conftest import Server
+
+IDLE = Sample(workers=1, ready=1, requests=0, queue_ms=0, busy=0, pending=0, remaining=100)
+SLOW = replace(IDLE, requests=50, queue_ms=80, busy=1.0, pending=3, remaining=97)
+FAR = replace(SLOW, queue_ms=250)
+FULL = replace(SLOW, queue_ms=20, pending=100, remaining=0)
+STUCK = replace(IDLE, pending=2, remaining=98)
+CALM = replace(IDLE, requests=50, queue_ms=2, busy=0.3)
+LOADED = replace(CALM, queue_ms=40, busy=0.9)  # too much for fewer, too little for more
+
+
+def drive(samples: list[Sample], workers: int = 1, seconds: float = 5, **options: Any) -> list[int]:
+    """The number of workers after each sample, when they start and stop at once."""
+    autoscaler = Autoscaler(
+        **({"minimum": 1, "maximum": 8, "queue_ms": 50, "cool_down": 20} | options)
+    )
+    numbers = []
+    for index, sample in enumerate(samples):
+        seen = replace(sample, workers=workers, ready=workers)
+        decision = autoscaler.decide(seen, now=index * seconds)
+        if decision.workers != workers:
+            workers = decision.workers
+            autoscaler.reset()
+        numbers.append(workers)
+    return numbers
+
+
+@pytest.mark.parametrize(
+    ("samples", "numbers"),
+    [
+        ([SLOW], [1]),
+        ([SLOW, SLOW], [1, 2]),
+        ([SLOW, LOADED, SLOW], [1, 1, 1]),  # two in a row
+        ([SLOW] * 6, [1, 2, 2, 3, 3, 4]),
+        ([FAR] * 6, [1, 2, 2, 4, 4, 8]),
+        ([FULL] * 4, [1, 2, 2, 4]),  # those that are refused wait for nothing
+        ([STUCK] * 4, [1, 2, 2, 3]),  # nothing came, and nothing was answered
+        ([LOADED] * 9, [1] * 9),
+    ],
+)
+def test_more_workers(samples: list[Sample], numbers: list[int]) -> None:
+    assert drive(samples) == numbers
+
+
+@pytest.mark.parametrize("sample", [SLOW, FAR, FULL])
+def test_never_more_than_the_maximum(sample: Sample) -> None:
+    assert max(drive([sample] * 20, maximum=3)) == 3
+
+
+def test_fewer_workers_after_the_cool_down() -> None:
+    """Quiet from 0 s on, then from 25 s on: each time for 20 s."""
+    assert drive([CALM] * 11, workers=3) == [3, 3, 3, 3, 2, 2, 2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("sample", [SLOW, LOADED, replace(CALM, pending=1)])
+def test_what_is_not_quiet_starts_the_cool_down_again(sample: Sample) -> None:
+    assert drive([CALM] * 4 + [sample] + [CALM] * 5, workers=2) == [2] * 9 + [1]
+
+
+@pytest.mark.parametrize(("busy", "left"), [(1.3, 2), (1.5, 3)])
+def test_those_that_are_left_must_not_be_too_busy(busy: float, left: int) -> None:
+    assert drive([replace(CALM, busy=busy)] * 6, workers=3)[-1] == left
+
+
+def test_never_fewer_than_the_minimum() -> None:
+    assert drive([IDLE] * 50, workers=4, minimum=2)[-1] == 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "reason"),
+    [(1, 2, "fewer than the minimum"), (9, 4, "more than the maximum")],
+)
+def test_bounds_at_once(before: int, after: int, reason: str) -> None:
+    sample = replace(IDLE, workers=before, ready=before)
+    decision = Autoscaler(2, 4, 50, 60).decide(sample, 0)
+    assert decision == Decision(after, reason)
+
+
+def test_workers_that_start_are_waited_for() -> None:
+    autoscaler = Autoscaler(1, 8, 50, 20)
+    starting = replace(FAR, workers=2, ready=1)
+    for now in range(10):
+        assert autoscaler.decide(starting, now) == Decision(2, "workers are starting")
+    there = replace(FAR, workers=2, ready=2)
+    assert [autoscaler.decide(there, now).workers for now in (10, 11)] == [2, 4]
+
+
+def test_load_that_comes_and_goes_ends_where_it_began() -> None:
+    numbers = drive([SLOW] * 4 + [LOADED] * 4 + [IDLE] * 30)
+    assert (numbers[0], max(numbers), numbers[-1]) == (1, 3, 1)
+    changes = [abs(after - before) for before, after in pairwise(numbers)]
+    assert sum(changes) == 4, "no going back and forth"
+
+
+WORKER = Worker("9000", 1, "cpu", "READY")
+STATE = ModelState("1.0", 2, 2, (WORKER,), pending=4, remaining=96)
+
+
+def test_an_interval() -> None:
+    before, after = Counters(10, 1e6, 3e6), Counters(60, 2e6, 9e6)
+    assert compare(STATE, before, after, seconds=5) == Sample(
+        workers=2, ready=1, requests=50, queue_ms=20, busy=1.0, pending=4, remaining=96
+    )
+
+
+def test_an_interval_without_requests() -> None:
+    same = Counters(10, 1e6, 3e6)
+    sample = compare(STATE, same, same, seconds=5)
+    assert sample is not None
+    assert (sample.requests, sample.queue_ms, sample.busy) == (0, 0, 0)
+
+
+def test_no_interval_spans_a_restart() -> None:
+    assert compare(STATE, Counters(10, 1e6, 3e6), Counters(2, 5e6, 9e6), seconds=5) is None
+
+
+# --- In front of a server
+
+
+class Watched:
+    """A Watcher in a thread, with its log."""
+
+    def __init__(
+        self,
+        server: Server,
+        capsys: pytest.CaptureFixture[str],
+        headroom: list[MemoryHeadroom],
+    ) -> None:
+        self.stop = Event()
+        self._capsys = capsys
+        self._lines: list[dict[str, Any]] = []
+        autoscaler = Autoscaler(1, 4, 50, 0.1)
+        watcher = Watcher(server.model, autoscaler, lambda state: headroom, 0.03, self.stop)
+        self.thread = threading.Thread(target=watcher.run)
+        self.thread.start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        assert wait_until(condition, 20, poll_seconds=0.01), self.lines()
+
+    def lines(self) -> list[dict[str, Any]]:
+        self._lines += map(json.loads, self._capsys.readouterr().out.splitlines())
+        return self._lines
+
+    def reasons(self) -> list[str]:
+        return [line.get("reason", line["event"]) for line in self.lines()]
+
+
+@pytest.fixture
+def watching(
+    server: Server, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Watched]]:
+    started: list[Watched] = []
+
+    def start(*headroom: MemoryHeadroom) -> Watched:
+        started.append(Watched(server, capsys, list(headroom)))
+        return started[0]
+
+    yield start
+    for watched in started:
+        watched.stop.set()
+        watched.thread.join(20)
+        assert not watched.thread.is_alive()
+
+
+def test_workers_follow_the_load(server: Server, watching: Callable[..., Watched]) -> None:
+    server.coming, server.queue_us = 10, 60_000
+    watched = watching()
+    watched.wait_for(lambda: server.workers == 4)
+    server.coming = 0
+    watched.wait_for(lambda: server.workers == 1)
+    assert server.sizes == [2, 3, 4, 3, 2, 1]
+    steps = [line for line in watched.lines() if line.get("from") != line.get("to")]
+    assert [(line["from"], line["to"]) for line in steps] == [
+        (1, 2), (2, 3), (3, 4), (4, 3), (3, 2), (2, 1)
+    ]  # fmt: skip
+    assert steps[0]["reason"] == "the queue is long"
+    assert steps[0]["queue_ms"] == 60
+    assert steps[0]["requests"] >= 10
+
+
+def test_never_beyond_memory(server: Server, watching: Callable[..., Watched]) -> None:
+    server.coming, server.queue_us = 10, 60_000
+    watched = watching(MemoryHeadroom("memory", 400, 300))
+    reason = "the queue is long, and there is no memory for more workers"
+    watched.wait_for(lambda: reason in watched.reasons())
+    assert server.sizes == []
+    (line,) = (line for line in watched.lines() if line.get("reason") == reason)
+    assert line["memory"] == [{"name": "memory", "each": 400, "free": 300}]
+
+
+def test_no_worker_is_stopped_with_a_request_in_hand(
+    server: Server, watching: Callable[..., Watched]
+) -> None:
+    server.workers, server.coming = 2, 1
+    watched = watching()
+    reason = "quiet, but never without a request in hand"
+    watched.wait_for(lambda: reason in watched.reasons())
+    assert server.sizes == []
+
+
+@pytest.mark.parametrize("status", [500, 404])
+def test_a_server_that_starts_again_is_waited_for(
+    server: Server, watching: Callable[..., Watched], status: int
+) -> None:
+    server.workers, server.requests = 3, 1000
+    watched = watching()
+    watched.wait_for(lambda: "quiet" in watched.reasons())
+    server.down = status
+    watched.wait_for(lambda: "unreachable" in watched.reasons())
+    server.requests, server.workers = 5, 9  # as it was started
+    server.down = None
+    watched.wait_for(lambda: server.sizes[-1:] == [4])
+    assert watched.reasons().count("unreachable") == 1
+    assert "more than the maximum" in watched.reasons()
+
+
+def test_a_model_that_is_not_there(web: Web) -> None:
+    model = Model(Management(web.url), web.url, "birds")
+    watcher = Watcher(model, Autoscaler(1, 2, 50, 1), lambda state: [], 1, Event())
+    with pytest.raises(UnknownModel, match="has no model birds"):
+        watcher.run()

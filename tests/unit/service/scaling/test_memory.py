@@ -1,0 +1,119 @@
+"""Memory for more workers: of the machine, and of GPUs of every kind."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from service.scaling.memory import (
+    MemoryHeadroom,
+    count_fitting,
+    find_headroom,
+    process_memory,
+)
+
+
+class FakeNvml:
+    """GPUs with their processes, as (pid, bytes)."""
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(
+        self, *gpus: tuple[int, list[tuple[int, int | None]]], split: bool = False
+    ) -> None:
+        self.gpus = gpus
+        self.split = split
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return len(self.gpus)
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMigMode(self, handle: int) -> list[int]:  # noqa: N802
+        if not self.split:
+            raise self.NVMLError("not supported")
+        return [1, 1]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(used=900, free=self.gpus[handle][0])
+
+    def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        processes = self.gpus[handle][1]
+        return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in processes]
+
+
+def headroom(
+    *memory: int | None, nvml: Any = None, free: int | None = 1000
+) -> list[MemoryHeadroom]:
+    """For workers with the pids 10, 11, … that take so much."""
+    return find_headroom(dict(enumerate(memory, start=10)), nvml, lambda: free)
+
+
+def test_a_worker_takes_what_the_largest_does() -> None:
+    assert headroom(300, 400, None) == [MemoryHeadroom("memory", 400, 1000)]
+
+
+def test_what_cannot_be_told_is_not_checked() -> None:
+    assert headroom(None, None) == headroom() == headroom(300, free=None) == []
+    assert count_fitting([], 50) == 50
+
+
+@pytest.mark.parametrize(("more", "fitting"), [(1, 1), (2, 2), (3, 2), (50, 2)])
+def test_what_fits_into_memory(more: int, fitting: int) -> None:
+    assert count_fitting(headroom(400), more) == fitting
+
+
+def test_a_gpu_on_which_a_worker_computes() -> None:
+    nvml = FakeNvml((5000, [(99, 70)]), (2000, [(10, 500), (11, 600), (99, 9000)]))
+    assert headroom(None, None, nvml=nvml) == [MemoryHeadroom("memory of GPU 1", 600, 2000)]
+
+
+def test_a_gpu_that_does_not_say_what_a_process_takes() -> None:
+    nvml = FakeNvml((2000, [(10, None), (11, None)]))
+    assert headroom(None, None, nvml=nvml) == [MemoryHeadroom("memory of GPU 0", 450, 2000)]
+
+
+def test_the_gpus_take_turns() -> None:
+    nvml = FakeNvml((2000, [(10, 500)]), (900, [(11, 300)]))
+    found = headroom(1, 1, nvml=nvml, free=10**6)
+    assert [count_fitting(found, more) for more in (1, 6, 7, 9)] == [1, 6, 6, 6]
+
+
+def test_a_card_that_is_split_is_not_checked() -> None:
+    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]), split=True)) == []
+
+
+def test_a_card_that_tells_nothing_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: FakeNvml, handle: int) -> list[Any]:
+        raise self.NVMLError("no permission")
+
+    monkeypatch.setattr(FakeNvml, "nvmlDeviceGetComputeRunningProcesses", refused)
+    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]))) == []
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    folder = tmp_path / "7"
+    folder.mkdir()
+    (folder / "cmdline").write_bytes(b"python\0/x/ts/model_service_worker.py\0--sock-type\0unix")
+    (folder / "status").write_text("Name: python\nVmRSS:\t  500 kB\n")
+    (folder / "smaps_rollup").write_text("Rss:  500 kB\nPss:       300 kB\nPss_Dirty: 1 kB\n")
+    return tmp_path
+
+
+def test_memory_of_a_worker(proc: Path) -> None:
+    assert process_memory(7, proc) == 300 * 1024
+
+
+def test_memory_of_another_users_worker(proc: Path) -> None:
+    (proc / "7" / "smaps_rollup").unlink()
+    assert process_memory(7, proc) == 500 * 1024
+
+
+def test_no_memory_of_what_is_no_worker_here(proc: Path) -> None:
+    assert process_memory(8, proc) is None
+    (proc / "7" / "cmdline").write_bytes(b"bash\0")
+    assert process_memory(7, proc) is None

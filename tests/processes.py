@@ -1,11 +1,12 @@
 """Processes that tests did not start themselves, ports that are free, and waiting."""
 
 import socket
-import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 
 import psutil
+
+from service.processes import wait_until
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
@@ -24,10 +25,7 @@ def wait_for(
     why: Callable[[], object] = lambda: "not in time",
 ) -> None:
     """Return once `condition()` is true; fail with what `why()` gives if that takes too long."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, why()
-        time.sleep(0.05)
+    assert wait_until(condition, seconds, 0.05), why()
 
 
 def free_port() -> int:

@@ -1,4 +1,4 @@
-"""Ways to decode and to compute, side by side on one core: what the handler uses was chosen by it.
+"""Ways to decode and to compute, side by side on one core; the handler uses the best of them.
 
     python -m benchmarks.candidates decoders --images DIR --weights FILE --recipe ENTRY
     python -m benchmarks.candidates engines  --images DIR --weights FILE --recipe ENTRY
@@ -39,43 +39,13 @@ from handler.model_card import InputTransform
 from handler.networks import build_network, get_recipe, input_transform
 from handler.settings import Settings
 from service.archive.conversion import to_openvino
-from service.load.generator import machine
+from service.load.report import machine
+from service.tables import Row, markdown_table
 
 Decode = Callable[[bytes], Tensor]  # JPEG bytes -> uint8 [3, H, W]
 Compute = Callable[[Tensor], Any]  # uint8 [B, 3, H, W] -> probabilities [B, C]
 
 LARGE = (4000, 3000)  # pixels of a phone's photograph
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.candidates", description=__doc__)
-    parser.add_argument("what", choices=["decoders", "engines"])
-    parser.add_argument("--model", default="mobilenet_v2")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict (None: random)")
-    parser.add_argument("--recipe", metavar="ENTRY")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (None: drawn)")
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args(argv)
-    if args.what == "engines" and not find_spec("onnxruntime"):
-        words = sys.argv[1:] if argv is None else argv
-        python = str(prepare("engines"))
-        os.execv(python, [python, "-m", "benchmarks.candidates", *words])
-    torch.set_num_threads(1)
-    recipe = get_recipe(args.model, args.recipe)
-    torch.manual_seed(0)
-    network = build_network(recipe, args.model, len(recipe.meta["categories"]))
-    if args.weights:
-        network.load_state_dict(torch.load(args.weights, weights_only=True))
-    jpegs = [picture.body for picture in load_rgb(args.images)]
-    transform = input_transform(recipe)
-    if args.what == "decoders":
-        rows = compare_decoders(jpegs, network, transform, args.rounds)
-    else:
-        rows = compare_engines(jpegs, network, transform, args.rounds)
-    for row in rows:
-        print("| " + " | ".join(row) + " |")
-    print(json.dumps({"model": args.model, "images": len(jpegs), **machine()}))
-    return 0
 
 
 def time_in_turn(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -88,9 +58,6 @@ def time_in_turn(tasks: Mapping[str, Callable[[], Any]], rounds: int) -> dict[st
             if counted:
                 seconds[name].append(time.perf_counter() - begin)
     return {name: median(times) for name, times in seconds.items()}
-
-
-# --- Decoders
 
 
 def decoders(transform: InputTransform) -> dict[str, Decode]:
@@ -133,7 +100,7 @@ def decoders(transform: InputTransform) -> dict[str, Decode]:
 
 def compare_decoders(
     jpegs: list[bytes], network: nn.Module, transform: InputTransform, rounds: int
-) -> Iterator[Sequence[str]]:
+) -> Iterator[Row]:
     candidates = decoders(transform)
     large = [enlarged(data) for data in jpegs[:4]]
     first = next(iter(candidates.values()))
@@ -146,7 +113,6 @@ def compare_decoders(
         "the same, scaled images",
         "largest difference of a probability",
     )
-    yield ("---", "---:", "---:", "---:", "---:", "---:")
 
     def all_of(images: list[bytes], decode: Decode) -> Callable[[], Any]:
         return lambda: [decode(data) for data in images]
@@ -156,9 +122,9 @@ def compare_decoders(
     for name, decode in candidates.items():
         differences, of_large, worst = [], [], 0.0
         for data in jpegs:
-            wanted, given = first(data), decode(data)
-            differences.append((wanted.float() - given.float()).abs().mean().item())
-            pair = engine.probabilities(torch.stack([wanted, given]))
+            expected, actual = first(data), decode(data)
+            differences.append((expected.float() - actual.float()).abs().mean().item())
+            pair = engine.probabilities(torch.stack([expected, actual]))
             worst = max(worst, (pair[0] - pair[1]).abs().max().item())
         for data in large:
             of_large.append((first(data).float() - decode(data).float()).abs().mean().item())
@@ -166,8 +132,8 @@ def compare_decoders(
             worst = max(worst, (pair[0] - pair[1]).abs().max().item())
         yield (
             name,
-            f"{1000 * times[name] / len(jpegs):.2f}",
-            f"{1000 * slow[name] / len(large):.1f}",
+            1000 * times[name] / len(jpegs),
+            1000 * slow[name] / len(large),
             f"{sum(differences) / len(differences):.4f}",
             f"{sum(of_large) / len(of_large):.4f}",
             f"{worst:.4f}",
@@ -181,12 +147,9 @@ def enlarged(data: bytes) -> bytes:
     return file.getvalue()
 
 
-# --- Engines
-
-
 def compare_engines(
     jpegs: list[bytes], network: nn.Module, transform: InputTransform, rounds: int
-) -> Iterator[Sequence[str]]:
+) -> Iterator[Row]:
     pixels = [to_input(decode_image(data, Settings()), transform) for data in jpegs]
     one, four = pixels[0][None], torch.stack((pixels * 4)[:4])
     with engines(network, transform, pixels) as candidates:
@@ -195,7 +158,7 @@ def compare_engines(
             tasks[f"{name} 1"] = lambda compute=compute: compute(one)
             tasks[f"{name} 4"] = lambda compute=compute: compute(four)
         times = time_in_turn(tasks, rounds)
-        wanted = torch.cat(
+        expected = torch.cat(
             [torch.as_tensor(candidates["torch eager, fp32"](p[None])) for p in pixels]
         )
         yield (
@@ -205,16 +168,15 @@ def compare_engines(
             "same best class",
             "largest difference",
         )
-        yield ("---", "---:", "---:", "---:", "---:")
         for name, compute in candidates.items():
-            given = torch.cat([torch.as_tensor(compute(p[None])) for p in pixels]).float()
-            same = (given.argmax(1) == wanted.argmax(1)).float().mean().item()
+            actual = torch.cat([torch.as_tensor(compute(p[None])) for p in pixels]).float()
+            same = (actual.argmax(1) == expected.argmax(1)).float().mean().item()
             yield (
                 name,
-                f"{1000 * times[f'{name} 1']:.2f}",
-                f"{1000 * times[f'{name} 4'] / 4:.2f}",
+                1000 * times[f"{name} 1"],
+                1000 * times[f"{name} 4"] / 4,
                 f"{same:.1%}",
-                f"{(given - wanted).abs().max().item():.4f}",
+                f"{(actual - expected).abs().max().item():.4f}",
             )
 
 
@@ -291,6 +253,37 @@ def engines(
 
 def run_onnx(session: Any) -> Compute:
     return lambda images: session.run(None, {"images": images.numpy()})[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.candidates", description=__doc__)
+    parser.add_argument("what", choices=["decoders", "engines"])
+    parser.add_argument("--model", default="mobilenet_v2")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="a state dict (None: random)")
+    parser.add_argument("--recipe", metavar="ENTRY")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="JPEGs (None: drawn)")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args(argv)
+    if args.what == "engines" and not find_spec("onnxruntime"):
+        words = sys.argv[1:] if argv is None else argv
+        python = str(prepare("engines"))
+        os.execv(python, [python, "-m", "benchmarks.candidates", *words])
+    torch.set_num_threads(1)
+    recipe = get_recipe(args.model, args.recipe)
+    torch.manual_seed(0)
+    network = build_network(recipe, args.model, len(recipe.meta["categories"]))
+    if args.weights:
+        network.load_state_dict(torch.load(args.weights, weights_only=True))
+    jpegs = [picture.body for picture in load_rgb(args.images)]
+    transform = input_transform(recipe)
+    if args.what == "decoders":
+        rows = compare_decoders(jpegs, network, transform, args.rounds)
+    else:
+        rows = compare_engines(jpegs, network, transform, args.rounds)
+    headings, *cells = rows
+    print("\n".join(markdown_table(headings, cells, digits=2)))
+    print(json.dumps({"model": args.model, "images": len(jpegs), **machine()}))
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,24 +19,26 @@ class SetupFailed(Exception):
 
 
 def prepare(name: str) -> Path:
-    """The Python of a peer's environment, made where the pins are new. Raises SetupFailed."""
+    """The Python of a peer's environment, made anew if the pins changed. Raises SetupFailed."""
     requirements = PEERS / f"requirements-{name}.txt"
     shared = shared_packages()
-    wanted = hashlib.sha256(f"{sys.version}{shared}{requirements.read_text()}".encode()).hexdigest()
+    expected = hashlib.sha256(
+        f"{sys.version}{shared}{requirements.read_text()}".encode()
+    ).hexdigest()
     env = FOLDER / name
     stamp = env / "made-of"
-    if not stamp.exists() or stamp.read_text() != wanted:
+    if not stamp.exists() or stamp.read_text() != expected:
         shutil.rmtree(env, ignore_errors=True)
         _run(sys.executable, "-m", "venv", env)
         site = next(env.glob("lib/python*/site-packages"))
         (site / "shared.pth").write_text(f"{shared}\n")
         _run(env / "bin" / "python", "-m", "pip", "install", "--quiet", "-r", requirements)
-        stamp.write_text(wanted)
+        stamp.write_text(expected)
     return env / "bin" / "python"
 
 
 def shared_packages() -> Path:
-    """Where torch is installed, and everything else that serving needs."""
+    """The folder that holds torch and everything else that serving needs."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise SetupFailed("torch is not installed: run ./scripts/test once")

@@ -6,22 +6,23 @@ from pathlib import Path
 
 from PIL import Image
 
-from service.load.generator import Picture, load_pictures
+from service.load.images import ImageRequest, load_images
 
 LABELS_FILE = "labels.csv"
 
 
-def load_rgb(folder: Path | None) -> list[Picture]:
+def load_rgb(folder: Path | None) -> list[ImageRequest]:
     """The colour JPEGs of a folder, or drawn ones.
 
-    Only colour, because TorchServe's own handler fails on grey images: every subject gets the same.
+    Grey ones are left out, because TorchServe's own handler fails on them: every subject gets the
+    same images.
     """
-    pictures = load_pictures(folder)
-    return [p for p in pictures if Image.open(BytesIO(p.body)).mode == "RGB"]
+    images = load_images(folder)
+    return [image for image in images if Image.open(BytesIO(image.body)).mode == "RGB"]
 
 
 def read_labels(folder: Path | None) -> dict[str, str]:
-    """File name to class name from labels.csv: file, class_id, label. Empty where there is none."""
+    """File name to class name, from the columns file and label of labels.csv, if there is one."""
     if folder is None or not (folder / LABELS_FILE).exists():
         return {}
     with (folder / LABELS_FILE).open(encoding="utf-8", newline="") as file:

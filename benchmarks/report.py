@@ -1,9 +1,21 @@
 """REPORT.md and its plots, from report.json and nothing else."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+
+from benchmarks.figures import (
+    Data,
+    best_throughput,
+    concurrencies,
+    inprocess_best,
+    measured,
+    median_of,
+    spread,
+    values,
+)
+from benchmarks.plots import plot_latency, plot_throughput
+from service.tables import Row, markdown_table
 
 JSON_FILE = "report.json"
 MARKDOWN_FILE = "REPORT.md"
@@ -31,7 +43,7 @@ for at most 1 ms. `-eager` is PIL, torchvision's transforms and eager torch, as 
 between the two is the engine, and the difference to this service is the serving.
 
 Every answer is checked; a wrong one counts as failed. Cells are medians over the rounds, with
-minimum–maximum in brackets. Where a peer is better than this service, that is a loss, and is listed
+minimum–maximum in brackets. If a peer is better than this service, that is a loss, and is listed
 under [Losses](#losses).
 """
 
@@ -39,9 +51,6 @@ GPU = """\
 No figure of a GPU has been measured yet: nothing above says anything about one. On a machine that
 has one, `python -m benchmarks.gpu` measures model, decoding, handler and the whole service.\
 """
-
-Data = Mapping[str, Any]
-Table = list[str]
 
 
 def write(data: Data, folder: Path) -> None:
@@ -75,54 +84,7 @@ def section(title: str, lines: Sequence[str], *more: str) -> str:
     return "\n".join([f"## {title}\n", body, *(f"\n{text}" for text in more), ""])
 
 
-def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """A Markdown table; the first column is text, the others figures."""
-    ruler = ["---"] + ["---:"] * (len(headings) - 1)
-    return ["| " + " | ".join(cells) + " |" for cells in [headings, ruler, *rows]]
-
-
-# --- figures ---
-
-
-def values(subject: Data, clients: int, name: str) -> list[float]:
-    """A figure of a subject at one concurrency, of each round that has it."""
-    found = [run[name] for run in subject["runs"] if run["concurrency"] == clients]
-    return [value for value in found if value is not None]
-
-
-def middle(subject: Data, clients: int, name: str) -> float | None:
-    found = values(subject, clients, name)
-    return median(found) if found else None
-
-
-def concurrencies(subject: Data) -> list[int]:
-    return sorted({run["concurrency"] for run in subject["runs"]})
-
-
-def best_throughput(subject: Data) -> float:
-    """The best concurrency's median, good answers a second; 0 of nothing."""
-    found = [middle(subject, clients, "throughput_rps") for clients in concurrencies(subject)]
-    return max((value for value in found if value is not None), default=0.0)
-
-
-def spread(found: Sequence[float], digits: int = 1) -> str:
-    """Median (minimum–maximum)."""
-    if not found:
-        return "-"
-    low, mid, high = (f"{value:.{digits}f}" for value in (min(found), median(found), max(found)))
-    return mid if len(found) == 1 else f"{mid} ({low}–{high})"
-
-
-def measured(data: Data, *kinds: str) -> dict[str, Data]:
-    """Subjects with results, the fastest first."""
-    found = {n: s for n, s in data["subjects"].items() if s["runs"] and s["kind"] in kinds}
-    return dict(sorted(found.items(), key=lambda item: -best_throughput(item[1])))
-
-
-# --- sections ---
-
-
-def conditions(data: Data) -> Table:
+def conditions(data: Data) -> list[str]:
     facts = data["conditions"]
     rounds = [{run["round"] for run in s["runs"]} for s in data["subjects"].values() if s["runs"]]
     done = min(map(len, rounds), default=0)  # an interrupted run has fewer than were asked for
@@ -153,10 +115,10 @@ def conditions(data: Data) -> Table:
         ("when", f"{facts['started']} to {facts.get('finished', 'interrupted')}"),
         ("commit", str(facts["commit"])),
     ]
-    return table(["condition", ""], rows)
+    return markdown_table(["condition", ""], rows)
 
 
-def throughput(data: Data) -> Table:
+def throughput(data: Data) -> list[str]:
     clients = data["conditions"]["concurrency"]
     baseline = best_throughput(data["subjects"].get(BASELINE, {"runs": []}))
     rows = []
@@ -167,9 +129,7 @@ def throughput(data: Data) -> Table:
         failed = sum(run["failed"] for run in subject["runs"])
         refused = sum(run["refused"] for run in subject["runs"])
         title = f"**{name}**" if subject["kind"] == "ours" else name
-        rows.append(
-            [f"{title}: {subject['what']}", *cells, ratio, str(failed), str(refused), f"{cpu:.0f}%"]
-        )
+        rows.append([f"{title}: {subject['what']}", *cells, ratio, failed, refused, f"{cpu:.0f}%"])
     heads = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
     legend = [
         "",
@@ -177,16 +137,16 @@ def throughput(data: Data) -> Table:
         "of all rounds. Generator: the most CPU it took, of one core.",
     ]
     headings = ["server", *heads, "ratio", "failed", "refused", "generator"]
-    return table(headings, rows) + legend if rows else []
+    return markdown_table(headings, rows) + legend if rows else []
 
 
-def latency(data: Data) -> Table:
+def latency(data: Data) -> list[str]:
     rows = []
     for name, subject in measured(data, "ours", "peer", "limit").items():
         for count in concurrencies(subject):
             cells = [spread(values(subject, count, key)) for key in ("p50_ms", "p95_ms", "p99_ms")]
-            rows.append([name, str(count), *cells])
-    return table(["server", "clients", "p50 ms", "p95 ms", "p99 ms"], rows) if rows else []
+            rows.append([name, count, *cells])
+    return markdown_table(["server", "clients", "p50 ms", "p95 ms", "p99 ms"], rows) if rows else []
 
 
 MORE_IS_BETTER: dict[str, tuple[str, bool]] = {
@@ -197,7 +157,7 @@ MORE_IS_BETTER: dict[str, tuple[str, bool]] = {
 }
 
 
-def losses(data: Data) -> Table:
+def losses(data: Data) -> list[str]:
     """Every figure in which a peer is better than ours.
 
     A peer that answered wrongly is not compared: how fast it was says nothing.
@@ -212,21 +172,20 @@ def losses(data: Data) -> Table:
         rows = []
         for count in concurrencies(subject):
             for key, (title, more) in MORE_IS_BETTER.items():
-                own = middle(subject, count, key)
+                own = median_of(subject, count, key)
                 for peer, other in peers.items():
-                    theirs = middle(other, count, key)
+                    theirs = median_of(other, count, key)
                     if own is None or theirs is None or (theirs > own) != more or theirs == own:
                         continue
                     difference = f"{100 * (theirs / own - 1):+.0f}%"
-                    figures = (f"{theirs:.1f}", f"{own:.1f}", difference)
-                    rows.append([peer, str(count), title, *figures])
+                    rows.append([peer, count, title, theirs, own, difference])
         lines += [f"**{name}** loses {len(rows)} of the comparisons:", ""]
         headings = ["to", "clients", "in", "theirs", "ours", "difference"]
-        lines += [*table(headings, rows), ""] if rows else []
+        lines += [*markdown_table(headings, rows), ""] if rows else []
     return lines
 
 
-def limits(data: Data) -> Table:
+def limits(data: Data) -> list[str]:
     """1 / (1 / in process + 1 / empty handler): what the two costs allow, one after the other."""
     empty = best_throughput(data["subjects"].get(EMPTY, {"runs": []}))
     rows = []
@@ -236,8 +195,7 @@ def limits(data: Data) -> Table:
             continue
         limit = 1 / (1 / within + 1 / empty)
         best = best_throughput(subject)
-        cells = (f"{value:.1f}" for value in (within, empty, limit, best))
-        rows.append([name, *cells, f"{100 * best / limit:.0f}%"])
+        rows.append([name, within, empty, limit, best, f"{100 * best / limit:.0f}%"])
     headings = ["server", "in process", "empty handler", "limit", "best", "of the limit"]
     legend = [
         "",
@@ -246,38 +204,27 @@ def limits(data: Data) -> Table:
         "nothing to do. "
         "Limit: 1 / (1 / in process + 1 / empty handler).",
     ]
-    return table(headings, rows) + legend if rows else []
+    return markdown_table(headings, rows) + legend if rows else []
 
 
-def inprocess_best(data: Data, precision: str | None) -> float:
-    """Images a second in process, the best batch size's median; 0 of nothing."""
-    runs = data["inprocess"].get(precision, {"runs": []})["runs"]
-    most = max((run["processes"] for run in runs), default=0)
-    by_batch: dict[int, list[float]] = {}
-    for run in runs:
-        if run["processes"] == most:
-            by_batch.setdefault(run["batch"], []).append(run["images_per_second"])
-    return max(map(median, by_batch.values()), default=0.0)
-
-
-def one_client(data: Data) -> Table:
+def one_client(data: Data) -> list[str]:
     """What one client waits, against the work itself and TorchServe's own part."""
-    empty = middle(data["subjects"].get(EMPTY, {"runs": []}), 1, "p50_ms")
+    empty = median_of(data["subjects"].get(EMPTY, {"runs": []}), 1, "p50_ms")
     rows = []
     for name, subject in measured(data, "ours").items():
         runs = data["inprocess"].get(subject["precision"], {"runs": []})["runs"]
         alone = [r["p50_ms"] for r in runs if r["batch"] == 1 and r["processes"] == 1]
-        own = middle(subject, 1, "p50_ms")
+        own = median_of(subject, 1, "p50_ms")
         if not alone or empty is None or own is None:
             continue
         together = median(alone) + empty
-        figures = (f"{value:.1f}" for value in (median(alone), empty, together, own))
-        rows.append([name, *figures, f"{100 * (own / together - 1):+.0f}%"])
+        difference = f"{100 * (own / together - 1):+.0f}%"
+        rows.append([name, median(alone), empty, together, own, difference])
     headings = ["server", "in process", "empty handler", "together", "measured", "difference"]
-    return [*table(headings, rows), "", "p50 in ms."] if rows else []
+    return [*markdown_table(headings, rows), "", "p50 in ms."] if rows else []
 
 
-def overload(data: Data) -> Table:
+def overload(data: Data) -> list[str]:
     rows = []
     for name, run in data["overload"].items():
         if "requests" not in run:
@@ -287,44 +234,40 @@ def overload(data: Data) -> Table:
             [
                 name,
                 f"{run['rate']:.0f}",
-                f"{run['throughput_rps']:.1f}",
+                run["throughput_rps"],
                 f"{100 * run['throughput_rps'] / run['best_rps']:.0f}%",
-                milliseconds(run["p50_ms"]),
-                milliseconds(run["p99_ms"]),
-                str(run["refused"]),
-                milliseconds(run["refused_p50_ms"]),
-                milliseconds(run["refused_p99_ms"]),
+                run["p50_ms"],
+                run["p99_ms"],
+                run["refused"],
+                run["refused_p50_ms"],
+                run["refused_p99_ms"],
                 kinds or "0",
-                milliseconds(run["start_lag_p99_ms"]),
+                run["start_lag_p99_ms"],
             ]
         )
     headings = ["server", "sent /s", "answered /s", "of the best", "p50 ms", "p99 ms"]
     headings += ["503s", "503 p50 ms", "503 p99 ms", "failed", "generator late p99 ms"]
     legend = ["", "An open loop: requests by the clock, latency from the moment each was due."]
-    return table(headings, rows) + legend if rows else []
+    return markdown_table(headings, rows) + legend if rows else []
 
 
-def milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
-
-
-def accuracy(data: Data) -> Table:
+def accuracy(data: Data) -> list[str]:
     reference = data["reference"]
     if not reference:
         return []
-    counts = (str(reference["images"]), str(reference["right"]))
-    rows = [["eager torch, fp32 (the reference)", *counts, "100.0%", "0"]]
+    counts = (reference["images"], reference["right"])
+    rows: list[Row] = [["eager torch, fp32 (the reference)", *counts, "100.0%", 0]]
     for name, subject in measured(data, "ours", "peer").items():
         found = subject["accuracy"]
         if found:
             same = f"{100 * found['as_reference'] / found['images']:.1f}%"
-            rows.append(
-                [name, str(found["images"]), str(found["right"]), same, str(found["unanswered"])]
-            )
-    return table(["server", "labelled images", "right", "as the reference", "unanswered"], rows)
+            rows.append([name, found["images"], found["right"], same, found["unanswered"]])
+    return markdown_table(
+        ["server", "labelled images", "right", "as the reference", "unanswered"], rows
+    )
 
 
-def memory(data: Data) -> Table:
+def memory(data: Data) -> list[str]:
     """PSS of all processes, after the last load of a round."""
     rows = []
     for name, subject in measured(data, "ours", "peer", "limit").items():
@@ -334,19 +277,19 @@ def memory(data: Data) -> Table:
         ]
         if totals:
             count = len(subject["memory"][-1]["processes"])
-            rows.append([name, spread(totals, 0), str(count)])
-    lines = table(["server", "MiB", "processes"], rows) if rows else []
+            rows.append([name, spread(totals, 0), count])
+    lines = markdown_table(["server", "MiB", "processes"], rows) if rows else []
     for name, subject in measured(data, "ours").items():
         if subject["memory"]:
             processes = subject["memory"][-1]["processes"]
-            rows = [[p["process"], f"{p['pss_mib']:.0f}"] for p in processes]
+            weighed = [[p["process"], p["pss_mib"]] for p in processes]
             lines += ["", f"**{name}**, in the last round:", ""]
-            lines += table(["process", "MiB"], rows)
+            lines += markdown_table(["process", "MiB"], weighed, digits=0)
     legend = ["", "Proportional set size: a page that processes share is divided among them."]
     return lines + legend if lines else []
 
 
-def failures(data: Data) -> Table:
+def failures(data: Data) -> list[str]:
     reasons = [(name, subject["failed"]) for name, subject in data["subjects"].items()]
     reasons += [(f"inprocess {name}", run["failed"]) for name, run in data["inprocess"].items()]
     reasons += [
@@ -359,7 +302,7 @@ def failures(data: Data) -> Table:
         for name, subject in data["subjects"].items()
         for reason in subject["failed_starts"]
     ]
-    rows = [[name, str(reason).replace("|", "/")] for name, reason in reasons if reason]
+    rows = [[name, reason] for name, reason in reasons if reason]
     wrong: dict[str, dict[str, int]] = {}
     for name, subject in data["subjects"].items():
         for run in subject["runs"]:
@@ -371,57 +314,4 @@ def failures(data: Data) -> Table:
         [name, "requests: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())]
         for name, kinds in wrong.items()
     ]
-    return table(["what", "why"], rows) if rows else ["Nothing."]
-
-
-# --- plots ---
-
-
-def draw(path: Path, size: tuple[float, float], fill: Callable[[Any], None]) -> None:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(alpha=0.3)
-    fill(axes)
-    figure.savefig(path, dpi=90)
-
-
-def plot_throughput(data: Data, path: Path) -> None:
-    """A bar for each server: its best median, with the extremes of that concurrency."""
-    subjects = measured(data, "ours", "peer")
-
-    def fill(axes: Any) -> None:
-        for position, (name, subject) in enumerate(reversed(subjects.items())):
-            found = max(
-                (values(subject, count, "throughput_rps") for count in concurrencies(subject)),
-                key=median,
-            )
-            mid = median(found)
-            error = [[mid - min(found)], [max(found) - mid]]
-            colour = "tab:orange" if subject["kind"] == "ours" else "tab:blue"
-            axes.barh(position, mid, xerr=error, color=colour, label=name)
-        axes.set_yticks(range(len(subjects)), list(reversed(subjects)))
-        axes.set_xlabel("good answers a second, at the best concurrency")
-
-    draw(path, (8, 1 + 0.3 * max(1, len(subjects))), fill)
-
-
-def plot_latency(data: Data, path: Path) -> None:
-    """A line for each server: p95 against throughput, a point for each concurrency."""
-
-    def fill(axes: Any) -> None:
-        for name, subject in measured(data, "ours", "peer").items():
-            points = [
-                (middle(subject, count, "throughput_rps"), middle(subject, count, "p95_ms"))
-                for count in concurrencies(subject)
-            ]
-            known = [point for point in points if None not in point]
-            if known:
-                width = 2.5 if subject["kind"] == "ours" else 1
-                axes.plot(*zip(*known, strict=True), marker="o", linewidth=width, label=name)
-        axes.set(xlabel="good answers a second", ylabel="p95 latency, ms", yscale="log")
-        if axes.lines:
-            axes.legend(fontsize=7, ncols=2)
-
-    draw(path, (8, 5), fill)
+    return markdown_table(["what", "why"], rows) if rows else ["Nothing."]

@@ -1,4 +1,4 @@
-"""What is measured: every server, how it is started and how it is asked."""
+"""What is measured: every server, how it is started and how requests to it look."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = Path(__file__).parent / "peers"
 ENGINES = ("eager", "ours")
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for each of several processes on the same cores
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # for processes that share the cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,6 @@ class Subject:
     part: str = "file"  # of a multipart form
     headers: Mapping[str, str] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
-    banner: str | None = None  # printed when it is ready
     accuracy: bool = True  # whether to classify the labelled images with it
 
 
@@ -39,7 +38,6 @@ def ours(model: str, precision: str, model_options: Sequence[object]) -> Subject
         precision=precision,
         command=["{python}", ROOT / "scripts" / "serve.py", *model_options, *ports],
         path=f"/predictions/{model}",
-        banner="Ready after",
     )
 
 

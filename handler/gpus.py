@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, MutableMapping
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-WORKERS_VISIBLE = "WORKERS_CUDA_VISIBLE_DEVICES"  # service/torchserve/server.py sets it
+WORKERS_VISIBLE = "WORKERS_CUDA_VISIBLE_DEVICES"  # service/torchserve/gpus.py sets it
 SECONDS = 5.0  # between two readings
 
 MEMORY_USED = "classifier_gpu_memory_used_bytes"

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from service.gateway.process import Gateway
 from service.logs import Log
+from service.torchserve.config import ROOT, Addresses
 from service.torchserve.management import Management
-from service.torchserve.server import ROOT, Addresses
 
 TIMEOUT_SECONDS = 30  # for what a worker answers
 EXAMPLE = ROOT / "examples" / "clock.jpg"

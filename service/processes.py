@@ -64,15 +64,17 @@ class Guardian:
             end(process)
         self.dismiss()
 
-    def start(self, command: Sequence[object], **options: Any) -> subprocess.Popen[bytes]:
-        """Start a command with subprocess.Popen's options; its standard input is empty.
+    def start(
+        self, command: Sequence[object], stdin: int = subprocess.DEVNULL, **options: Any
+    ) -> subprocess.Popen[bytes]:
+        """Start a command with subprocess.Popen's options.
 
         It gets a session of its own: Ctrl-C reaches us alone, and its group can be ended as one.
         Raises OSError if it cannot be run.
         """
         process = subprocess.Popen(
             [str(word) for word in command],
-            stdin=subprocess.DEVNULL,
+            stdin=stdin,
             start_new_session=True,
             **options,
         )

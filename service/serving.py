@@ -1,96 +1,108 @@
 """Package the models, start TorchServe in the foreground, say when it is ready, stop it cleanly."""
 
-import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from threading import Event
 
 import requests
 
-from handler.errors import InvalidSettings, SetupError
-from handler.machine import count_gpus
-from service.archive.store import (
-    archive_path,
-    check_device_ids,
-    find_current,
-    given_config,
-    model_config,
-    read_digest,
-    read_target,
-)
+from handler.errors import SetupError
+from service.archive.digest import is_current
+from service.archive.mar import read_card
 from service.banner import announce
 from service.gateway.process import Gateway, GatewayEnded
-from service.gateway.settings import GatewaySettings, name_ignored
-from service.logs import Log, default_form
-from service.options import package_argv, parse_serve
+from service.logs import Log
+from service.plan import ModelPlan, PackagePlan, ServicePlan
 from service.ports import check_ports
 from service.processes import Guardian, on_stop, wait_until
+from service.torchserve.config import ROOT
 from service.torchserve.java import find_java
 from service.torchserve.management import Management, UnknownModel
-from service.torchserve.server import (
-    ROOT,
-    Addresses,
-    TorchServe,
-    check_gpus,
-    gpu_environment,
-    read_addresses,
-    read_config,
-    read_number,
-    read_path,
-    usable_gpus,
-)
-from service.tuning.tuned import describe_differences
+from service.torchserve.server import Served, TorchServe
 
 READY_SECONDS = 300
 POLL_SECONDS = 0.1
 MAX_RESTARTS = 1  # of a worker while it loads, until the model is given up
+
+# The working directory, which may hold modules of these names, is not looked in.
+PACKAGE = (
+    f"import sys; sys.path[0] = {str(ROOT)!r}; "
+    "from service.archive.packaging import package_from; sys.exit(package_from(sys.stdin.buffer))"
+)
 
 
 class StartFailed(Exception):
     """TorchServe is up and a model is not; its log has the cause."""
 
 
-@dataclass(frozen=True)
-class Service:
-    """What is about to run, checked."""
+def prepare(plan: ServicePlan, log: Log) -> tuple[TorchServe, Gateway | None]:
+    """Check and make all that is needed before Java starts, archives included.
 
-    server: TorchServe
-    gateway: Gateway | None
-    addresses: Addresses
-    served: list[str]  # MODEL or MODEL/VERSION, as the management port calls them
+    Raises SetupError, KeyboardInterrupt, and SystemExit if packaging has said what is wrong.
+    """
+    for note in plan.notes:
+        print(note, file=sys.stderr)
+    gateway = Gateway(plan.gateway, log) if plan.gateway else None
+    ports = {"the gateway (--gateway-port)": gateway.address} if gateway else {}
+    check_ports(plan.server.addresses.by_purpose() | ports)
+    java = find_java()
+    stale = [package for package in plan.packages if not is_current(package)]
+    if stale and (status := package_apart(stale)):
+        raise SystemExit(status)
+    # The plan's card was read before the archive was checked, so that no other archive than the
+    # checked one is served.
+    served = [
+        Served(model.archive, model.config, digest_of(model, made=model in stale))
+        for model in plan.models
+    ]
+    return TorchServe(java, plan.server, served, plan.environ), gateway
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    started = time.monotonic()
-    args = parse_serve(argv)
-    log = Log(args.log_format or default_form())
-    on_stop(signal.default_int_handler)  # what is half made is cleaned up
-    try:
-        service = prepare(args, log)
-    except SetupError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def digest_of(model: ModelPlan, made: bool) -> str | None:
+    """What the archive of a model was made from; `made`: since it was planned."""
+    card = read_card(model.archive) if made else model.card
+    return card.inputs_sha256 if card else None
 
+
+def package_apart(plans: Sequence[PackagePlan]) -> int:
+    """Make archives in a process of its own, with which its memory for torch ends.
+
+    Returns its exit status; raises SetupError if it was killed.
+    """
+    command = [sys.executable, "-c", PACKAGE]
+    with Guardian() as guardian:
+        # It prints the archives' sizes on stdout; what it has to say goes to stderr.
+        process = guardian.start(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        process.communicate(pickle.dumps(plans))
+    if process.returncode < 0:
+        raise SetupError(
+            f"packaging was killed by signal {-process.returncode} "
+            "(9 is often the system out of memory)"
+        )
+    return process.returncode
+
+
+def run(
+    plan: ServicePlan, server: TorchServe, gateway: Gateway | None, log: Log, started: float
+) -> int:
+    """Serve until the first SIGTERM or Ctrl-C; the exit status.
+
+    `started` is when the command was, by time.monotonic().
+    """
     stop = Event()
     on_stop(lambda *_: stop.set())
-    server, gateway = service.server, service.gateway
+    addresses, served = plan.server.addresses, [model.served_as for model in plan.models]
     try:
         server.start(lambda output: log.relay(output, server.read))
-        management = Management(service.addresses.management.url)
-        wait_until_ready(server, management, service.served, stop)
+        wait_until_ready(server, Management(addresses.management.url), served, stop)
         if not stop.is_set():
             if gateway:
                 gateway.start()
-            seconds = time.monotonic() - started
-            announce(log, service.served, service.addresses, gateway, seconds)
+            announce(log, served, addresses, gateway, time.monotonic() - started)
         while not stop.wait(POLL_SECONDS):
             if server.exit_status() is not None:
                 raise StartFailed(ending(server))
@@ -113,9 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
     finally:
-        signal.signal(
+        signal.signal(  # a second Ctrl-C is obeyed at once
             signal.SIGINT, signal.default_int_handler
-        )  # a second Ctrl-C is obeyed at once
+        )
         try:
             if gateway:
                 gateway.stop()  # first: what it has taken in is answered
@@ -123,152 +135,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             server.stop()
     log.event("INFO", "stopped")
     return 0
-
-
-def prepare(args: Namespace, log: Log) -> Service:
-    """Check and make all that is needed before Java starts, archives included.
-
-    Raises SetupError, KeyboardInterrupt, and SystemExit where packaging has said what is wrong.
-    """
-    name_ignored(log)
-    config = read_config()
-    check_server_settings(config)
-    addresses = read_addresses(config, args)
-    given = find_archives(args)
-    served = [*args.models, *given.values()]
-    gateway = make_gateway(args, served, config, addresses, log) if args.gateway else None
-    environ = listen(config, addresses, gateway)
-    if warning := check_gpus(args.device, count_gpus(), os.environ):
-        print(warning, file=sys.stderr)
-    gpus = usable_gpus(config)
-    environ |= gpu_environment(args.device, gpus, os.environ)
-    for model in args.models:
-        check_device_ids(model_config(model, args), gpus)
-    java = find_java()
-    store = read_path(config, "model_store")
-    paths = {model: archive_path(model, args, store) for model in args.models}
-    # Before they are checked, so that no other archive than the checked one is served.
-    digests = {archive: read_digest(archive) for archive in [*paths.values(), *given]}
-    stale = [model for model in args.models if not find_current(model, args, store)]
-    if stale and (status := package_apart(package_argv(args, stale))):
-        raise SystemExit(status)
-    digests |= {paths[model]: read_digest(paths[model]) for model in stale}
-    for model in args.models:
-        for line in describe_differences(model, args):
-            if model not in stale:  # for those, packaging has said it
-                print(line, file=sys.stderr)
-    archives = {paths[model]: model_config(model, args) for model in args.models}
-    archives |= {archive: given_config(archive, args) for archive in given}
-    server = TorchServe(java, config, archives, environ, digests)
-    return Service(server, gateway, addresses, served)
-
-
-def make_gateway(
-    args: Namespace,
-    served: Sequence[str],
-    config: dict[str, str],
-    addresses: Addresses,
-    log: Log,
-) -> Gateway:
-    """The gateway to what is served here, where GATEWAY_ variables say nothing else.
-
-    Raises SetupError.
-    """
-    here = {
-        "GATEWAY_UPSTREAMS": addresses.inference.url.removeprefix("http://"),
-        "GATEWAY_MANAGEMENT": addresses.management.url.removeprefix("http://"),
-        "GATEWAY_MODELS": ",".join(dict.fromkeys(name.partition("/")[0] for name in served)),
-        "GATEWAY_MAX_BODY_BYTES": str(read_number(config, "max_request_size", 6_553_500)),
-    }
-    port = {"GATEWAY_PORT": str(args.gateway_port)} if args.gateway_port else {}
-    return Gateway(GatewaySettings.load(here | os.environ | port), log)
-
-
-def check_server_settings(config: dict[str, str]) -> None:
-    """Raise InvalidSettings for what TorchServe takes and this script cannot work with."""
-    if config.get("disable_token_authorization") != "true":
-        raise InvalidSettings(
-            "disable_token_authorization must be true: the health check sends no token"
-        )
-    if config.get("metrics_mode", "log") not in ("log", "prometheus", "legacy"):
-        raise InvalidSettings(
-            f"metrics_mode must be log, prometheus or legacy, got {config['metrics_mode']!r}"
-        )
-    if not read_path(config, "metrics_config").is_file():
-        raise InvalidSettings(f"metrics_config: {config['metrics_config']} is not a file")
-    if config.get("enable_envvars_config") != "true":
-        raise InvalidSettings("enable_envvars_config must be true: the options are passed that way")
-
-
-def listen(
-    config: dict[str, str], addresses: Addresses, gateway: Gateway | None = None
-) -> dict[str, str]:
-    """Check the ports, and give the variables that make TorchServe use its five.
-
-    Raises SetupError for a port that is taken.
-    """
-    inference, management, metrics = addresses.inference, addresses.management, addresses.metrics
-    grpc = {
-        purpose: (
-            config.get(f"grpc_{purpose}_address", "127.0.0.1"),
-            read_number(config, f"grpc_{purpose}_port", address.grpc_port),
-        )
-        for purpose, address in (("inference", inference), ("management", management))
-    }
-    check_ports(
-        {
-            "predictions (--port)": inference.pair,
-            "management (--management-port)": management.pair,
-            "metrics (--metrics-port)": metrics.pair,
-            "gRPC predictions (follows --port)": grpc["inference"],
-            "gRPC management (follows --management-port)": grpc["management"],
-        }
-        | ({"the gateway (--gateway-port)": gateway.address} if gateway else {})
-    )
-    return {
-        "TS_INFERENCE_ADDRESS": f"http://{inference.host}:{inference.port}",
-        "TS_MANAGEMENT_ADDRESS": f"http://{management.host}:{management.port}",
-        "TS_METRICS_ADDRESS": f"http://{metrics.host}:{metrics.port}",
-        "TS_GRPC_INFERENCE_PORT": str(grpc["inference"][1]),
-        "TS_GRPC_MANAGEMENT_PORT": str(grpc["management"][1]),
-        "TS_METRICS_CONFIG": str(read_path(config, "metrics_config")),
-    }
-
-
-def find_archives(args: Namespace) -> dict[Path, str]:
-    """The archives of `--archive` with the MODEL/VERSION that each is served under.
-
-    Raises SetupError for one that is missing, or has a version that is served already.
-    """
-    targets = {f"{model}/{args.version}" for model in args.models}
-    found: dict[Path, str] = {}
-    for name in args.archives:
-        path = Path(name)
-        archives = sorted(path.glob("*.mar")) if path.is_dir() else [path]
-        if not archives:
-            raise SetupError(f"--archive: there is no .mar file in {path}")
-        for archive in archives:
-            found[archive] = target = read_target(archive)
-            if target in targets:
-                raise SetupError(f"--archive: {archive} is {target}, which is served already")
-            targets.add(target)
-    return found
-
-
-def package_apart(argv: Sequence[str]) -> int:
-    """Run ./scripts/package in a process of its own, with which its memory for torch ends.
-
-    Returns its exit status; raises SetupError where it was killed.
-    """
-    command = [sys.executable, ROOT / "scripts" / "package.py", *argv]
-    with Guardian() as guardian:
-        # It prints the archives' sizes on stdout; what it has to say goes to stderr.
-        status = guardian.start(command, stdout=subprocess.DEVNULL).wait()
-    if status < 0:
-        raise SetupError(
-            f"packaging was killed by signal {-status} (9 is often the system out of memory)"
-        )
-    return status
 
 
 def ending(server: TorchServe) -> str:

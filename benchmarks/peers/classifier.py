@@ -61,7 +61,7 @@ class Ours:
         self._settings = Settings.load(config["handler"])
         self._transform = card.transform
         self._engine = load_engine(card, model_dir, self._settings, gpu_id=None, workers=WORKERS)
-        # An engine is for one thread, as in a TorchServe worker; FastAPI calls from several.
+        # An engine is for one thread, as in a TorchServe worker; FastAPI calls from many.
         self._one_at_a_time = Lock()
 
     def probabilities(self, jpegs: Sequence[bytes]) -> torch.Tensor:

@@ -14,9 +14,10 @@ import yaml
 from model_archiver.model_packaging import generate_model_archive
 
 from benchmarks.peers.classifier import PORT
-from service.serving import listen
+from service.ports import check_ports
+from service.torchserve.config import ServerConfig
 from service.torchserve.java import find_java
-from service.torchserve.server import Address, Addresses, TorchServe, read_config
+from service.torchserve.server import Served, TorchServe
 
 
 def make_archive(folder: Path, model_config: Path) -> Path:
@@ -41,10 +42,10 @@ def main() -> int:
         signal.signal(number, lambda *_: stop.set())
     folder = Path.cwd()
     archive = make_archive(folder, Path(os.environ["BENCHMARK_MODEL_DIR"]) / "model-config.yaml")
-    config = read_config()
-    addresses = Addresses(*(Address("127.0.0.1", PORT + offset) for offset in range(3)))
-    environ = listen(config, addresses) | {"TS_NUMBER_OF_GPU": "0"}
-    server = TorchServe(find_java(), config, {archive: None}, environ)
+    config = ServerConfig.load("127.0.0.1", PORT, PORT + 1, PORT + 2)
+    check_ports(config.addresses.by_purpose())
+    environ = config.environment() | {"TS_NUMBER_OF_GPU": "0"}
+    server = TorchServe(find_java(), config, [Served(archive)], environ)
     try:
         server.start()
         while not stop.wait(0.2) and server.exit_status() is None:

@@ -77,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
 
     from benchmarks.images import load_rgb
-    from service.load.generator import percentile
+    from service.load.measurement import percentile
 
     images = [picture.body for picture in load_rgb(args.images)]
     spawn = multiprocessing.get_context("spawn")

@@ -1,48 +1,43 @@
-"""Make model_store/{model}.mar: weights and labels in, a self-contained archive out."""
+"""Make the archive of a model: weights and labels in, a self-contained .mar out."""
 
 import os
+import pickle
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import openvino
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.model_card import CARD_FILE, INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
+from handler.model_card import (
+    CARD_FILE,
+    INT8_FILE,
+    OPENVINO_FILE,
+    WEIGHTS_FILE,
+    InputTransform,
+    ModelCard,
+)
 from handler.networks import empty_network, get_recipe, input_transform, load_state
 from handler.selection import select
-from handler.settings import Settings
-from service.archive.calibration import read_calibration
+from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.conversion import check_answers, to_openvino
+from service.archive.digest import LIBRARIES, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.labels import check_labels, read_labels
+from service.archive.mar import CONFIG_FILE, configure, dump_config
 from service.archive.quantization import check_images, import_nncf, quantize
-from service.archive.store import (
-    HANDLER,
-    LIBRARIES,
-    archive_path,
-    check_limits,
-    configure,
-    digest,
-    find_current,
-    has_openvino,
-    model_config,
-    read_card,
-    read_digest,
-)
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -50,22 +45,43 @@ from service.archive.weights import (
     read_weights,
     scales_input_again,
 )
-from service.options import parse_package
+from service.plan import PackagePlan
 from service.processes import Guardian
-from service.torchserve.server import CONFIG_FILE, dump_config, read_config, read_path
-from service.tuning.tuned import describe_differences
+from service.torchserve.config import ROOT
+
+HANDLER = ROOT / "handler"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_package(argv)
+@dataclass(frozen=True)
+class Model:
+    """A network with its weights in it, and what it takes."""
+
+    network: nn.Module
+    state: dict[str, Tensor]
+    transform: InputTransform
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What OpenVINO runs; nothing if the archive is for torch alone."""
+
+    fp32: openvino.Model | None = None
+    int8: openvino.Model | None = None
+    int8_report: dict[str, Any] | None = None
+
+
+def package_from(stream: BinaryIO) -> int:
+    """Make the archives whose plans another process of ours has pickled; the exit status."""
+    return package_all(pickle.load(stream))  # noqa: S301 - service/serving.py writes it
+
+
+def package_all(plans: Sequence[PackagePlan]) -> int:
+    """Make archives, with their sizes on stdout and what is wrong on stderr; the exit status."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is cleaned up
     os.environ["CI"] = "true"  # or OpenVINO's converter reports its use to its makers
     try:
-        store = read_path(read_config(), "model_store")
-        for model in args.models:
-            for line in describe_differences(model, args):
-                print(line, file=sys.stderr)
-            archive = package(model, args, store)
+        for plan in plans:
+            archive = package(plan)
             print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
@@ -75,109 +91,82 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def package(model: str, options: Namespace, out_dir: Path) -> Path:
-    """Make the archive of a model, or return the one that the same inputs made before.
+def package(plan: PackagePlan) -> Path:
+    """Make the archive of a model, or leave the one that the same inputs made before.
 
-    Raises SetupError where settings, weights, labels and model do not go together.
+    Raises SetupError if settings, weights, labels and model do not go together.
     """
-    current = find_current(model, options, out_dir)
-    if current is not None:
-        configure(current, model_config(model, options))
-        return current
-    recipe = get_recipe(model, options.recipe)
+    if is_current(plan):
+        configure(plan.archive, plan.config)
+        return plan.archive
+    recipe = get_recipe(plan.name, plan.recipe)
     transform = input_transform(recipe)
-    config = model_config(model, options)
-    settings = Settings.load(config["handler"])
-    for_openvino = has_openvino(config)
-    if options.calibration and not (for_openvino and settings.engine in ("auto", "openvino")):
+    check_precision(plan)
+    labels = read_labels(plan.labels) if plan.labels else recipe.meta["categories"]
+    plan.check_limits(labels)
+    calibration = check_calibration(plan, transform)
+    source = choose_weights(plan, recipe)
+    inputs = digest(plan, source.facts)
+    if plan.card and plan.card.inputs_sha256 == inputs:
+        configure(plan.archive, plan.config)
+        return plan.archive
+    check_writable(plan.archive)
+    model = build_model(plan, recipe, source, labels)
+    converted = convert(plan, model, calibration)
+    card = make_card(plan, recipe, labels, source, model, converted, inputs)
+    write_archive(plan, card, model, converted)
+    return plan.archive
+
+
+def check_precision(plan: PackagePlan) -> None:
+    """Raise SetupError for what cannot be packaged, or served on this machine."""
+    engine = plan.settings.engine  # the environment's, where holds_openvino has the file's
+    if plan.calibration and not (plan.holds_openvino and engine in ("auto", "openvino")):
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
-    select(settings, find_hardware(), converted=for_openvino, int8=bool(options.calibration))
-    labels = read_labels(Path(options.labels)) if options.labels else recipe.meta["categories"]
-    check_limits(settings, config, labels, read_config())
-    calibration = None
-    if options.calibration:
-        import_nncf()
-        calibration = read_calibration(Path(options.calibration), transform, settings)
-        check_images(calibration.images, calibration.labels)
-    archive = archive_path(model, options, out_dir)
-    source = choose_weights(model, recipe, options.weights)
-    if not source.facts.trained and not settings.allow_untrained:
+    converted, int8 = plan.holds_openvino, plan.calibration is not None
+    select(plan.settings, find_hardware(), converted=converted, int8=int8)
+
+
+def check_calibration(plan: PackagePlan, transform: InputTransform) -> CalibrationSet | None:
+    """The calibration images, if any are given and there are enough. Raises SetupError."""
+    if not plan.calibration:
+        return None
+    import_nncf()
+    calibration = read_calibration(plan.calibration, transform, plan.settings)
+    check_images(calibration.images, calibration.labels)
+    return calibration
+
+
+def choose_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
+    """The weights asked for; untrained ones if none were and none can be downloaded.
+
+    Raises InvalidModel, and InvalidSettings if untrained weights may not be served.
+    """
+    source = _find_weights(plan, recipe)
+    if not source.facts.trained and not plan.settings.allow_untrained:
         raise InvalidSettings(
-            f"{model} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
-            f"{settings.env}); give --weights FILE or let pretrained weights be downloaded"
+            f"{plan.name} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
+            f"{plan.settings.env}); give --weights FILE or let pretrained weights be downloaded"
         )
-    inputs = digest(model, options, config, source.facts)
-    if read_digest(archive) == inputs:
-        configure(archive, config)
-        return archive
+    return source
 
-    _check_writable(archive)
-    checkpoint = read_weights(source, recipe, model)
+
+def _find_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
+    if plan.weights:
+        return find_weights(plan.weights, recipe, plan.name)
     try:
-        fit = fit_checkpoint(checkpoint, recipe, model, options.weights_prefix)
-        if fit.classes == 1:
-            fit = two_outputs(fit, labels)
-        check_labels(labels, fit.classes, own=bool(options.labels))
-        again = scales_input_again(
-            source, recipe, model, options.transform_input, fit.has_auxiliary
+        return find_weights("pretrained", recipe, plan.name)
+    except DownloadFailed as exc:
+        print(
+            f"warning: {exc}\n"
+            f"warning: {plan.name} is served UNTRAINED: it answers, but its answers mean nothing",
+            file=sys.stderr,
+            flush=True,
         )
-    except InvalidModel as exc:
-        raise InvalidModel(f"{source.path or source.facts.name}: {exc}") from exc
-    for note in fit.notes:
-        print(f"{source.facts.name}: {note}", file=sys.stderr)
-    transform = input_transform(recipe, transform_input=again)
-    network = empty_network(recipe, model, fit.classes)
-    load_state(network, fit.state)
-    parameters = [*network.parameters()]
-    converted, int8, report = None, None, None
-    if not has_openvino(config):
-        check_answers(network, transform)
-    else:
-        converted = to_openvino(network, transform)
-        if calibration:
-            int8, report = quantize(
-                converted, calibration.images, calibration.labels, options.minimum_agreement
-            )
-    card = ModelCard(
-        architecture=model,
-        recipe=str(recipe),
-        transform=transform,
-        labels=tuple(labels),
-        parameters={
-            "total": sum(p.numel() for p in parameters),
-            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
-        },
-        weights=source.facts,
-        int8=asdict(report) if report else None,
-        inputs_sha256=inputs,
-        packaged_with={name: version(name) for name in LIBRARIES},
-    )
-    try:
-        packaging = tempfile.TemporaryDirectory(dir=out_dir, prefix=".packaging-")
-        with packaging as folder, Guardian(folder):
-            made = _archive(
-                Path(folder),
-                model,
-                options.version,
-                card,
-                fit.state,
-                {OPENVINO_FILE: converted, INT8_FILE: int8},
-                config,
-            )
-            if not options.weights and not source.facts.trained:
-                _keep_trained(archive)
-            if int8 is None and (old := read_card(archive)) and old.int8:
-                print(
-                    f"warning: {archive.name} had an int8 model; --calibration DIR makes it again",
-                    file=sys.stderr,
-                )
-            made.replace(archive)
-    except (OSError, SafetensorError) as exc:
-        raise SetupError(f"{archive} cannot be written: {exc}") from exc
-    return archive
+        return find_weights("untrained", recipe, plan.name)
 
 
-def _check_writable(archive: Path) -> None:
+def check_writable(archive: Path) -> None:
     """Raise SetupError now, and not after minutes of converting and measuring."""
     try:
         archive.parent.mkdir(parents=True, exist_ok=True)
@@ -186,39 +175,100 @@ def _check_writable(archive: Path) -> None:
         raise SetupError(f"{archive} has to be made, and cannot be written: {exc}") from exc
 
 
-def _keep_trained(archive: Path) -> None:
-    """Put an archive of trained weights aside, where untrained ones nobody asked for replace it."""
-    card = read_card(archive)
-    if card and card.weights.trained:
-        aside = archive.with_name(f"{archive.name}.trained")
-        archive.replace(aside)
-        print(f"warning: the archive with {card.weights.name} is kept as {aside}", file=sys.stderr)
-
-
-def choose_weights(model: str, recipe: WeightsEnum, choice: str | None) -> Source:
-    """The weights asked for; untrained ones where none were and the network gives none."""
-    if choice:
-        return find_weights(choice, recipe, model)
+def build_model(
+    plan: PackagePlan, recipe: WeightsEnum, source: Source, labels: Sequence[str]
+) -> Model:
+    """The network with the weights in it. Raises InvalidModel if weights or labels do not fit."""
+    checkpoint = read_weights(source, recipe, plan.name)
     try:
-        return find_weights("pretrained", recipe, model)
-    except DownloadFailed as exc:
-        print(
-            f"warning: {exc}\n"
-            f"warning: {model} is served UNTRAINED: it answers, but its answers mean nothing",
-            file=sys.stderr,
-            flush=True,
+        fit = fit_checkpoint(checkpoint, recipe, plan.name, plan.weights_prefix)
+        if fit.classes == 1:
+            fit = two_outputs(fit, labels)
+        check_labels(labels, fit.classes, own=plan.labels is not None)
+        again = scales_input_again(
+            source, recipe, plan.name, plan.transform_input, fit.has_auxiliary
         )
-        return find_weights("untrained", recipe, model)
+    except InvalidModel as exc:
+        raise InvalidModel(f"{source.path or source.facts.name}: {exc}") from exc
+    for note in fit.notes:
+        print(f"{source.facts.name}: {note}", file=sys.stderr)
+    network = empty_network(recipe, plan.name, fit.classes)
+    load_state(network, fit.state)
+    return Model(network, fit.state, input_transform(recipe, transform_input=again))
+
+
+def convert(plan: PackagePlan, model: Model, calibration: CalibrationSet | None) -> Converted:
+    """The model for OpenVINO, if the archive holds it, and in int8, if there are images for it.
+
+    Raises InvalidModel if the network's answers are no numbers, or int8 is not accurate enough.
+    """
+    if not plan.holds_openvino:
+        check_answers(model.network, model.transform)
+        return Converted()
+    fp32 = to_openvino(model.network, model.transform)
+    if calibration is None:
+        return Converted(fp32)
+    int8, report = quantize(fp32, calibration.images, calibration.labels, plan.minimum_agreement)
+    return Converted(fp32, int8, asdict(report))
+
+
+def make_card(
+    plan: PackagePlan,
+    recipe: WeightsEnum,
+    labels: Sequence[str],
+    source: Source,
+    model: Model,
+    converted: Converted,
+    inputs_sha256: str,
+) -> ModelCard:
+    parameters = [*model.network.parameters()]
+    return ModelCard(
+        architecture=plan.name,
+        recipe=str(recipe),
+        transform=model.transform,
+        labels=tuple(labels),
+        parameters={
+            "total": sum(p.numel() for p in parameters),
+            "trainable": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        weights=source.facts,
+        int8=converted.int8_report,
+        inputs_sha256=inputs_sha256,
+        packaged_with={name: version(name) for name in LIBRARIES},
+    )
+
+
+def write_archive(plan: PackagePlan, card: ModelCard, model: Model, converted: Converted) -> None:
+    """Put the archive in its place, whole or not at all. Raises SetupError."""
+    archive, old = plan.archive, plan.card
+    files = {OPENVINO_FILE: converted.fp32, INT8_FILE: converted.int8}
+    try:
+        packaging = tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-")
+        with packaging as folder, Guardian(folder):
+            made = _archive(Path(folder), plan, card, model.state, files)
+            if old and old.weights.trained and not plan.weights and not card.weights.trained:
+                aside = archive.with_name(f"{archive.name}.trained")
+                archive.replace(aside)
+                print(
+                    f"warning: the archive with {old.weights.name} is kept as {aside}",
+                    file=sys.stderr,
+                )
+            elif old and old.int8 and not card.int8:
+                print(
+                    f"warning: {archive.name} had an int8 model; --calibration DIR makes it again",
+                    file=sys.stderr,
+                )
+            made.replace(archive)
+    except (OSError, SafetensorError) as exc:
+        raise SetupError(f"{archive} cannot be written: {exc}") from exc
 
 
 def _archive(
     folder: Path,
-    model: str,
-    version: str,
+    plan: PackagePlan,
     card: ModelCard,
-    state: dict[str, torch.Tensor],
+    state: dict[str, Tensor],
     converted: Mapping[str, openvino.Model | None],
-    config: Any,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -235,11 +285,11 @@ def _archive(
     for name, openvino_model in converted.items():
         if openvino_model:
             openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
-    (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
+    (folder / CONFIG_FILE).write_text(dump_config(plan.config), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),
-        *("--model-name", model),
-        *("--version", version),
+        *("--model-name", plan.name),
+        *("--version", plan.version),
         *("--handler", package_dir / "image_classifier.py"),
         *("--serialized-file", folder / WEIGHTS_FILE),
         *("--extra-files", stage),
@@ -258,4 +308,4 @@ def _archive(
     )
     if done.returncode != 0:
         raise InvalidModel(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1:]}")
-    return folder / f"{model}.mar"
+    return folder / f"{plan.name}.mar"

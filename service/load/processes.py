@@ -1,5 +1,6 @@
-"""Servers as processes: started, found again with all they started, weighed, and always ended."""
+"""Servers as processes: started, awaited, found with all their children, measured, and ended."""
 
+import json
 import random
 import re
 import socket
@@ -9,19 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
 from service import processes
-from service.processes import Guardian
+from service.processes import Guardian, wait_until
 
 MARKER = "BENCHMARK_SERVER"  # inherited by whatever a server starts, daemons included
 STOP_SECONDS = 20
 
 
+class NotReady(Exception):
+    """A server did not become ready; the message says why."""
+
+
 @dataclass(frozen=True)
 class Server:
-    """A started command."""
+    """A started command; `log` is the file with everything that it prints."""
 
     process: subprocess.Popen[bytes]
     marker: str
@@ -31,7 +37,7 @@ class Server:
         return self.process.poll() is not None
 
     def family(self) -> list[psutil.Process]:
-        """Every process of the server: its descendants, and those that carry its mark."""
+        """Every process of the server: its descendants, and those that carry its marker."""
         found: dict[int, psutil.Process] = {}
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -45,12 +51,31 @@ class Server:
                 found.update({child.pid: child for child in process.children(recursive=True)})
         return list(found.values())
 
+    def events(self, event: str) -> list[dict[str, Any]]:
+        """See read_events."""
+        return read_events(self.log.read_text("utf-8", "replace"), event)
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Return when ./scripts/serve logs that it is ready. Raises NotReady."""
+        if not wait_until(lambda: self.events("ready") or self.has_ended(), seconds):
+            raise NotReady(f"not ready within {seconds:g} s")
+        if not self.events("ready"):
+            reasons = [line["message"] for line in self.events("startup_failed")]
+            raise NotReady(reasons[0] if reasons else self.last_lines().removeprefix("error: "))
+
     def last_lines(self) -> str:
         """What a failed server said last, on one line."""
         lines = self.log.read_text("utf-8", "replace").split("\n")
         errors = [line for line in lines if re.match(r"\s*(\w+\.)*(error|\w*Error\b|error:)", line)]
         said = [line.strip() for line in errors or lines if line.strip()]
         return said[-1][:300] if said else "it said nothing"
+
+
+def read_events(log: str, event: str) -> list[dict[str, Any]]:
+    """The complete lines of one event in a JSON log of ./scripts/serve."""
+    complete = log.rpartition("\n")[0].splitlines()
+    mark = f'"event": "{event}"'
+    return [json.loads(line) for line in complete if line.startswith("{") and mark in line]
 
 
 @contextmanager
@@ -83,21 +108,24 @@ def end(server: Server) -> None:
     processes.end(server.process, STOP_SECONDS)
     family += server.family()
     for process in family:
-        # psutil compares start times, so a process that took over a PID is left alone
+        # psutil compares start times, so a process that has taken over a PID is left alone
         with suppress(psutil.Error):
             process.kill()
     psutil.wait_procs(family, timeout=5)
 
 
 def pss_bytes(smaps_rollup: str) -> int:
-    """Proportional set size in the text of /proc/PID/smaps_rollup: shared pages are divided."""
+    """Proportional set size in the text of /proc/PID/smaps_rollup: shared pages are divided.
+
+    Raises ValueError if it is not there.
+    """
     found = re.search(r"^Pss:\s+(\d+) kB$", smaps_rollup, re.MULTILINE)
     if found is None:
         raise ValueError("no Pss in smaps_rollup")
     return int(found[1]) * 1024
 
 
-def memory(server: Server) -> list[dict[str, object]]:
+def memory(server: Server) -> list[dict[str, Any]]:
     """Name and PSS of every process of a server, largest first."""
     rows: list[tuple[int, str]] = []
     for process in server.family():

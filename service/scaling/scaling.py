@@ -7,7 +7,7 @@ from threading import Event
 
 import requests
 
-from service.archive.store import workers_for
+from service.plan import workers_for
 from service.processes import wait_until
 from service.scaling.memory import (
     count_fitting,
@@ -18,8 +18,8 @@ from service.scaling.memory import (
 )
 from service.scaling.model import Model
 from service.tables import text_table
+from service.torchserve.config import ServerConfig
 from service.torchserve.management import ModelState, Worker
-from service.torchserve.server import read_config, usable_gpus
 
 POLL_SECONDS = 0.5
 TELL_SECONDS = 5  # between two lines while nothing changes
@@ -40,7 +40,7 @@ def scale(model: Model, workers: int | None, *, force: bool, timeout: float) -> 
     state = model.describe()
     print(worker_table(state.workers))
     if workers is None:
-        workers = workers_for(usable_gpus(read_config()) if state.on_gpu else 0)
+        workers = workers_for(ServerConfig.load().usable_gpus() if state.on_gpu else 0)
     more = workers - len(state.workers)
     if more > 0:
         check_memory(state, more, force)

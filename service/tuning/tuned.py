@@ -1,11 +1,11 @@
-"""The file that ./scripts/tune writes and `--tuned` reads: the best configuration, its facts.
+"""The file that ./scripts/tune writes and `--tuned` reads: the best configuration and its facts.
 
-It goes over handler/configs/*.yaml. Options and the environment go over it, and that is said.
+It goes over handler/configs/*.yaml. Options and the environment go over it, and the operator is
+told.
 """
 
 import os
-from argparse import Namespace
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -14,8 +14,7 @@ from handler.errors import InvalidSettings, SetupError
 from handler.machine import available_cores, cpu_model
 from handler.rules import build, setting
 from handler.settings import PREFIX, Settings
-from service.options import RANGES
-from service.torchserve.server import read_config, read_path
+from service.options import RANGES, ModelOptions
 
 COMMENT = "# Written by ./scripts/tune, for ./scripts/serve --tuned.\n"
 
@@ -42,7 +41,7 @@ class TunedHandler:
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """Where and how the configuration was measured."""
+    """On what machine and how the configuration was measured."""
 
     slo_p99_ms: float
     throughput_rps: float | None  # None while it is being measured
@@ -74,22 +73,25 @@ class Tuned:
         except OSError as exc:
             raise SetupError(f"{path} cannot be written: {exc.strerror}") from exc
 
-    def fill_in(self, options: Namespace) -> Namespace:
-        """The options of a command, where they say nothing as the file says."""
-        given = {name: value for name, value in vars(options).items() if _is_given(value)}
-        return Namespace(**vars(options) | asdict(self.options) | given)
+    def fill_in(self, options: ModelOptions) -> ModelOptions:
+        """The options of a command, with what the file says for those that say nothing."""
+        tuned = asdict(self.options).items()
+        return replace(
+            options, **{name: value for name, value in tuned if not _is_given(options, name)}
+        )
 
 
-def tuned_path(model: str, choice: str) -> Path:
+def tuned_path(model: str, choice: str, store: Path) -> Path:
     """The file that `--tuned` names; "auto": where ./scripts/tune writes it by itself."""
-    if choice != "auto":
-        return Path(choice)
-    return read_path(read_config(), "model_store") / f"tuned-{model}.yaml"
+    return store / f"tuned-{model}.yaml" if choice == "auto" else Path(choice)
 
 
-def find_tuned(model: str, options: Namespace) -> Tuned | None:
-    """The file of a model; None without `--tuned`. Raises InvalidSettings."""
-    return read_tuned(tuned_path(model, options.tuned), model) if options.tuned else None
+def find_tuned(model: str, choice: str | None, store: Path) -> tuple[Path, Tuned] | None:
+    """The file of a model and what it says; None without `--tuned`. Raises InvalidSettings."""
+    if choice is None:
+        return None
+    path = tuned_path(model, choice, store)
+    return path, read_tuned(path, model)
 
 
 def read_tuned(path: Path, model: str) -> Tuned:
@@ -113,15 +115,9 @@ def read_tuned(path: Path, model: str) -> Tuned:
     return tuned
 
 
-def describe_differences(model: str, options: Namespace) -> list[str]:
-    """Lines for the operator: what is not as the file of `--tuned` says or was measured.
-
-    Raises InvalidSettings.
-    """
-    tuned = find_tuned(model, options)
-    if tuned is None:
-        return []
-    path, facts = tuned_path(model, options.tuned), tuned.facts
+def describe_differences(path: Path, tuned: Tuned, options: ModelOptions) -> list[str]:
+    """Lines for the operator: what is not as the tuned file at `path` says or was measured."""
+    facts = tuned.facts
     lines = []
     here = (cpu_model(), available_cores())
     # A warning, not a refusal: the settings still work, only their speed is in doubt, and a service
@@ -134,7 +130,7 @@ def describe_differences(model: str, options: Namespace) -> list[str]:
         )
     for name, value in asdict(tuned.options).items():
         given = getattr(options, name)
-        if _is_given(given) and given != value:
+        if _is_given(options, name) and given != value:
             option = f"--{name.replace('_', '-')}"
             lines.append(f"warning: {option} {given} goes over {path}, which has {value}")
     for name, value in (asdict(tuned.options) | asdict(tuned.handler)).items():
@@ -145,6 +141,6 @@ def describe_differences(model: str, options: Namespace) -> list[str]:
     return lines
 
 
-def _is_given(value: object) -> bool:
-    """Whether an option says something: its default is None, or "auto" where that is a choice."""
-    return value not in (None, "auto")
+def _is_given(options: ModelOptions, name: str) -> bool:
+    """Whether an option says something: its default is None, or "auto" if that is a choice."""
+    return getattr(options, name) not in (None, "auto")

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from handler.settings import Settings
 from service.gateway.settings import GatewaySettings
-from service.torchserve.server import CONFIG_KEYS
+from service.torchserve.config import CONFIG_KEYS
 from tests import ROOT
 
 

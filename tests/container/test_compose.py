@@ -12,7 +12,7 @@ import yaml
 from scripts.healthcheck import main
 from service.gateway.settings import GatewaySettings
 from service.options import parse_serve
-from service.torchserve.server import read_address, read_config
+from service.torchserve.config import ServerConfig
 from tests import ROOT
 from tests.container.known import check_variables, dockerfile
 
@@ -86,7 +86,7 @@ def test_commands_are_those_of_the_code(name: str) -> None:
     script, *options = SERVICES[name]["command"]
     assert (ROOT / script).is_file()
     if script == "scripts/serve.py":
-        assert parse_serve(options).archives == ["model_store"]
+        assert parse_serve(options).archives == ("model_store",)
     else:
         assert (script, options) == ("scripts/gateway.py", [])
 
@@ -110,15 +110,13 @@ def test_addresses_are_those_that_services_listen_on(monkeypatch: pytest.MonkeyP
     for key, value in SERVICES["replica"]["environment"].items():
         monkeypatch.setenv(key, value)
     host = parse_serve(SERVICES["replica"]["command"][1:]).host
-    config = read_config()
-    listens = {
-        purpose: read_address(config, purpose, host if purpose == "inference" else None, None)
-        for purpose in ("inference", "management", "metrics")
+    listens = ServerConfig.load(host).addresses
+    assert {one.host for one in (listens.inference, listens.management, listens.metrics)} == {
+        "0.0.0.0"
     }
-    assert {address.host for address in listens.values()} == {"0.0.0.0"}
     gateway = SERVICES["gateway"]["environment"]
-    assert gateway["GATEWAY_UPSTREAMS"] == f"replica:{listens['inference'].port}"
-    assert gateway["GATEWAY_MANAGEMENT"] == f"replica:{listens['management'].port}"
+    assert gateway["GATEWAY_UPSTREAMS"] == f"replica:{listens.inference.port}"
+    assert gateway["GATEWAY_MANAGEMENT"] == f"replica:{listens.management.port}"
     (port,) = SERVICES["gateway"]["ports"]
     assert port.endswith(f":{GatewaySettings.port}:{GatewaySettings.port}")
     assert "GATEWAY_PORT" not in gateway
@@ -126,7 +124,7 @@ def test_addresses_are_those_that_services_listen_on(monkeypatch: pytest.MonkeyP
     prometheus = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-compose.yml").read_text())
     (job,) = prometheus["scrape_configs"]
     (found,) = job["dns_sd_configs"]
-    assert found == {"names": ["replica"], "type": "A", "port": listens["metrics"].port}
+    assert found == {"names": ["replica"], "type": "A", "port": listens.metrics.port}
     url = urlsplit(SERVICES["grafana"]["environment"]["PROMETHEUS_URL"])
     assert (url.hostname, url.port) == ("prometheus", 9090)
 

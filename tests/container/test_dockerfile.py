@@ -70,8 +70,8 @@ def test_the_command_is_one_of_the_code() -> None:
     script, *options = words("CMD")
     assert script == "scripts/serve.py"
     args = parse_serve(options)
-    assert args.archives == ["model_store"]
-    assert args.models == []
+    assert args.archives == ("model_store",)
+    assert args.models == ()
     assert args.gateway
 
 

@@ -36,7 +36,7 @@ def test_the_command_is_one_of_the_code(service: configparser.SectionProxy) -> N
     assert python == f"{HOME}/.venv/bin/python"
     assert script == "scripts/serve.py"
     args = parse_serve(options)
-    assert (args.archives, args.gateway) == (["model_store"], True)
+    assert (args.archives, args.gateway) == (("model_store",), True)
 
 
 def test_variables_are_known_to_the_code(service: configparser.SectionProxy) -> None:

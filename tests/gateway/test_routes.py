@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from service.banner import banner
-from service.torchserve.server import Address, Addresses
+from service.torchserve.config import ServerConfig
 from tests.gateway.clients import RED, TIMEOUT, best, check_error
 from tests.gateway.conftest import Served
 
@@ -185,7 +185,8 @@ def test_wrong_methods(gateway: Served, path: str, allowed: str) -> None:
 
 def test_the_banners_lines_work(gateway: Served) -> None:
     names = ("port", "management-port", "metrics-port")
-    addresses = Addresses(*(Address("127.0.0.1", gateway.server.ports[name]) for name in names))
+    ports = (gateway.server.ports[name] for name in names)
+    addresses = ServerConfig.load("127.0.0.1", *ports).addresses
     front: Any = SimpleNamespace(url=gateway.url, has_keys=False)
     text = banner([gateway.server.model], addresses, front, 1.0)
     lines = [line for line in text.splitlines() if f"curl {gateway.url}" in line]

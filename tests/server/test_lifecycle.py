@@ -221,7 +221,7 @@ def is_running(child: psutil.Process, command: str) -> bool:
         return False
 
 
-@pytest.mark.parametrize("command", ["package.py", "torch-model-archiver"])
+@pytest.mark.parametrize("command", ["service.archive.packaging", "torch-model-archiver"])
 def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str) -> None:
     with starting(tmp_path, *two_classes(tmp_path), env={}) as process:
         wait_for(lambda: any(is_running(c, command) for c in process.children(recursive=True)))

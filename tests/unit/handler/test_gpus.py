@@ -21,8 +21,7 @@ from handler.gpus import (
     open_gauges,
     restore_visible,
 )
-from service.torchserve import server as torchserve
-from service.torchserve.server import check_gpus, gpu_environment, usable_gpus
+from service.torchserve.gpus import check_gpus, gpu_environment
 
 UUID = "11111111-2222-3333-4444-555555555555"
 MIG = "MIG-99999999-2222-3333-4444-555555555555"
@@ -126,12 +125,6 @@ def test_gpus_that_are_there(visible: str | None, count: int, device: str) -> No
     assert check_gpus(device, count, environ) is None
 
 
-@pytest.mark.parametrize(("config", "count"), [({}, 4), ({"number_of_gpu": "1"}, 1)])
-def test_number_of_gpu(monkeypatch: pytest.MonkeyPatch, config: dict[str, str], count: int) -> None:
-    monkeypatch.setattr(torchserve, "count_gpus", lambda: 4)
-    assert usable_gpus(config) == count
-
-
 # --- What NVML says
 
 
@@ -181,7 +174,7 @@ def test_gauges_are_read_every_few_seconds() -> None:
 
 def test_a_cpu_has_no_gauges_and_needs_no_nvml() -> None:
     code = (
-        "import sys; from handler.gpus import open_gauges; import service.serving; "
+        "import sys; from handler.gpus import open_gauges; import scripts.serve; "
         "assert not list(open_gauges('cpu')()); assert not {'pynvml', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,8 +18,9 @@ from handler.engines import load_engine
 from handler.model_card import ModelCard
 from handler.networks import get_recipe
 from handler.settings import Settings
-from service.archive.packaging import main, package
-from service.options import parse_package
+from scripts.package import main
+from service.archive.packaging import package
+from tests.unit.service.planning import planned
 from tests.unit.tiny import ARCHITECTURE, tiny_network
 
 LABELS = "heron\ncrane\nowl\n"
@@ -185,7 +186,7 @@ def test_mnasnet_is_packaged_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = torchvision.models.mnasnet0_5(num_classes=3).eval()
     argv = arguments(tmp_path, dict(network.state_dict()), model="mnasnet0_5")
-    archive = package("mnasnet0_5", parse_package(argv), tmp_path / "store")
+    archive = package(planned(tmp_path / "store", *argv, model="mnasnet0_5"))
     wanted = expected(network, pixels(224), "mnasnet0_5").softmax(1)
     for engine in ("openvino", "torch"):
         assert (answers(archive, pixels(224), engine=engine) - wanted).abs().max() < 1e-3
@@ -199,7 +200,8 @@ def test_what_is_no_number_is_refused_at_packaging(
     capsys: pytest.CaptureFixture[str],
     engine: str,
 ) -> None:
-    monkeypatch.setattr("service.archive.packaging.model_config", with_engine(engine))
+    (tmp_path / "default.yaml").write_text(f"batchSize: 1\nhandler: {{engine: {engine}}}\n")
+    monkeypatch.setattr("service.plan.CONFIGS", tmp_path)
     state = tiny_network().state_dict()
     state["features.0.weight"][0, 0, 0, 0] = float("nan")
     message = refusal(arguments(tmp_path, state), capsys)
@@ -210,16 +212,6 @@ def test_what_is_no_number_is_refused_at_packaging(
     message = refusal(arguments(tmp_path, state), capsys)
     assert "its answers are NaN, although each weight is a number" in message
     assert not [*store.glob("*.mar")]
-
-
-def with_engine(engine: str) -> Any:
-    from service.archive.store import model_config
-
-    def config(*given: Any) -> dict[str, Any]:
-        made = model_config(*given)
-        return made | {"handler": made["handler"] | {"engine": engine}}
-
-    return config
 
 
 @pytest.mark.parametrize(

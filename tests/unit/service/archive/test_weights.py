@@ -19,7 +19,7 @@ from handler.errors import InvalidModel
 from handler.model_card import WeightsFacts
 from handler.networks import architectures, get_recipe
 from service.archive import weights
-from service.archive.store import file_sha256
+from service.archive.digest import file_sha256
 from service.archive.weights import (
     DownloadFailed,
     Source,

@@ -70,7 +70,7 @@ def test_scaling_down_without_a_quiet_moment(
 
 def test_auto_is_what_serve_takes(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "workers_for", lambda gpus: 5 + gpus)
-    monkeypatch.setattr(scaling, "usable_gpus", lambda config: 2)
+    monkeypatch.setattr("service.torchserve.config.count_gpus", lambda: 2)
     monkeypatch.setattr(memory, "open_nvml", lambda: None)
     assert run(server.web, "auto") == 0
     server.gpu_usage = "gpuId::1 utilization.gpu [%]::0 %"

@@ -1,4 +1,4 @@
-"""config.properties, ports, Java, and the process that is TorchServe's."""
+"""Ports, Java, and the process that is TorchServe's."""
 
 import os
 import re
@@ -9,191 +9,17 @@ import subprocess
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from handler.errors import InvalidSettings, SetupError
+from handler.errors import SetupError
 from service.ports import check_ports
 from service.torchserve import server as torchserve
-from service.torchserve.java import JAVA_CDS, LOG_CONFIG, find_java, memory_bounds
-from service.torchserve.server import (
-    CONFIG,
-    CONFIG_KEYS,
-    MODEL_CONFIG,
-    Address,
-    TorchServe,
-    read_address,
-    read_config,
-)
-
-READ_BY_THE_LAUNCHER = {"vmargs", "plugins_path"}
-OURS = {"handler"}
-
-
-def constants(name: str) -> set[str]:
-    """The strings in a class file of TorchServe's jar (JVM specification, 4.4)."""
-    spec = find_spec("ts")
-    assert spec is not None
-    assert spec.origin is not None
-    jar = Path(spec.origin).parent / "frontend" / "model-server.jar"
-    data = zipfile.ZipFile(jar).read(name)
-    sizes = {**dict.fromkeys((7, 8, 16, 19, 20), 2), 15: 3, **dict.fromkeys((5, 6), 8)}
-    texts, at, index = set(), 10, 1
-    (count,) = struct.unpack_from(">H", data, 8)
-    while index < count:
-        kind = data[at]
-        if kind == 1:
-            (length,) = struct.unpack_from(">H", data, at + 1)
-            texts.add(data[at + 3 : at + 3 + length].decode("utf-8", "replace"))
-            at += 3 + length
-        else:
-            at += 1 + sizes.get(kind, 4)
-        index += 2 if kind in (5, 6) else 1  # long and double count twice
-    return texts
-
-
-# --- What TorchServe reads
-
-
-def test_every_known_key_is_one_that_torchserve_reads() -> None:
-    read = constants("org/pytorch/serve/util/ConfigManager.class")
-    assert read >= CONFIG_KEYS - READ_BY_THE_LAUNCHER
-    assert not READ_BY_THE_LAUNCHER & read
-
-
-def test_every_known_model_key_is_one_that_torchserve_reads() -> None:
-    read = constants("org/pytorch/serve/archive/model/ModelConfig.class")
-    assert read >= set(MODEL_CONFIG) - OURS
-    assert not OURS & read
-
-
-# --- config.properties
-
-
-def written(folder: Path, text: str) -> Path:
-    path = folder / "config.properties"
-    path.write_text(text, "utf-8")
-    return path
-
-
-def test_our_config_has_known_keys_only() -> None:
-    config = read_config()
-    assert set(config) <= CONFIG_KEYS
-    assert {"inference_address", "model_store", "metrics_config", "metrics_mode"} <= set(config)
-
-
-def test_our_config_explains_every_line() -> None:
-    lines = CONFIG.read_text("utf-8").splitlines()
-    settings = [index for index, line in enumerate(lines) if line and not line.startswith("#")]
-    assert settings
-    for index in settings:
-        commented = lines[index - 1].startswith("#")
-        assert commented or index - 1 in settings, f"line {index + 1} has no comment"
-
-
-def test_our_config_keeps_everything_on_this_machine() -> None:
-    config = read_config()
-    for purpose in ("inference", "management", "metrics"):
-        assert read_address(config, purpose, None, None).host == "127.0.0.1"
-    assert config["grpc_inference_address"] == config["grpc_management_address"] == "127.0.0.1"
-
-
-def test_our_config_names_files_that_exist() -> None:
-    assert (CONFIG.parent / read_config()["metrics_config"]).is_file()
-    assert LOG_CONFIG.is_file()
-
-
-def test_config_as_torchserve_reads_it(tmp_path: Path) -> None:
-    text = "# comment\n! comment\n\n  debug = true \nmodel_store=a=b\n\tmetrics_mode=log\nmodels=\n"
-    assert read_config(written(tmp_path, text)) == {
-        "debug": "true",
-        "model_store": "a=b",
-        "metrics_mode": "log",
-        "models": "",
-    }
-
-
-@pytest.mark.parametrize(
-    ("line", "key"),
-    [
-        ("inference_adress=http://127.0.0.1:1", "inference_adress"),
-        ("Debug=true", "Debug"),
-        ("batchSize=8", "batchSize"),
-        ("handler=x", "handler"),
-        ("nonsense", "nonsense"),
-        ("=x", ""),
-    ],
-)
-def test_typo_is_named_with_its_line(tmp_path: Path, line: str, key: str) -> None:
-    with pytest.raises(InvalidSettings) as refused:
-        read_config(written(tmp_path, f"# comment\n\ndebug=true\n{line}\n"))
-    assert str(refused.value) == f"config.properties, line 4: {key!r} is not a TorchServe setting"
-
-
-def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TS_MODEL_STORE", "/elsewhere")
-    monkeypatch.setenv("TS_DEBUG", "")
-    monkeypatch.setenv("TS_SURPRISE", "x")
-    config = read_config(written(tmp_path, "model_store=here\nmetrics_mode=log\n"))
-    assert config == {"model_store": "/elsewhere", "metrics_mode": "log", "debug": ""}
-
-
-# --- Addresses
-
-
-@pytest.mark.parametrize(
-    ("purpose", "port"), [("inference", 8080), ("management", 8081), ("metrics", 8082)]
-)
-def test_torchserves_own_addresses(purpose: str, port: int) -> None:
-    assert read_address({}, purpose, None, None) == Address("127.0.0.1", port)
-
-
-def test_options_go_over_the_config() -> None:
-    config = {"inference_address": "http://10.0.0.1:9000"}
-    assert read_address(config, "inference", None, None) == Address("10.0.0.1", 9000)
-    assert read_address(config, "inference", "0.0.0.0", None) == Address("0.0.0.0", 9000)
-    assert read_address(config, "inference", None, 1234) == Address("10.0.0.1", 1234)
-    assert read_address(config, "management", None, 1234) == Address("127.0.0.1", 1234)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        "",
-        "127.0.0.1:8080",
-        "https://127.0.0.1:8080",
-        "http://127.0.0.1",
-        "http://:8080",
-        "http://127.0.0.1:8080/",
-        "http://[::1]:8080",
-        "unix:/tmp/x",
-        "http://127.0.0.1:123456",
-    ],
-)
-def test_other_addresses_are_refused(value: str) -> None:
-    with pytest.raises(InvalidSettings) as refused:
-        read_address({"metrics_address": value}, "metrics", None, None)
-    assert str(refused.value) == f"metrics_address must be http://HOST:PORT, got {value!r}"
-
-
-@pytest.mark.parametrize(
-    ("host", "url"),
-    [
-        ("127.0.0.1", "http://127.0.0.1:8080"),
-        ("0.0.0.0", "http://127.0.0.1:8080"),
-        ("box", "http://box:8080"),
-    ],
-)
-def test_url_for_a_client_here(host: str, url: str) -> None:
-    assert Address(host, 8080).url == url
-
-
-@pytest.mark.parametrize(("port", "grpc"), [(8080, 7070), (8081, 7071), (2034, 1024), (2033, 3043)])
-def test_grpc_port_follows(port: int, grpc: int) -> None:
-    assert Address("127.0.0.1", port).grpc_port == grpc
-
+from service.torchserve.config import CONFIG, ServerConfig
+from service.torchserve.java import JAVA_CDS, find_java, memory_bounds
+from service.torchserve.server import Served, TorchServe
 
 # --- Ports
 
@@ -377,20 +203,22 @@ def running(server: TorchServe) -> Iterator[TorchServe]:
 
 
 def server_of(
-    folder: Path, java: str, config: dict[str, str] | None = None, **environ: str
+    folder: Path, java: str, config: ServerConfig | None = None, **environ: str
 ) -> TorchServe:
     """Of two archives, with a script in place of Java."""
-    archives = {folder / "birds.mar": {"batchSize": 3}, folder / "fish.mar": None}
-    for archive in archives:
-        with zipfile.ZipFile(archive, "w") as content:
+    served = [Served(folder / "birds.mar", {"batchSize": 3}), Served(folder / "fish.mar")]
+    for one in served:
+        with zipfile.ZipFile(one.archive, "w") as content:
             content.writestr("MAR-INF/MANIFEST.json", "{}")
             content.writestr("model-config.yaml", "batchSize: 1\n")
-    return TorchServe(script(folder / "java", java), config or {}, archives, environ)
+    java_file = script(folder / "java", java)
+    return TorchServe(java_file, config or ServerConfig.load(), served, environ)
 
 
 def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None:
     java = f'echo "$@" >{pipe.path}; exec sleep 600'
-    config = {"vmargs": "-Xmx1g -XX:+ExitOnOutOfMemoryError", "plugins_path": "/plugins"}
+    vmargs = ("-Xmx1g", "-XX:+ExitOnOutOfMemoryError")
+    config = replace(ServerConfig.load(), vmargs=vmargs, plugins_path="/plugins")
     with running(server_of(tmp_path, java, config)) as server:
         command = pipe.rest()
         assert server.exit_status() is None

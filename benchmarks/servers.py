@@ -1,0 +1,278 @@
+"""The servers of a benchmark: their archives, packaged, and each of them, until it answers."""
+
+import argparse
+import asyncio
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.environments import SetupFailed
+from benchmarks.subjects import PEERS, ROOT, Subject
+from service.load.answers import Expectations
+from service.load.generator import measure, send_once
+from service.load.images import ImageRequest
+from service.load.measurement import Load, Measurement
+from service.load.processes import Server, free_base_port, running
+from service.processes import wait_until
+from service.tables import text_table
+
+START_SECONDS = 180
+START_ATTEMPTS = 3
+ANSWER_SECONDS = 30
+DROPPED = ("CLASSIFIER_", "TS_", "BENCHMARK_", "PYTHONPATH", "OMP_")  # settings of the user's
+
+
+class StartFailed(Exception):
+    """A server did not come to answer rightly; the message says why."""
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that answers rightly."""
+
+    server: Server
+    url: str
+    seconds: float  # until it did so
+    headers: Mapping[str, str]
+    expectations: Expectations = field(default_factory=Expectations)
+
+    def measure(self, images: Sequence[ImageRequest], load: Load) -> Measurement:
+        return asyncio.run(
+            measure(self.url, images, load, headers=self.headers, expectations=self.expectations)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Servers:
+    """What all servers of a benchmark have in common."""
+
+    folder: Path  # takes the archives, and what servers write
+    model: str
+    weights: str | Path  # "untrained" or a file
+    recipe: str | None
+    calibration: Path | None
+    device: str
+    precision: str  # of the subjects that do not name one
+    workers: int
+    images: Path | None  # a folder of JPEGs; None: drawn ones
+
+    def model_options(self, precision: str) -> list[object]:
+        """The options of ./scripts/serve and ./scripts/package."""
+        options: list[object] = ["--model", self.model, "--weights", self.weights]
+        options += ["--precision", precision, "--device", self.device, "--workers", self.workers]
+        if self.recipe:
+            options += ["--recipe", self.recipe]
+        if self.calibration and precision == "int8":
+            options += ["--calibration", self.calibration]
+        return options
+
+    def package(self, precision: str) -> None:
+        """Package the model, and unpack it for the subjects that share its engine.
+
+        Raises SetupFailed.
+        """
+        say(f"packaging {self.model} {precision}")
+        command = [sys.executable, ROOT / "scripts" / "package.py", *self.model_options(precision)]
+        done = subprocess.run(
+            [str(word) for word in command],
+            env=self.environ(precision),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode != 0:
+            raise SetupFailed((done.stderr.strip().splitlines() or ["no reason"])[-1])
+        with zipfile.ZipFile(self._store(precision) / f"{self.model}.mar") as archive:
+            archive.extractall(self.model_dir(precision))
+
+    def model_dir(self, precision: str) -> Path:
+        """The unpacked archive; it is missing if packaging failed."""
+        return self.folder / f"model-{precision}"
+
+    def _store(self, precision: str) -> Path:
+        return self.folder / f"store-{precision}"
+
+    def batch_size(self, precision: str) -> int:
+        text = (self.model_dir(precision) / "model-config.yaml").read_text("utf-8")
+        return int(yaml.safe_load(text)["batchSize"])
+
+    def environ(self, precision: str) -> dict[str, str]:
+        """No settings of the user's, and no proxy on the way to our own servers."""
+        environ = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(DROPPED) and not name.lower().endswith("_proxy")
+        }
+        python_path = [ROOT]
+        model_dir = self.model_dir(precision)
+        if model_dir.exists():
+            python_path.insert(0, model_dir)
+            environ["BENCHMARK_MODEL_DIR"] = str(model_dir)
+            environ["BENCHMARK_BATCH_SIZE"] = str(self.batch_size(precision))
+        return environ | {
+            "PYTHONPATH": ":".join(map(str, python_path)),
+            "BENCHMARK_WORKERS": str(self.workers),
+            "TS_MODEL_STORE": str(self._store(precision)),
+        }
+
+    @contextmanager
+    def started(
+        self, subject: Subject, python: Path, image: ImageRequest, failed_starts: list[str]
+    ) -> Iterator[Started]:
+        """The running server, once it answers an image rightly.
+
+        A start that fails is tried again, because some servers have time limits of a second in
+        them; its reason is added to `failed_starts`. Raises StartFailed if none succeeds.
+        """
+        for attempt in range(1, START_ATTEMPTS + 1):
+            port = free_base_port()
+            url = f"http://127.0.0.1:{port}{subject.path}"
+            began = time.monotonic()
+            with ExitStack() as stack:
+                folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=""))
+                stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                server = stack.enter_context(self._start(subject, python, port, folder))
+                try:
+                    wait_until_right(subject, server, url, image)
+                except StartFailed as exc:
+                    if attempt == START_ATTEMPTS:
+                        raise
+                    failed_starts.append(str(exc))
+                    say(f"  start {attempt} failed: {exc}")
+                    continue
+                yield Started(server, url, time.monotonic() - began, subject.headers)
+                return
+
+    def _start(
+        self, subject: Subject, python: Path, port: int, folder: Path
+    ) -> AbstractContextManager[Server]:
+        """The started server, in a folder of its own."""
+        places = {
+            "{python}": python,
+            "{bin}": python.parent,
+            "{port}": port,
+            "{port+1}": port + 1,
+            "{port+2}": port + 2,
+            "{workers}": self.workers,
+            "{libpython}": sysconfig.get_config_var("LIBDIR"),
+        }
+        environ = self.environ(subject.precision or self.precision)
+        environ |= {name: _fill(value, places) for name, value in subject.environ.items()}
+        if subject.kind == "ours":
+            # Started as people start it: with the repository's code, not an unpacked archive's.
+            environ["PYTHONPATH"] = str(ROOT)
+        else:
+            environ.pop("TS_MODEL_STORE")
+        environ |= {
+            "BENCHMARK_PORT": str(port),
+            "PATH": f"{python.parent}:{environ.get('PATH', '')}",
+            "TMPDIR": str(folder),
+            "TEMP": str(folder),
+            "RAY_TMPDIR": str(folder),
+            "PYTHONUNBUFFERED": "1",
+        }
+        return running([_fill(str(word), places) for word in subject.command], environ, folder)
+
+    def measure_inprocess(
+        self, precision: str, batches: Sequence[int], processes: int, seconds: float
+    ) -> tuple[list[dict[str, Any]], str | None]:
+        """What peers/inprocess.py measures, and what it said if it failed."""
+        command: list[object] = [sys.executable, PEERS / "inprocess.py", "--processes", processes]
+        command += ["--seconds", seconds, "--batches", *batches]
+        if self.images:
+            command += ["--images", self.images]
+        environ = self.environ(precision) | {"OMP_NUM_THREADS": "1"}
+        with running(command, environ, Path(tempfile.mkdtemp(dir=self.folder))) as process:
+            process.process.wait()
+            lines = [line for line in process.log.read_text().splitlines() if line[:1] == "{"]
+            runs = [json.loads(line) for line in lines if '"images_per_second"' in line]
+            failed = process.process.returncode != 0 or not runs
+            return runs, process.last_lines() if failed else None
+
+
+@contextmanager
+def make_servers(
+    args: argparse.Namespace, *, device: str, precision: str, workers: int
+) -> Iterator[Servers]:
+    """The servers of a benchmark with the options of add_options, in a temporary folder."""
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        yield Servers(
+            folder=Path(folder),
+            model=args.model,
+            weights=args.weights,
+            recipe=args.recipe,
+            calibration=getattr(args, "calibration", None),
+            device=device,
+            precision=precision,
+            workers=workers,
+            images=args.images,
+        )
+
+
+def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
+    """The options that every benchmark of servers has."""
+    parser.add_argument("--model", default=model)
+    parser.add_argument(
+        "--weights",
+        type=lambda text: text if text == "untrained" else Path(text).resolve(),
+        default="untrained",
+        metavar="untrained|FILE",
+    )
+    parser.add_argument("--recipe", metavar="ENTRY", help="as for ./scripts/serve")
+    parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
+    parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
+
+
+def absolute(text: str) -> Path:
+    """An argparse type: servers run in other folders."""
+    return Path(text).resolve()
+
+
+def wait_until_right(subject: Subject, server: Server, url: str, image: ImageRequest) -> None:
+    """Return when the server answers an image rightly. Raises StartFailed."""
+    outcome = "no answer"
+
+    def is_over() -> bool:
+        nonlocal outcome
+        if subject.kind != "ours" or server.events("ready"):
+            sending = send_once(
+                url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS
+            )
+            outcome = asyncio.run(sending)[0].outcome
+        return outcome == "ok" or server.has_ended()
+
+    wait_until(is_over, START_SECONDS, 0.5)
+    if outcome != "ok":
+        reason = f"no right answer in {START_SECONDS} s ({outcome})"
+        if server.has_ended():
+            reason = f"ended with status {server.process.returncode}"
+        raise StartFailed(f"{reason}: {server.last_lines()}")
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def show(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], digits: int = 1) -> None:
+    """Print some columns as a table."""
+    cells = [[row[name] for name in columns] for row in rows]
+    say("\n".join(text_table(columns, cells, digits=digits)) + "\n")
+
+
+def _fill(text: str, places: Mapping[str, object]) -> str:
+    return re.sub(r"\{[a-z0-9+]+\}", lambda match: str(places[match[0]]), text)

@@ -1,0 +1,42 @@
+"""The images that the load generator sends."""
+
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from service.load.images import BOUNDARY, ImageRequest, as_form, draw_jpeg, load_images
+
+
+def test_drawn_images_are_photographs_in_size_and_always_the_same() -> None:
+    data = draw_jpeg(3)
+    image = Image.open(BytesIO(data))
+    assert (image.format, image.mode) == ("JPEG", "RGB")
+    assert 480 <= image.width <= 520
+    assert 20_000 < len(data) < 200_000
+    assert draw_jpeg(3) == data != draw_jpeg(4)
+
+
+def test_images_of_a_folder(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.JPG", "JPEG")
+    Image.new("L", (8, 8)).save(tmp_path / "a.jpeg", "JPEG")
+    (tmp_path / "labels.csv").write_text("file,class_id,label\nb.JPG,3,shark\n")
+    assert [image.name for image in load_images(tmp_path)] == ["a.jpeg", "b.JPG"]
+
+
+def test_a_folder_without_images(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"has no \.jpg"):
+        load_images(tmp_path)
+
+
+def test_multipart() -> None:
+    images = [ImageRequest("a.jpg", b"first"), ImageRequest("b.jpg", b"second")]
+    form = as_form(images, ["file1", "file2"])
+    assert (form.name, form.content_type) == ("a.jpg", f"multipart/form-data; boundary={BOUNDARY}")
+    head, first, second, end = form.body.split(f"--{BOUNDARY}".encode())
+    assert (head, end) == (b"", b"--\r\n")
+    assert b'name="file1"' in first
+    assert first.endswith(b"\r\n\r\nfirst\r\n")
+    assert b'name="file2"' in second
+    assert second.endswith(b"\r\n\r\nsecond\r\n")

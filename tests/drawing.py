@@ -5,6 +5,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from io import BytesIO
+from typing import Any
 
 from PIL import Image
 
@@ -31,7 +32,7 @@ def encode(image: Image.Image, format: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
-def plain(colour: object = RED, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
+def plain(colour: Any = RED, size: tuple[int, int] = (64, 48), mode: str = "RGB") -> Image.Image:
     return Image.new(mode, size, colour)
 
 
@@ -74,7 +75,7 @@ def turned(image: Image.Image, orientation: int, format: str, **options: object)
 
 
 def with_exif(exif: bytes, image: Image.Image) -> bytes:
-    """A JPEG with these bytes as its EXIF block, whatever they are."""
+    """A JPEG with these bytes, valid or not, as its EXIF block."""
     return encode(image, "JPEG", quality=95, subsampling=0, exif=b"Exif\0\0" + exif)
 
 
@@ -83,7 +84,7 @@ def png_chunk(kind: bytes, data: bytes) -> bytes:
 
 
 def announced(format: str, width: int, height: int) -> bytes:
-    """A few bytes whose header announces this size, whatever they hold."""
+    """A few bytes whose header announces this size."""
     if format == "PNG":
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         body = png_chunk(b"IDAT", zlib.compress(bytes(100))) + png_chunk(b"IEND", b"")

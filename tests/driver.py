@@ -15,7 +15,7 @@ int cuDeviceGetCount(int *count) { *count = COUNT; return 0; }
 
 
 def make_driver(folder: Path, *, version: int, init: int, count: int) -> Path:
-    """libcuda.so.1 in `folder`; skips the test where nothing compiles it."""
+    """libcuda.so.1 in `folder`; skips the test if nothing compiles it."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("no compiler to make a driver with")

@@ -32,7 +32,7 @@ def each(**tolerances: Any) -> list[Any]:
 
 
 def capabilities() -> list[str]:
-    """What OpenVINO says that the CPU computes in, whatever the environment allows."""
+    """What OpenVINO says that the CPU computes in, even if the environment does not allow it."""
     return list(openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
 
 

@@ -1,17 +1,49 @@
-"""What tests ask about processes that they did not start themselves."""
+"""Processes that tests did not start themselves, ports that are free, and waiting."""
 
-from collections.abc import Iterable
+import socket
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, suppress
 
 import psutil
+
+from service.processes import wait_until
 
 
 def alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
     """Those that still run. An orphan that has ended stays a zombie until init collects it."""
     left = []
     for process in processes:
-        try:
+        with suppress(psutil.NoSuchProcess):
             if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
                 left.append(process)
-        except psutil.NoSuchProcess:
-            pass
     return left
+
+
+def wait_for(
+    condition: Callable[[], object],
+    seconds: float = 60,
+    why: Callable[[], object] = lambda: "not in time",
+) -> None:
+    """Return once `condition()` is true; fail with what `why()` gives if that takes too long."""
+    assert wait_until(condition, seconds, 0.05), why()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def free_ports() -> dict[str, int]:
+    """Three ports whose gRPC counterparts, 1010 below, are free as well."""
+    ports: dict[str, int] = {}
+    with ExitStack() as held:
+        while len(ports) < 3:
+            with suppress(OSError):
+                first = held.enter_context(socket.socket())
+                first.bind(("127.0.0.1", 0))
+                port = first.getsockname()[1]
+                second = held.enter_context(socket.socket())
+                second.bind(("127.0.0.1", port - 1010))
+                ports[("port", "management-port", "metrics-port")[len(ports)]] = port
+    return ports

@@ -5,13 +5,11 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import fields
-from pathlib import Path
 
 from handler.settings import Settings
 from service.gateway.settings import GatewaySettings
 from service.torchserve.config import CONFIG_KEYS
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
 
 
 def dockerfile() -> dict[str, dict[str, str]]:
@@ -21,7 +19,9 @@ def dockerfile() -> dict[str, dict[str, str]]:
     for line in re.sub(r"\\\n\s*", "", text).splitlines():
         instruction, _, rest = line.partition(" ")
         if instruction in ("ARG", "ENV"):
-            found[instruction] |= dict((*word.split("=", 1), "")[:2] for word in rest.split())
+            for word in rest.split():
+                name, _, value = word.partition("=")
+                found[instruction][name] = value
         elif instruction:
             found[instruction][rest] = rest
     return dict(found)

@@ -9,11 +9,12 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
-from service import health as healthcheck
+from scripts.healthcheck import main
 from service.gateway.settings import GatewaySettings
 from service.options import parse_serve
 from service.torchserve.config import ServerConfig
-from tests.container.known import ROOT, check_variables, dockerfile
+from tests import ROOT
+from tests.container.known import check_variables, dockerfile
 
 DEPLOY = ROOT / "deploy"
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
@@ -96,7 +97,7 @@ def test_the_gateways_health_check_is_an_option_of_the_script(
     exec_form, python, script, *options = SERVICES["gateway"]["healthcheck"]["test"]
     assert (exec_form, python, script) == ("CMD", "python", "scripts/healthcheck.py")
     with pytest.raises(SystemExit):
-        healthcheck.main([*options, "--help"])
+        main([*options, "--help"])
     assert all(option in capsys.readouterr().out for option in options)
 
 

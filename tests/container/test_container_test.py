@@ -3,31 +3,20 @@
 import http.client
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.container.known import ROOT
+from container_test import building
+from container_test.container import Container
+from container_test.load import Load
+from tests import ROOT
 
 SCRIPT = ROOT / "deploy" / "container-test"
+NOWHERE = Container(key="", pid=0)  # requests are sent on connections that are there
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
-
-
-@pytest.fixture(scope="module")
-def script() -> Any:
-    loader = SourceFileLoader("container_test", str(SCRIPT))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec
-    module = module_from_spec(spec)
-    sys.modules[loader.name] = module  # its dataclasses look for it there
-    loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -36,7 +25,12 @@ def listener() -> Iterator[socket.socket]:
         yield listener
 
 
-def outcomes_of(script: Any, listener: socket.socket, *answers: bytes) -> list[str]:
+def connection_to(listener: socket.socket) -> http.client.HTTPConnection:
+    host, port = listener.getsockname()
+    return http.client.HTTPConnection(host, port, timeout=10)
+
+
+def outcomes_of(listener: socket.socket, *answers: bytes) -> list[str]:
     """What becomes of a request for each answer, and of one more, on one connection."""
 
     def serve() -> None:
@@ -51,8 +45,8 @@ def outcomes_of(script: Any, listener: socket.socket, *answers: bytes) -> list[s
 
     thread = threading.Thread(target=serve)
     thread.start()
-    load = script.Load(container=None)
-    connection = http.client.HTTPConnection(*listener.getsockname(), timeout=10)
+    load = Load(NOWHERE)
+    connection = connection_to(listener)
     outcomes = []
     for _ in range(len(answers) + 1):
         reused = connection.sock is not None
@@ -65,16 +59,16 @@ def outcomes_of(script: Any, listener: socket.socket, *answers: bytes) -> list[s
 
 
 def test_an_answer_is_counted_and_a_connection_closed_between_two_requests_apart(
-    script: Any, listener: socket.socket
+    listener: socket.socket,
 ) -> None:
-    assert outcomes_of(script, listener, ANSWER) == ["answered", "closed while idle"]
+    assert outcomes_of(listener, ANSWER) == ["answered", "closed while idle"]
 
 
-def test_a_first_request_without_an_answer_is_lost(script: Any, listener: socket.socket) -> None:
-    assert outcomes_of(script, listener) == ["lost"]
+def test_a_first_request_without_an_answer_is_lost(listener: socket.socket) -> None:
+    assert outcomes_of(listener) == ["lost"]
 
 
-def test_half_an_answer_is_lost(script: Any, listener: socket.socket) -> None:
+def test_half_an_answer_is_lost(listener: socket.socket) -> None:
     def serve() -> None:
         connection, _ = listener.accept()
         with connection:
@@ -83,21 +77,19 @@ def test_half_an_answer_is_lost(script: Any, listener: socket.socket) -> None:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    connection = http.client.HTTPConnection(*listener.getsockname(), timeout=10)
+    connection = connection_to(listener)
     connection.connect()
-    assert script.Load(container=None).request(connection, b"body", {}, False) == "lost"
+    assert Load(NOWHERE).request(connection, b"body", {}, False) == "lost"
     connection.close()
     thread.join()
 
 
-def test_another_status_is_no_answer(script: Any, listener: socket.socket) -> None:
+def test_another_status_is_no_answer(listener: socket.socket) -> None:
     refused = ANSWER.replace(b"200 OK", b"503 Unavailable")
-    assert outcomes_of(script, listener, refused)[0] == "status 503"
+    assert outcomes_of(listener, refused)[0] == "status 503"
 
 
-def test_pips_configuration_is_forwarded(
-    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pips_configuration_is_forwarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels, index = tmp_path / "wheels", tmp_path / "index" / "simple"
     bundle = tmp_path / "bundle.crt"
     wheels.mkdir()
@@ -108,9 +100,9 @@ def test_pips_configuration_is_forwarded(
         f"global.extra-index-url='file://{index} https://example.org/simple'\n"
     )
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    monkeypatch.setattr(script, "run", lambda *_, **__: listed)
+    monkeypatch.setattr(building, "run", lambda *_, **__: listed)
     conf = tmp_path / "pip.conf"
-    assert script.pip_mounts(tmp_path) == [
+    assert building.pip_mounts(tmp_path) == [
         f"{bundle}:{bundle}:ro",
         f"{wheels}:{wheels}:ro",
         f"{index.parent}:{index.parent}:ro",

@@ -11,7 +11,8 @@ import pytest
 
 from service.gateway.settings import GatewaySettings
 from service.options import parse_serve
-from tests.container.known import ROOT, check_variables, dockerfile, words
+from tests import ROOT
+from tests.container.known import check_variables, dockerfile, words
 
 DOCKERFILE = ROOT / "Dockerfile"
 

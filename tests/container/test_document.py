@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from tests.container.known import ROOT, dockerfile
+from tests import ROOT
+from tests.container.known import dockerfile
 
 TEXT = (ROOT / "docs" / "deploy.md").read_text("utf-8")
 REPORTS = {"mobilenet_v2": "benchmarks/REPORT.md", "resnet50": "benchmarks/resnet50/REPORT.md"}

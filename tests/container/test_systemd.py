@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from service.options import parse_serve
-from tests.container.known import ROOT, check_variables
+from tests import ROOT
+from tests.container.known import check_variables
 
 UNIT = ROOT / "deploy" / "systemd" / "classifier.service"
 HOME = "/opt/classifier"

@@ -7,11 +7,8 @@ import pytest
 
 from handler.errors import SetupError
 from service.gateway.process import find_nginx
-from tests.gateway.running import free_port
-from tests.server.conftest import colour_weights
+from tests.processes import free_port
 from tests.server.serving import Server, serving
-
-__all__ = ["colour_weights"]  # a fixture here as well
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,19 +28,6 @@ class Served:
 
     url: str
     server: Server
-
-
-@pytest.fixture(scope="session")
-def colours(colour_weights: tuple[Path, Path]) -> list[str]:
-    """Options of ./scripts/serve for the model that knows three colours."""
-    weights, labels = map(str, colour_weights)
-    return ["--weights", weights, "--labels", labels, "--device", "cpu", "--workers", "2"]
-
-
-@pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Archives, which all servers of these tests share: packaging takes seconds."""
-    return tmp_path_factory.mktemp("store")
 
 
 @pytest.fixture(scope="session")

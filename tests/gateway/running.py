@@ -3,11 +3,9 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +15,13 @@ from typing import Any
 
 import requests
 
-from tests.server.serving import ROOT, Server, environment
+from tests import ROOT
+from tests.processes import free_port, wait_for
+from tests.server.serving import Server, environment
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
 START_SECONDS = 30
 STOP_SECONDS = 60
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @dataclass
@@ -52,13 +46,18 @@ class Gateway:
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The line of one request, which is written when its answer has been sent."""
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for line in self.lines():
-                if line["request_id"] == request_id:
-                    return line
-            time.sleep(0.05)
-        raise AssertionError(f"no line of {request_id} in the log")
+
+        def lines() -> list[dict[str, Any]]:
+            return [line for line in self.lines() if line["request_id"] == request_id]
+
+        wait_for(lines, 10, lambda: f"no line of {request_id} in the log")
+        [line] = lines()
+        return line
+
+    def has_started(self) -> bool:
+        said = self.stderr.read_text()
+        assert self.process.poll() is None, said
+        return "Gateway on" in said
 
     def stop(self) -> int:
         self.process.send_signal(signal.SIGTERM)
@@ -107,11 +106,7 @@ def running(folder: Path, env: dict[str, str], scheme: str = "http") -> Iterator
         )
     gateway = Gateway(process, port, *paths, scheme)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while "Gateway on" not in gateway.stderr.read_text():
-            assert process.poll() is None, gateway.stderr.read_text()
-            assert time.monotonic() < deadline, gateway.stderr.read_text()
-            time.sleep(0.02)
+        wait_for(gateway.has_started, START_SECONDS, gateway.stderr.read_text)
         yield gateway
     finally:
         if process.poll() is None:
@@ -126,10 +121,10 @@ class Load:
     url: str
     body: bytes
     clients: int = 8
+    pause: float = 0.0  # seconds between two requests of a client; may change while they ask
     statuses: Counter[int] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     answered: set[str] = field(default_factory=set)  # ids
-    versions: Counter[str] = field(default_factory=Counter)
     ended: threading.Event = field(default_factory=threading.Event)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -146,10 +141,7 @@ class Load:
 
     def wait(self, count: int, seconds: float = 240) -> None:
         """Until so many requests have ended, well or not."""
-        deadline = time.monotonic() + seconds
-        while self.total < count:
-            assert time.monotonic() < deadline, f"{self.total} of {count} in time"
-            time.sleep(0.02)
+        wait_for(lambda: self.total >= count, seconds, lambda: f"{self.total} of {count} in time")
 
     @property
     def total(self) -> int:
@@ -158,7 +150,7 @@ class Load:
     def _ask(self) -> None:
         with requests.Session() as session:
             session.trust_env = False
-            while not self.ended.is_set():
+            while not self.ended.wait(self.pause):
                 try:
                     answer = session.post(self.url, data=self.body, timeout=60)
                 except requests.RequestException as exc:
@@ -174,13 +166,6 @@ class Load:
                         self.failures.append(answer.text[:300])
 
 
-def wait_for(condition: Any, seconds: float = 30) -> None:
-    """Until `condition()` is true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "not in time"
-        time.sleep(0.05)
-
-
-def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+def kill(*pids: int) -> None:
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)

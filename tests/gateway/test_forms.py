@@ -8,17 +8,15 @@ from pathlib import Path
 
 import requests
 
-from tests.gateway.running import free_port
-from tests.gateway.test_replicas import java
-from tests.gateway.test_routes import best
+from tests.gateway.clients import TIMEOUT, best
+from tests.processes import free_port
 from tests.server.colours import encoded
 from tests.server.serving import serving
 
-TIMEOUT = 60
 BODY_BYTES = 6 * 10**6
-WARM_UP = 240
-REQUESTS = 200
-MAX_GROWTH = 30 * 2**20  # each lost body would be 6 MB
+WARM_UP = 120
+REQUESTS = 60
+MAX_GROWTH = 30 * 2**20  # each lost body would be 6 MB, each lost form 20 of them
 # The whole heap is there from the start, so that only what lies outside grows; and buffers are
 # given back at once, because a pool of them grows by 16 MB whenever a thread wants one more.
 FIXED_HEAP = (
@@ -64,8 +62,8 @@ def test_every_form_is_answered_and_none_is_kept_in_java(
 
         # Larger ones first: Java has compiled what it compiles and has the memory it wants by then.
         assert set(pool.map(send, ["raw"] * WARM_UP)) == {200}
-        before = java(server).memory_info().rss
+        before = server.java().memory_info().rss
         statuses = Counter(pool.map(send, islice(cycle(HEADERS), REQUESTS)))
         assert statuses == {200: REQUESTS}
-        assert java(server).memory_info().rss - before < MAX_GROWTH
+        assert server.java().memory_info().rss - before < MAX_GROWTH
         assert best(requests.post(url, data=encoded("red"), timeout=TIMEOUT)) == "red"

@@ -12,12 +12,13 @@ import psutil
 import pytest
 import requests
 
+from tests.gateway.clients import TIMEOUT
 from tests.gateway.conftest import Served
-from tests.gateway.running import free_port, running, settings, wait_for
+from tests.gateway.running import running, settings
+from tests.processes import free_port, wait_for
 from tests.server.colours import encoded
 from tests.server.serving import serving
 
-TIMEOUT = 30
 # A file system of its own for one process, on the folder $0.
 MOUNT = 'mount -t tmpfs -o size=256m none "$0" && exec "$@"'
 

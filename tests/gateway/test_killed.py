@@ -1,14 +1,13 @@
 """kill -9 of a launcher: nothing of what it has started may be left."""
 
 import socket
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.gateway.running import free_port, running
-from tests.processes import alive
+from tests.gateway.running import running
+from tests.processes import alive, free_port, wait_for
 from tests.server.serving import serving
 
 SECONDS = 10
@@ -18,11 +17,12 @@ def wait_until_nothing_is_left(
     started: list[psutil.Process], folder: Path, ports: list[int]
 ) -> None:
     """No process of those, no file in what is their TMPDIR, and nobody who listens."""
-    deadline = time.monotonic() + SECONDS
+
+    def left() -> list[object]:
+        return [*alive(started), *folder.iterdir(), *filter(is_taken, ports)]
+
     try:
-        while left := [*alive(started), *folder.iterdir(), *filter(is_taken, ports)]:
-            assert time.monotonic() < deadline, f"left after {SECONDS} s: {left}"
-            time.sleep(0.1)
+        wait_for(lambda: not left(), SECONDS, left)
     finally:
         for process in alive(started):
             process.kill()

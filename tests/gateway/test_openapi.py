@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from handler import errors
+from tests import ROOT
 from tests.drawing import announced
 from tests.gateway.conftest import Served
 from tests.server.colours import LABELS, encoded
-from tests.server.serving import ROOT
 
 FILE = ROOT / "deploy" / "gateway" / "openapi.json"
 DOCUMENT = json.loads(FILE.read_text("utf-8"))
@@ -24,7 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 def of_this_model() -> dict[str, Any]:
     """The document, as far as a schema can say it, for a model of three classes.
 
-    The headers are read only where nothing nearer to the image says it: they have a test below.
+    The headers are read only if nothing nearer to the image says it: they have a test below.
     """
     document = json.loads(FILE.read_text("utf-8"))
     schemas = document["components"]["schemas"]
@@ -81,7 +81,7 @@ def test_it_is_served(gateway: Served) -> None:
     suppress_health_check=list(HealthCheck),
 )
 def test_whatever_it_allows_is_answered_as_it_says(
-    case: schemathesis.Case, gateway: Served
+    case: schemathesis.Case[Any], gateway: Served
 ) -> None:
     case.call_and_validate(base_url=gateway.url, timeout=60)
 
@@ -131,7 +131,7 @@ def test_each_kind_of_answer_is_as_described(kind: str, gateway: Served) -> None
     assert answer.json().get("code", status) == status
 
 
-def test_the_headers_are_read_where_nothing_nearer_says_it(gateway: Served) -> None:
+def test_the_headers_are_read_if_nothing_nearer_says_it(gateway: Served) -> None:
     def classes(query: str = "", **options: Any) -> int:
         answer = requests.post(f"{gateway.url}/predict{query}", timeout=60, **options).json()
         return len(answer["predictions"])

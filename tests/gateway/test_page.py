@@ -6,6 +6,7 @@ import shutil
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
@@ -13,11 +14,14 @@ import requests
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import (
     Browser,
+    ConsoleMessage,
+    FilePayload,
     JSHandle,
     Locator,
     Page,
     Request,
     Route,
+    ViewportSize,
     expect,
     sync_playwright,
 )
@@ -69,13 +73,17 @@ class Visit:
         self.asked: list[str] = []  # every URL
         self.predicting: set[Request] = set()
         self.most_predicting = 0
-        page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
+        page.on("console", self._heard)
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", self._started)
         page.on("requestfinished", self._ended)
         page.on("requestfailed", self._ended)
         page.goto(url)
         expect(page.locator("#model")).to_contain_text("classes")
+
+    def _heard(self, line: ConsoleMessage) -> None:
+        if line.type == "error":
+            self.complaints.append(line.text)
 
     def _started(self, request: Request) -> None:
         self.asked.append(request.url)
@@ -88,7 +96,9 @@ class Visit:
 
     def choose(self, *files: tuple[str, bytes]) -> None:
         """Choose files, by name and content, in the browser's dialog."""
-        listed = [{"name": name, "mimeType": "image/jpeg", "buffer": body} for name, body in files]
+        listed = [
+            FilePayload(name=name, mimeType="image/jpeg", buffer=body) for name, body in files
+        ]
         self.page.set_input_files("#files", listed)
 
     def transfer(self, *files: tuple[str, bytes]) -> JSHandle:
@@ -205,7 +215,7 @@ def test_by_keyboard_alone(visit: Visit) -> None:
     assert page.locator("#drop").evaluate("(drop) => getComputedStyle(drop).outlineStyle") != "none"
     with page.expect_file_chooser() as chooser:
         page.keyboard.press("Enter")
-    files = [{"name": "sea.jpg", "mimeType": "image/jpeg", "buffer": encoded("blue")}]
+    files = [FilePayload(name="sea.jpg", mimeType="image/jpeg", buffer=encoded("blue"))]
     chooser.value.set_files(files)
     visit.expect_best("sea.jpg", "blue")
     page.keyboard.press("Tab")
@@ -291,7 +301,7 @@ def test_clear_ends_what_is_under_way(visit: Visit) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_for_axe_to_find(visit: Visit, scheme: str) -> None:
+def test_nothing_for_axe_to_find(visit: Visit, scheme: Literal["light", "dark"]) -> None:
     """WCAG 2.2 A and AA as far as a program can tell, contrast included."""
     page = visit.page
     page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
@@ -313,8 +323,8 @@ def test_a_narrow_screen_has_no_sideways_scrolling(visit: Visit) -> None:
 
 
 def test_a_phone_offers_its_camera(browser: Browser, gateway: Served) -> None:
-    options = {"viewport": {"width": 390, "height": 700}, "has_touch": True, "is_mobile": True}
-    page = browser.new_page(**options)
+    size = ViewportSize(width=390, height=700)
+    page = browser.new_page(viewport=size, has_touch=True, is_mobile=True)
     page.goto(f"{gateway.url}/")
     expect(page.get_by_text("Take a photo")).to_be_visible()
     page.close()

@@ -2,20 +2,19 @@
 
 import os
 import shutil
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
 import yaml
 
-from tests.server.colours import make_weights
-from tests.server.serving import ROOT, Server, environment, serving
+from tests import ROOT
+from tests.processes import free_port, wait_for
+from tests.server.serving import Server, serving
 
 MONITORING = ROOT / "deploy" / "monitoring"
 
@@ -26,7 +25,7 @@ class Prometheus:
 
     url: str
 
-    def ask(self, path: str, **params: object) -> Any:
+    def ask(self, path: str, **params: str | float) -> Any:
         response = requests.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
         assert response.status_code == 200, (params, response.text)
         return response.json()["data"]
@@ -43,10 +42,7 @@ class Prometheus:
 
     def wait(self, expr: str, seconds: float = 60) -> None:
         """Until a query has a result."""
-        deadline = time.monotonic() + seconds
-        while not self.query(expr):
-            assert time.monotonic() < deadline, f"{expr} has no result"
-            time.sleep(0.2)
+        wait_for(lambda: self.query(expr), seconds, lambda: f"{expr} has no result")
 
 
 def binary(name: str) -> str:
@@ -66,16 +62,21 @@ def promtool() -> str:
 
 
 @pytest.fixture(scope="session")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def service(
+    tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path
+) -> Iterator[Server]:
     """Two workers that know three colours, with a cache; packaged before, so all output is log."""
     binary("prometheus")  # before what takes long
-    folder = tmp_path_factory.mktemp("service")
-    weights, labels = map(str, make_weights(folder))
-    options = ("--weights", weights, "--labels", labels, "--workers", "2", "--device", "cpu")
-    package = [sys.executable, ROOT / "scripts" / "package.py", *options]
-    subprocess.run(package, env=environment(folder), check=True, capture_output=True, timeout=180)
-    with serving(folder, *options, env={"CLASSIFIER_CACHE_BYTES": "100000"}) as server:
+    env = {"TS_MODEL_STORE": str(store), "CLASSIFIER_CACHE_BYTES": "100000"}
+    with serving(tmp_path_factory.mktemp("service"), *colours, env=env) as server:
         yield server
+
+
+def is_ready(url: str) -> bool:
+    try:
+        return requests.get(f"{url}/-/ready", timeout=5).ok
+    except requests.RequestException:
+        return False
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +89,7 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     [scrape] = config["scrape_configs"]
     scrape["static_configs"] = [{"targets": [service.metrics.removeprefix("http://")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen(
             [
@@ -102,16 +102,8 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
             stderr=subprocess.STDOUT,
         )
     try:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                requests.get(f"http://{address}/-/ready", timeout=5).raise_for_status()
-                break
-            except requests.RequestException:
-                assert process.poll() is None, (folder / "log").read_text()
-                assert time.monotonic() < deadline
-                time.sleep(0.2)
         prometheus = Prometheus(f"http://{address}")
+        wait_for(lambda: is_ready(prometheus.url), 60, (folder / "log").read_text)
         prometheus.wait('up{job="classifier"} == 1')
         yield prometheus
     finally:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import ROOT
 from tests.monitoring.conftest import MONITORING
-from tests.server.serving import ROOT
 
 ALERTS = [
     rule
@@ -20,15 +20,6 @@ ALERTS = [
 ]
 DASHBOARD = json.loads((MONITORING / "grafana" / "dashboards" / "classifier.json").read_text())
 PANELS = DASHBOARD["panels"]
-QUESTIONS = [
-    "Is it up?",
-    "Are users served?",
-    "How fast?",
-    "Where does the time go?",
-    "Is it saturated?",
-    "Is the model behaving?",
-    "Resources",
-]
 
 
 def run(promtool: str, *args: object) -> None:
@@ -53,7 +44,6 @@ def test_each_alert_is_tested_and_explained(alert: dict[str, Any]) -> None:
     name = alert["alert"]
     assert alert["labels"]["severity"] in ("page", "ticket")
     assert set(alert["annotations"]) == {"summary", "description"}
-    assert len(alert["annotations"]["description"]) > 100
     assert f'alertname="{name}"' in (MONITORING / "tests" / "fire.yml").read_text()
     silent = (MONITORING / "tests" / "silent.yml").read_text()
     assert re.search(rf"# .*\b{name}\b", silent), "its near miss"
@@ -66,11 +56,6 @@ def test_operations_explains_no_other_alert() -> None:
 
 
 # --- The dashboard
-
-
-def test_the_dashboard_answers_each_question_in_a_row() -> None:
-    assert [panel["title"] for panel in PANELS if panel["type"] == "row"] == QUESTIONS
-    assert PANELS[0]["type"] == "row"
 
 
 def test_the_dashboard_is_what_grafana_reads() -> None:

@@ -4,12 +4,13 @@ MobileNetV2 with random features and a last layer solved for: its answers are su
 """
 
 import random
-from io import BytesIO
 from pathlib import Path
 
 import torch
 import torchvision
 from PIL import Image
+
+from tests.drawing import encode
 
 LABELS = ("red", "green", "blue")
 RGB = ((220, 30, 30), (30, 200, 40), (40, 50, 220))
@@ -20,9 +21,7 @@ def picture(label: str, size: tuple[int, int] = (320, 240)) -> Image.Image:
 
 
 def encoded(label: str, format: str = "JPEG", size: tuple[int, int] = (320, 240)) -> bytes:
-    file = BytesIO()
-    picture(label, size).save(file, format)
-    return file.getvalue()
+    return encode(picture(label, size), format)
 
 
 def make_weights(folder: Path) -> tuple[Path, Path]:
@@ -36,11 +35,11 @@ def make_weights(folder: Path) -> tuple[Path, Path]:
         for rgb in RGB
         for _ in range(16)
     ]
-    wanted = 10.0 * torch.eye(3, dtype=torch.float64).repeat_interleave(16, dim=0)
+    expected = 10.0 * torch.eye(3, dtype=torch.float64).repeat_interleave(16, dim=0)
     with torch.inference_mode():
         inputs = torch.stack([transform(Image.new("RGB", (64, 64), shade)) for shade in shades])
         features = network.features(inputs).mean(dim=(2, 3)).double()
-        head = torch.linalg.lstsq(features, wanted, driver="gelsd").solution
+        head = torch.linalg.lstsq(features, expected, driver="gelsd").solution
         network.classifier[1].weight.copy_(head.T)
         network.classifier[1].bias.zero_()
     weights, labels = folder / "colours.pth", folder / "colours.txt"

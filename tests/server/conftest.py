@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.server.colours import make_weights
-from tests.server.serving import ROOT, Server, serving
+from tests import ROOT
+from tests.server.serving import Server, serving
 
 SHARED = ROOT.parent / "shared"
 
@@ -21,19 +21,13 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def colour_weights(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_weights(tmp_path_factory.mktemp("colours"))
-
-
-@pytest.fixture(scope="session")
 def server(
-    tmp_path_factory: pytest.TempPathFactory, colour_weights: tuple[Path, Path]
+    tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path
 ) -> Iterator[Server]:
     """Two workers that know three colours."""
-    weights, labels = map(str, colour_weights)
-    options = ("--weights", weights, "--labels", labels, "--workers", "2", "--device", "cpu")
     beside = {"CLASSIFIER_PORT": "tcp://10.0.0.1:80"}  # a Kubernetes Service of that name
-    with serving(tmp_path_factory.mktemp("server"), *options, env=beside) as server:
+    env = beside | {"TS_MODEL_STORE": str(store)}
+    with serving(tmp_path_factory.mktemp("server"), *colours, env=env) as server:
         yield server
 
 

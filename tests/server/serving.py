@@ -2,21 +2,21 @@
 
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import psutil
 import requests
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+from tests.processes import free_ports, wait_for
+
 SERVE = [sys.executable, str(ROOT / "scripts" / "serve.py")]
 READY_SECONDS = 180
 STOP_SECONDS = 30
@@ -24,12 +24,42 @@ STOP_SECONDS = 30
 
 @dataclass
 class Server:
-    """A running server and what it prints."""
+    """./scripts/serve, where it listens, and what it prints."""
 
-    process: subprocess.Popen[bytes]
+    command: list[str]
+    env: dict[str, str]
     ports: dict[str, int]
     output: Path
     model: str
+    process: subprocess.Popen[bytes] = field(init=False)
+
+    def start(self) -> None:
+        """Return once it is ready. A server that has ended can be started again."""
+        with self.output.open("wb") as file:
+            self.process = subprocess.Popen(
+                self.command, stdout=file, stderr=subprocess.STDOUT, env=self.env
+            )
+        wait_for(self._is_ready, READY_SECONDS, self.text)
+
+    def _is_ready(self) -> bool:
+        if "Ready after" in self.text():
+            return True
+        assert self.process.poll() is None, f"ended with {self.process.poll()}:\n{self.text()}"
+        return False
+
+    def end(self) -> None:
+        """Stop it, and kill what is left of it."""
+        started: list[psutil.Process] = []
+        with suppress(psutil.NoSuchProcess):
+            started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_SECONDS)
+        finally:
+            self.process.kill()
+            for child in started:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
     @property
     def url(self) -> str:
@@ -54,6 +84,10 @@ class Server:
     def info(self, model: str = "") -> dict[str, Any]:
         return self.describe(model, "?customized=true")["customizedMetadata"]
 
+    def statuses(self) -> list[str]:
+        """Those of its workers."""
+        return [worker["status"] for worker in self.describe()["workers"]]
+
     def worker_pids(self) -> set[int]:
         return {worker["pid"] for worker in self.describe()["workers"]}
 
@@ -62,23 +96,23 @@ class Server:
         lines = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
         return [line for line in lines if line["event"] == event]
 
+    def request_line(self, request_id: str) -> dict[str, Any]:
+        """The line of one request, which is written when its answer has been sent."""
+
+        def lines() -> list[dict[str, Any]]:
+            return [line for line in self.log("request") if line["request_id"] == request_id]
+
+        wait_for(lines, 10, lambda: f"no line of {request_id} in the log")
+        [line] = lines()
+        return line
+
+    def java(self) -> psutil.Process:
+        """TorchServe's own process."""
+        children = psutil.Process(self.process.pid).children()
+        return next(child for child in children if child.name() == "java")
+
     def text(self) -> str:
         return self.output.read_text("utf-8", "replace")
-
-
-def free_ports() -> dict[str, int]:
-    """Three ports whose gRPC counterparts, 1010 below, are free as well."""
-    ports: dict[str, int] = {}
-    with ExitStack() as held:
-        while len(ports) < 3:
-            with suppress(OSError):
-                first = held.enter_context(socket.socket())
-                first.bind(("127.0.0.1", 0))
-                port = first.getsockname()[1]
-                second = held.enter_context(socket.socket())
-                second.bind(("127.0.0.1", port - 1010))
-                ports[("port", "management-port", "metrics-port")[len(ports)]] = port
-    return ports
 
 
 def environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -109,37 +143,41 @@ def serving(
     command = [*under, *SERVE, *options]
     for name, port in ports.items():
         command += [f"--{name}", str(port)]
-    output = folder / "output.log"
-    with output.open("wb") as file:
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment(folder, env)
-        )
-    server = Server(process, ports, output, model)
+    server = Server(command, environment(folder, env), ports, folder / "output.log", model)
     try:
-        deadline = time.monotonic() + READY_SECONDS
-        while "Ready after" not in server.text():
-            assert process.poll() is None, f"ended with {process.returncode}:\n{server.text()}"
-            assert time.monotonic() < deadline, f"not ready in time:\n{server.text()}"
-            time.sleep(0.1)
+        server.start()
         yield server
     finally:
-        process = server.process  # a test may have started another in its place
-        started: list[psutil.Process] = []
-        with suppress(psutil.NoSuchProcess):
-            started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(STOP_SECONDS)
-        finally:
-            for child in (process, *started):
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
+        server.end()
+
+
+def package(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
+    """Make the archive that ./scripts/serve is then asked for."""
+    command = [sys.executable, str(ROOT / "scripts" / "package.py"), *options]
+    done = subprocess.run(
+        command,
+        env=environment(folder, env),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def copy_changed(store: Path, folder: Path, more: Mapping[str, str]) -> None:
+    """Copy archives to where serving(folder) looks for them, with more at the end of some files."""
+    (folder / "store").mkdir()
+    for path in store.glob("*.mar"):
+        with ZipFile(path) as old, ZipFile(folder / "store" / path.name, "w") as new:
+            for item in old.infolist():
+                new.writestr(item, old.read(item) + more.get(item.filename, "").encode())
 
 
 def run_serve(
     folder: Path, *options: str, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """./scripts/serve where it is expected to end by itself."""
+    """./scripts/serve that is expected to end by itself."""
     return subprocess.run(
         [*SERVE, *options],
         capture_output=True,

@@ -2,17 +2,15 @@
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 
 import requests
 
+from tests.processes import wait_for
 from tests.server.colours import encoded
-from tests.server.serving import ROOT, Server, environment, serving
+from tests.server.serving import Server, copy_changed, serving
 
 NOTICED_SECONDS = 40  # some 12 on a quiet machine; TorchServe itself takes responseTimeout, 120 s
 PAUSE_SECONDS = 15  # more than a worker may be silent
@@ -52,20 +50,18 @@ def ask_until(server: Server, stop: threading.Event, seen: list[tuple[int, float
 
 
 def wait_until_replaced(server: Server, pid: int) -> None:
-    deadline = time.monotonic() + READY_AGAIN_SECONDS
-    while True:
+    def is_replaced() -> bool:
         workers = server.describe()["workers"]
-        if len(workers) == 2 and all(
-            worker["status"] == "READY" and worker["pid"] != pid for worker in workers
-        ):
-            return
-        assert time.monotonic() < deadline, server.text()
-        time.sleep(0.2)
+        ready = [worker["pid"] for worker in workers if worker["status"] == "READY"]
+        return len(ready) == 2 and pid not in ready
+
+    wait_for(is_replaced, READY_AGAIN_SECONDS, server.text)
 
 
-def test_a_worker_that_was_stopped_is_replaced(tmp_path: Path) -> None:
-    options = ("--weights", "untrained", "--device", "cpu", "--workers", "2")
-    with serving(tmp_path, *options) as server:
+def test_a_worker_that_was_stopped_is_replaced(
+    tmp_path: Path, colours: list[str], store: Path
+) -> None:
+    with serving(tmp_path, *colours, env={"TS_MODEL_STORE": str(store)}) as server:
         before = server.worker_pids()
 
         # A pause of the launcher, longer than the patience that it has with workers, kills nobody.
@@ -101,27 +97,13 @@ def test_a_worker_that_was_stopped_is_replaced(tmp_path: Path) -> None:
         assert sorted(line.rpartition(" ")[2] for line in counts) == ["0.0", "1.0"]
 
 
-def test_a_worker_whose_model_never_returns_is_replaced(tmp_path: Path) -> None:
-    options = ("--weights", "untrained", "--device", "cpu", "--workers", "2", "--precision", "fp32")
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "package.py"), *options],
-        env=environment(tmp_path),
-        check=True,
-        timeout=300,
-    )
-    archive = tmp_path / "store" / "mobilenet_v2.mar"
-    with zipfile.ZipFile(archive) as content:
-        whole = {name: content.read(name).decode() for name in content.namelist() if ".py" in name}
-    changed = {
-        "handler/engines.py": whole["handler/engines.py"] + PLAY,
-        "handler/pulse.py": whole["handler/pulse.py"] + "\nMIN_PATIENCE_SECONDS = 3.0\n",
-    }
-    with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / "changed", "w") as new:
-        for item in old.infolist():
-            new.writestr(item, changed.get(item.filename) or old.read(item))
-    (tmp_path / "changed").replace(archive)
-
+def test_a_worker_whose_model_never_returns_is_replaced(
+    tmp_path: Path, colours: list[str], store: Path
+) -> None:
+    more = {"handler/engines.py": PLAY, "handler/pulse.py": "\nMIN_PATIENCE_SECONDS = 3.0\n"}
+    copy_changed(store, tmp_path, more)
     switch = tmp_path / "hang"
+    options = (*colours, "--precision", "fp32")
     with serving(tmp_path, *options, env={"HANG": str(switch)}) as server:
         switch.touch()
         reply = requests.post(server.predictions, data=encoded("red"), timeout=130)

@@ -11,11 +11,10 @@ from tests.server.colours import encoded
 from tests.server.serving import Server, run_serve, serving
 
 
-def test_text_for_people(tmp_path: Path, colour_weights: tuple[Path, Path]) -> None:
+def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> None:
     """The lines of the banner are run as printed, and what comes of them is in the log."""
-    weights, labels = map(str, colour_weights)
-    options = ("--weights", weights, "--labels", labels, "--workers", "1", "--device", "cpu")
-    with serving(tmp_path, *options, "--log-format", "text") as server:
+    env = {"TS_MODEL_STORE": str(store)}
+    with serving(tmp_path, *colours, "--log-format", "text", env=env) as server:
         lines = [line for line in server.text().splitlines() if " curl " in line]
         assert len(lines) == 5
         for line in lines:

@@ -5,21 +5,14 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
 
 from tests.server.serving import Server, serving
 
-OPTIONS = ("--weights", "untrained", "--device", "cpu", "--workers", "1")
 COMMON = (
     "-XX:+ExitOnOutOfMemoryError -XX:+UseSerialGC -Xms48m -Dio.netty.allocator.numDirectArenas=1"
 )
-
-
-def java_of(server: Server) -> psutil.Process:
-    children = psutil.Process(server.process.pid).children()
-    return next(child for child in children if child.name() == "java")
 
 
 def use_memory_up(server: Server) -> None:
@@ -50,9 +43,12 @@ def use_memory_up(server: Server) -> None:
     ],
     ids=["direct", "heap"],
 )
-def test_the_service_ends_when_java_has_no_memory(tmp_path: Path, vmargs: str, words: str) -> None:
-    with serving(tmp_path, *OPTIONS, env={"TS_VMARGS": vmargs}) as server:
-        java = java_of(server)
+def test_the_service_ends_when_java_has_no_memory(
+    tmp_path: Path, colours: list[str], store: Path, vmargs: str, words: str
+) -> None:
+    env = {"TS_MODEL_STORE": str(store), "TS_VMARGS": vmargs}
+    with serving(tmp_path, *colours, "--workers", "1", env=env) as server:
+        java = server.java()
         assert requests.get(f"{server.url}/ping", timeout=10).ok
         use_memory_up(server)
         assert server.process.wait(120) == 1
@@ -62,10 +58,9 @@ def test_the_service_ends_when_java_has_no_memory(tmp_path: Path, vmargs: str, w
         assert not java.is_running()
 
 
-def test_java_is_bounded_and_leaves_no_file_in_tmp(tmp_path: Path) -> None:
-    with serving(tmp_path, *OPTIONS) as server:
-        java = java_of(server)
-        words = java.cmdline()
-        assert any(word.startswith("-Xmx") for word in words)
-        assert any(word.startswith("-XX:MaxDirectMemorySize=") for word in words)
-        assert not list(Path("/tmp").glob(f"hsperfdata_*/{java.pid}"))  # wherever TMPDIR is
+def test_java_is_bounded_and_leaves_no_file_in_tmp(server: Server) -> None:
+    java = server.java()
+    words = java.cmdline()
+    assert any(word.startswith("-Xmx") for word in words)
+    assert any(word.startswith("-XX:MaxDirectMemorySize=") for word in words)
+    assert not list(Path("/tmp").glob(f"hsperfdata_*/{java.pid}"))  # wherever TMPDIR is

@@ -14,9 +14,12 @@ import pytest
 import requests
 
 from handler.openvino_engine import has_bf16
+from tests import ROOT
+from tests.processes import wait_for
 from tests.server.colours import LABELS, encoded
-from tests.server.serving import ROOT, Server
+from tests.server.serving import Server
 
+OURS = ("classifier_requests", "classifier_image")
 SAMPLE = re.compile(r"^(?P<name>\w+)\{(?P<labels>[^}]*)\} (?P<value>\S+)$")
 
 
@@ -33,18 +36,17 @@ def scrape(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], float
 
 def settled(server: Server) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     """Samples once nothing is under way: a worker hands its counts over once a second."""
-    deadline = time.monotonic() + 30
-    samples = scrape(server)
-    while True:
+    seen = [scrape(server)]
+
+    def is_settled() -> bool:
         time.sleep(2.5)
-        again = scrape(server)
-        ours = [
-            key for key in again if key[0].startswith(("classifier_requests", "classifier_image"))
-        ]
-        if all(samples.get(key) == again[key] for key in ours):
-            return again
-        assert time.monotonic() < deadline
-        samples = again
+        seen.append(scrape(server))
+        before, after = seen[-2:]
+        ours = [name for name in after if name[0].startswith(OURS)]
+        return all(before.get(name) == after[name] for name in ours)
+
+    wait_for(is_settled, 30)
+    return seen[-1]
 
 
 def value(samples: dict[Any, float], name: str, **labels: str) -> float:
@@ -74,10 +76,7 @@ def test_workers_scale_up_and_down_under_load(server: Server) -> None:
         start = len(statuses)
         url = f"{server.management}/models/{server.model}?min_worker={workers}"
         assert requests.put(url, timeout=10).status_code == 202
-        deadline = time.monotonic() + 60
-        while [worker["status"] for worker in server.describe()["workers"]] != ["READY"] * workers:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: server.statuses() == ["READY"] * workers)
         time.sleep(1)  # what was in hand has been answered
         return statuses[start:]
 
@@ -174,16 +173,10 @@ def test_metrics_have_types(server: Server) -> None:
 
 def test_a_request_is_one_json_line(server: Server) -> None:
     response = requests.post(
-        server.predictions, files={"file": encoded("blue"), "filename": (None, "a.jpg")}, timeout=30
+        server.predictions, files={"file": encoded("blue")}, data={"filename": "a.jpg"}, timeout=30
     )
     request_id = response.headers["x-request-id"]
-    deadline = time.monotonic() + 10
-    while not (
-        lines := [line for line in server.log("request") if line["request_id"] == request_id]
-    ):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    (line,) = lines
+    line = server.request_line(request_id)
     assert line["status"] == 200
     assert line["model"] == "mobilenet_v2"
     assert line["version"] == "1.0"
@@ -214,12 +207,9 @@ def test_healthcheck(server: Server) -> None:
     assert done.returncode == 1
     assert "unknown: not registered" in done.stdout
     assert run("healthcheck.py", "--management", "http://127.0.0.1:9").returncode == 1
-    page = requests.get(f"{server.metrics}/metrics", timeout=30)  # handed over each second
-    deadline = time.monotonic() + 30
-    while not re.search(r'^classifier_probes_total\{.*status="200".*\} [1-9]', page.text, re.M):
-        assert time.monotonic() < deadline, "it is counted"
-        time.sleep(0.2)
-        page = requests.get(f"{server.metrics}/metrics", timeout=30)
+    counted = re.compile(r'^classifier_probes_total\{.*status="200".*\} [1-9]', re.MULTILINE)
+    metrics = f"{server.metrics}/metrics"  # workers hand over their counts once a second
+    wait_for(lambda: counted.search(requests.get(metrics, timeout=30).text), 30)
 
 
 def test_predict_prints_a_table(server: Server, tmp_path: Path) -> None:

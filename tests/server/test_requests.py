@@ -3,12 +3,9 @@
 import base64
 import json
 import re
-import struct
 import subprocess
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ import requests
 from PIL import Image
 
 from handler.openvino_engine import has_bf16
+from tests.drawing import announced, encode, turned
 from tests.server.colours import LABELS, encoded, picture
 from tests.server.serving import Server
 
@@ -102,7 +100,7 @@ def forward(server: Server, body: bytes, content_type: str) -> requests.Response
 
 @pytest.mark.parametrize("by", ["torchserve", "handler"])
 def test_files_of_one_name_are_answered_in_order(server: Server, by: str) -> None:
-    """Whoever takes the form apart."""
+    """TorchServe takes a form apart, or the handler does if the gateway hands it over whole."""
     labels = ("blue", "red", "green", "red")
     names = ("file", "file", "image", "file")
     files = [
@@ -225,55 +223,38 @@ def test_version_in_the_path(server: Server) -> None:
     assert best(response.json()) == "green"
 
 
-def png(image: Image.Image, **options: Any) -> bytes:
-    file = BytesIO()
-    image.save(file, options.pop("format", "PNG"), **options)
-    return file.getvalue()
-
-
 def rotated(label: str) -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    return png(picture(label, (300, 100)), format="JPEG", exif=exif)
+    """100 pixels wide and 300 high, and stored the other way round."""
+    return turned(picture(label, (100, 300)), 6, "JPEG")
 
 
-def huge_header() -> bytes:
-    """A PNG that announces 20000x20000 pixels and holds a few bytes."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
-
-    header = struct.pack(">IIBBBBB", 20000, 20000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0"))
-
-
+HUGE = announced("PNG", 20_000, 20_000)
 ODD_IMAGES = {
-    "grey": (lambda: png(picture("red").convert("L")), 200, None),
-    "grey JPEG": (lambda: png(picture("red").convert("L"), format="JPEG"), 200, None),
-    "16-bit grey": (lambda: png(Image.new("I;16", (64, 64), 40000)), 200, None),
-    "RGBA": (lambda: png(picture("green").convert("RGBA")), 200, "green"),
+    "grey": (lambda: encode(picture("red").convert("L")), 200, None),
+    "grey JPEG": (lambda: encode(picture("red").convert("L"), "JPEG"), 200, None),
+    "16-bit grey": (lambda: encode(Image.new("I;16", (64, 64), 40000)), 200, None),
+    "RGBA": (lambda: encode(picture("green").convert("RGBA")), 200, "green"),
     "palette": (
-        lambda: png(picture("blue").convert("P", palette=Image.Palette.ADAPTIVE)),
+        lambda: encode(picture("blue").convert("P", palette=Image.Palette.ADAPTIVE)),
         200,
         "blue",
     ),
-    "CMYK": (lambda: png(picture("red").convert("CMYK"), format="JPEG"), 200, "red"),
+    "CMYK": (lambda: encode(picture("red").convert("CMYK"), "JPEG"), 200, "red"),
     "EXIF-rotated": (lambda: rotated("green"), 200, "green"),
     "animated": (
-        lambda: png(picture("blue"), format="GIF", save_all=True, append_images=[picture("red")]),
+        lambda: encode(picture("blue"), "GIF", save_all=True, append_images=[picture("red")]),
         200,
         "blue",
     ),
-    "1x1": (lambda: png(picture("red", (1, 1))), 200, "red"),
-    "20000x20000 header": (huge_header, 413, "TooManyPixels"),
+    "1x1": (lambda: encode(picture("red", (1, 1))), 200, "red"),
+    "20000x20000 header": (lambda: HUGE, 413, "TooManyPixels"),
     "truncated": (lambda: encoded("red")[:-200], 400, "UnreadableImage"),
     "empty": (lambda: b"", 400, "NoImage"),
     "text": (lambda: b"hello", 400, "UnreadableImage"),
     "HTML": (lambda: b"<!DOCTYPE html><html><body>no</body></html>", 415, "UnsupportedFormat"),
     "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, "UnsupportedFormat"),
     "PDF": (lambda: b"%PDF-1.7 ...", 415, "UnsupportedFormat"),
-    "TIFF": (lambda: png(picture("red"), format="TIFF"), 415, "UnsupportedFormat"),
+    "TIFF": (lambda: encode(picture("red"), "TIFF"), 415, "UnsupportedFormat"),
 }
 
 
@@ -371,7 +352,7 @@ def test_concurrent_good_and_bad_requests(server: Server) -> None:
     garbage = [
         (b"not an image", 400),
         (b"%PDF-1.7", 415),
-        (huge_header(), 413),
+        (HUGE, 413),
         (encoded("red")[:-200], 400),
     ]
     jobs: list[tuple[bytes, int, str | None]] = []

@@ -15,9 +15,11 @@ import psutil
 import pytest
 import requests
 
+from tests import ROOT
 from tests.driver import make_driver
+from tests.processes import free_ports, wait_for
 from tests.server.colours import encoded
-from tests.server.serving import ROOT, STOP_SECONDS, Server, free_ports, run_serve, serving
+from tests.server.serving import STOP_SECONDS, Server, run_serve, serving
 
 SCALE = [sys.executable, str(ROOT / "scripts" / "scale.py"), "mobilenet_v2"]
 UNKNOWN = "GPU-00000000-0000-0000-0000-000000000000"
@@ -98,19 +100,17 @@ def test_workers_follow_the_load(two_workers: Server, tmp_path: Path) -> None:
     with output.open("w") as file:
         watcher = subprocess.Popen([*SCALE, *options, *urls], stdout=file, stderr=file)
 
-    def wait_for(workers: int) -> None:
-        deadline = time.monotonic() + 120
-        while [worker["status"] for worker in two_workers.describe()["workers"]] != (
-            ["READY"] * workers
-        ):
+    def wait_until(workers: int) -> None:
+        def is_so() -> bool:
             assert watcher.poll() is None, output.read_text()
-            assert time.monotonic() < deadline, output.read_text()
-            time.sleep(0.2)
+            return two_workers.statuses() == ["READY"] * workers
+
+        wait_for(is_so, 120, output.read_text)
 
     try:
         with load(two_workers, clients=8) as statuses:
-            wait_for(2)
-        wait_for(1)
+            wait_until(2)
+        wait_until(1)
         watcher.send_signal(signal.SIGTERM)
         assert watcher.wait(STOP_SECONDS) == 0
     finally:
@@ -142,12 +142,11 @@ def started_with(server: Server, name: str) -> set[str | None]:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a process's environment")
 @pytest.mark.parametrize("visible", ["", UNKNOWN])
 def test_no_visible_gpu_is_a_cpu(
-    tmp_path: Path, colour_weights: tuple[Path, Path], visible: str
+    tmp_path: Path, colour_model: list[str], store: Path, visible: str
 ) -> None:
     """TorchServe itself would ask nvidia-smi for all GPUs, or end with NumberFormatException."""
-    weights, labels = map(str, colour_weights)
-    options = ("--weights", weights, "--labels", labels, "--workers", "1")
-    env = {"CUDA_VISIBLE_DEVICES": visible}
+    options = (*colour_model, "--workers", "1")
+    env = {"TS_MODEL_STORE": str(store), "CUDA_VISIBLE_DEVICES": visible}
     with serving(tmp_path, *options, env=env) as server:
         assert requests.post(server.predictions, data=encoded("red"), timeout=60).json()[
             "metadata"
@@ -169,19 +168,15 @@ def test_no_visible_gpu_is_an_error_for_cuda(tmp_path: Path, visible: str) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a process's environment")
-def test_torchserve_counts_the_gpus_that_cuda_does(
-    tmp_path: Path, colour_weights: tuple[Path, Path]
-) -> None:
+def test_torchserve_counts_the_gpus_that_cuda_does(tmp_path: Path, colour_model: list[str]) -> None:
     """A driver that has two GPUs, as far as the launcher asks it; torch finds none behind it."""
     library = make_driver(tmp_path, version=99000, init=0, count=2)
-    weights, labels = map(str, colour_weights)
     env = {"LD_LIBRARY_PATH": str(library.parent), "CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}
     ports = [f"--{name}={port}" for name, port in free_ports().items()]
-    options = ("--weights", weights, "--labels", labels)
-    done = run_serve(tmp_path, *options, *ports, "--device-ids", "0,2", env=env)
+    done = run_serve(tmp_path, *colour_model, *ports, "--device-ids", "0,2", env=env)
     assert done.returncode == 2
     assert done.stderr == "error: deviceIds must be 0 to 1, the GPUs here, got 2\n"
-    with serving(tmp_path, *options, "--workers-per-gpu", "1", env=env) as server:
+    with serving(tmp_path, *colour_model, "--workers-per-gpu", "1", env=env) as server:
         assert [worker["gpu"] for worker in server.describe()["workers"]] == [True, True]
         assert started_with(server, "CUDA_VISIBLE_DEVICES") == {"0,1"}
         assert started_with(server, "WORKERS_CUDA_VISIBLE_DEVICES") == {"GPU-a,GPU-b"}

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from service.tuning.tuned import read_tuned
-from tests.server.serving import ROOT, environment, serving
+from tests import ROOT
+from tests.server.serving import environment, serving
 
 MODEL = "shufflenet_v2_x0_5"
 OPTIONS = ["--model", MODEL, "--weights", "untrained", "--device", "cpu"]
@@ -17,7 +18,7 @@ SECONDS = 180
 
 
 def run_script(name: str, folder: Path, *argv: str) -> str:
-    """What a script prints; it is told to end its servers where it takes too long."""
+    """What a script prints; it is told to end its servers if it takes too long."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / name), *argv],
         env=environment(folder, {"PYTHONPATH": str(ROOT)}),

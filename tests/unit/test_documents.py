@@ -13,8 +13,8 @@ from handler import errors
 from handler.metrics import FAMILIES
 from handler.settings import PREFIX, Settings
 from service.gateway.settings import GatewaySettings
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXTS = {page.name: page.read_text("utf-8") for page in PAGES}
 COMMANDS = sorted(p.name for p in (ROOT / "scripts").iterdir() if p.is_file() and not p.suffix)
@@ -85,14 +85,3 @@ def test_every_error_is_listed_under_its_status() -> None:
     }
     known.pop("RequestError")
     assert listed == known
-
-
-def test_every_line_of_config_properties_is_explained() -> None:
-    explained = False
-    for line in (ROOT / "config.properties").read_text().splitlines():
-        if line.startswith("#"):
-            explained = True
-        elif not line:
-            explained = False
-        else:
-            assert explained, line

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # As the README says them: glibc 2.28 or 2.35, macOS 14.
 PLATFORMS = ("x86_64-manylinux_2_28", "aarch64-manylinux_2_35", "aarch64-apple-darwin")
@@ -56,22 +57,23 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve(
-    requirements: Path, platform: str, python: str, cache: Path, **environ: str
+    requirements: Path, platform: str, python: str, cache: Path
 ) -> subprocess.CompletedProcess[str]:
-    """Look for a wheel of each pin, and of all that they need. Skips if no registry answers."""
-    uv = Path(sys.executable).with_name("uv")
-    command = [uv, "pip", "compile", requirements, "--only-binary", ":all:", "--no-config"]
-    command += ["--python-platform", platform, "--python-version", python, "--cache-dir", cache]
+    """Look for a wheel of each pin, and of all that they need; skip if no registry answers."""
+    uv = str(Path(sys.executable).with_name("uv"))
+    command = [uv, "pip", "compile", str(requirements), "--only-binary", ":all:", "--no-config"]
+    command += ["--python-platform", platform, "--python-version", python]
+    command += ["--cache-dir", str(cache)]
     kept = {name: value for name, value in os.environ.items() if not name.startswith("UV_")}
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         check=False,
-        env=kept | {"MACOSX_DEPLOYMENT_TARGET": MACOS, "UV_PYTHON_DOWNLOADS": "never"} | environ,
+        env=kept | {"MACOSX_DEPLOYMENT_TARGET": MACOS, "UV_PYTHON_DOWNLOADS": "never"},
     )
     if done.returncode != 0 and "error sending request" in done.stderr:
-        if os.environ.get("REQUIRE_EVERYTHING") and not environ:
+        if os.environ.get("REQUIRE_EVERYTHING"):
             pytest.fail(f"no package registry answers: {done.stderr}")
         pytest.skip("no package registry answers")
     return done
@@ -96,15 +98,3 @@ def test_a_pin_without_a_wheel_is_found(cache: Path, tmp_path: Path) -> None:
     done = resolve(requirements, "aarch64-manylinux_2_35", "3.11", cache)
     assert done.returncode != 0
     assert "no wheels with a matching platform tag" in done.stderr
-
-
-def test_without_a_registry_the_test_is_skipped(cache: Path, tmp_path: Path) -> None:
-    offline = {"HTTPS_PROXY": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
-    with pytest.raises(pytest.skip.Exception, match="no package registry answers"):
-        resolve(ROOT / "requirements.txt", PLATFORMS[0], "3.11", tmp_path, **offline)
-
-
-def test_the_readme_names_the_platforms() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    for words in ("glibc 2.28", "glibc 2.35", "macOS 14", f"Python {PYTHONS[0]} to {PYTHONS[-1]}"):
-        assert words in text, words

@@ -24,6 +24,7 @@ def tiny_network(architecture: str = ARCHITECTURE, classes: int = 3) -> nn.Modul
         last = [module for module in network.modules() if isinstance(module, nn.Conv2d)][-1]
         if architecture == ARCHITECTURE:
             last.weight.mul_(60)
+            assert last.bias is not None
             last.bias.add_(3)
     return network
 

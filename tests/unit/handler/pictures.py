@@ -1,6 +1,7 @@
 """What tests of images share."""
 
 import struct
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +15,7 @@ from handler.settings import Settings
 TRANSFORM = input_transform(get_weight("MobileNet_V2_Weights.IMAGENET1K_V2"))
 
 
-def decode(data: bytes, **settings: int) -> Image.Image:
+def decode(data: bytes, **settings: Any) -> Image.Image:
     return Image.fromarray(decode_image(data, Settings(**settings)))
 
 
@@ -24,14 +25,14 @@ def refusal(data: bytes, **settings: int) -> RequestError:
     return raised.value
 
 
-def outcome(data: bytes, **settings: int) -> Picture | RequestError:
+def outcome(data: bytes, **settings: Any) -> Picture | RequestError:
     try:
         return read_picture(data, TRANSFORM, Settings(**settings))
     except RequestError as error:
         return error
 
 
-def near(seen: object, expected: tuple[int, ...], by: int = 6) -> bool:
+def near(seen: Any, expected: tuple[int, ...], by: int = 6) -> bool:
     """Whether two colours are the same up to what JPEG does to them."""
     return all(abs(a - b) <= by for a, b in zip(tuple(seen), expected, strict=True))
 

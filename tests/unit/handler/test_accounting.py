@@ -165,7 +165,12 @@ def test_torchserves_own_chatter_stops(
 
 def test_requests_images_and_stages_are_counted(classifier: ImageClassifier) -> None:
     counted = Counted(classifier)
-    rows = [{"body": {"images": [b64(JPEG), "%"]}}, {"body": b"bad"}, {"body": PNG}, {}]
+    rows: list[dict[str, Any]] = [
+        {"body": {"images": [b64(JPEG), "%"]}},
+        {"body": b"bad"},
+        {"body": PNG},
+        {},
+    ]
     ask(classifier, *rows)
     assert counted.read("requests_total") == {"200": 2, "400": 2}
     images = {"success": 2, "InvalidBase64": 1, "UnreadableImage": 1, "NoImage": 1}

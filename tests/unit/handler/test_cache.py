@@ -50,9 +50,13 @@ def test_a_row_of_a_batch_does_not_keep_the_batch() -> None:
     cache = ResultCache(2**20)
     batch = torch.zeros(8, 1000)
     cache.put(key(1), Result((1, 1), batch[3]))
-    assert cache.get(key(1)).probabilities.untyped_storage().nbytes() == 4000
+    found = cache.get(key(1))
+    assert found is not None
+    assert found.probabilities.untyped_storage().nbytes() == 4000
     batch += 1
-    assert cache.get(key(1)).probabilities.sum() == 0
+    found = cache.get(key(1))
+    assert found is not None
+    assert found.probabilities.sum() == 0
 
 
 @pytest.mark.parametrize("classes", [3, 1000])

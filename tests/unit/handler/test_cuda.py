@@ -1,5 +1,6 @@
 """The engine for GPUs: all but the graphs themselves runs on the CPU as well."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,9 +58,14 @@ def test_any_number_of_images_gives_what_eager_gives(count: int) -> None:
 @pytest.mark.parametrize(("count", "size"), [(1, 1), (2, 2), (3, 4), (4, 4), (5, 6), (6, 6)])
 def test_a_batch_is_padded_to_the_next_size(count: int, size: int) -> None:
     engine = cuda()
-    called = []
+    called: list[int] = []
     for own, run in dict(engine._passes).items():
-        engine._passes[own] = lambda own=own, run=run: called.append(own) or run()
+
+        def noted(own: int = own, run: Callable[[], Tensor] = run) -> Tensor:
+            called.append(own)
+            return run()
+
+        engine._passes[own] = noted
     engine.probabilities(pixels()[:1].expand(count, -1, -1, -1))
     assert called == [size]
 
@@ -109,6 +115,7 @@ def test_folded_networks_compute_the_same(architecture: str) -> None:
                 (module.weight.data, 0.5, 1.5),
                 (module.bias.data, -0.1, 0.1),
             ]:
+                assert tensor is not None
                 tensor.uniform_(low, high)
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     folded = fold_batch_norms(network, input_transform(recipe))

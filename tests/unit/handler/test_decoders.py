@@ -362,7 +362,9 @@ def test_a_gpu_with_other_pixels_is_only_taken_where_it_is_asked_for(
     chosen, reason = choose(decoder)
     assert chosen == name
     assert reason["tolerance"] == 0.01
-    assert all(value == pytest.approx(5, abs=1) for value in reason["differences"].values())
+    differences = reason["differences"]
+    assert isinstance(differences, dict)
+    assert all(value == pytest.approx(5, abs=1) for value in differences.values())
 
 
 def test_a_gpu_that_cannot_decode_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:

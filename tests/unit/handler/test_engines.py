@@ -180,7 +180,7 @@ def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
 
 
 def load(folder: Path, card: ModelCard | None = None, **settings: Any) -> Engine:
-    chosen = Settings(**{"device": "cpu", "threads": 1} | settings)
+    chosen = Settings.load({"device": "cpu", "threads": 1} | settings, {})
     return load_engine(card or tiny_card(), folder, chosen, gpu_id=None, workers=1)
 
 
@@ -195,7 +195,7 @@ def load(folder: Path, card: ModelCard | None = None, **settings: Any) -> Engine
     ],
 )
 def test_engine_and_precision_of_the_settings(
-    converted: Path, settings: dict[str, str], name: str
+    converted: Path, settings: dict[str, Any], name: str
 ) -> None:
     engine = load(converted, **settings)
     assert engine.name == name

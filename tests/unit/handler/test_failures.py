@@ -38,7 +38,11 @@ def test_a_failing_model_is_a_500_for_the_rows_it_concerns(
     classifier: ImageClassifier, fail: Callable[[Tensor], Tensor]
 ) -> None:
     classifier.engine = Fake(fail)
-    rows = [{"body": JPEG}, {"body": b"bad"}, {"body": {"images": [b64(JPEG), "%"]}}]
+    rows: list[dict[str, Any]] = [
+        {"body": JPEG},
+        {"body": b"bad"},
+        {"body": {"images": [b64(JPEG), "%"]}},
+    ]
     good, bad, several = ask(classifier, *rows)
     assert (good.status, good.error) == (500, "ModelFailed")
     assert (bad.status, bad.error) == (400, "UnreadableImage")
@@ -102,11 +106,11 @@ def test_out_of_memory_is_a_507_for_the_images_of_that_pass(
     classifier: ImageClassifier, caplog: pytest.LogCaptureFixture, ended: list[int]
 ) -> None:
     def second(images: Tensor) -> Tensor:
-        if len(classifier.engine.batches) == 2:
+        if len(engine.batches) == 2:
             out_of_memory(images)
         return torch.full((len(images), 3), 1 / 3)
 
-    classifier.engine = Fake(second)
+    engine = classifier.engine = Fake(second)
     rows = [{"body": encode(plain(RED, (9, side)))} for side in range(1, 10)]
     replies = ask(classifier, *rows, {"body": b"bad"})
     assert [reply.status for reply in replies] == [200] * 4 + [507] * 4 + [200, 400]
@@ -173,11 +177,11 @@ def test_what_was_counted_is_handed_over_before_the_end(
 
 def test_only_the_pass_that_failed_is_lost(classifier: ImageClassifier) -> None:
     def second(images: Tensor) -> Tensor:
-        if len(classifier.engine.batches) == 2:
+        if len(engine.batches) == 2:
             raise RuntimeError("out of memory")
         return torch.full((len(images), 3), 1 / 3)
 
-    classifier.engine = Fake(second)
+    engine = classifier.engine = Fake(second)
     replies = ask(classifier, *[{"body": encode(plain(RED, (9, side)))} for side in range(1, 7)])
     assert [reply.status for reply in replies] == [200] * 4 + [500] * 2
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import requests
+from ts.service import Service
 
-from handler.base import Service, keep_every_part
+from handler.base import keep_every_part
 from handler.errors import InvalidBase64, MalformedRequest, NoImage, RequestError, TooManyImages
 from handler.forms import Part, read_boundary, read_form
 from handler.payloads import ImageRequest, read_request
@@ -33,7 +34,7 @@ def form(*parts: bytes) -> bytes:
 
 
 def read(body: bytes, content_type: str = TYPE, max_images: int = 32) -> list[Part]:
-    return read_form(bytearray(body), content_type, max_images)
+    return read_form(body, content_type, max_images)
 
 
 def request(body: bytes, content_type: str = TYPE, **settings: Any) -> ImageRequest:

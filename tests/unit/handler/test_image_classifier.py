@@ -122,7 +122,8 @@ def test_answer_is_the_models(classifier: ImageClassifier) -> None:
     [reply] = ask(classifier, {"body": PNG}, headers={"X-Top-K": "3"})
     image = noise((200, 300), seed=1)
     with torch.inference_mode():
-        network = classifier.engine._model.network
+        engine: Any = classifier.engine
+        network = engine._model.network
         expected = network(RECIPE.transforms()(image)[None]).softmax(dim=1)[0].tolist()
     for prediction in reply.body["predictions"]:
         assert prediction["confidence"] == pytest.approx(expected[prediction["class_id"]], abs=1e-5)
@@ -311,7 +312,8 @@ def test_warm_up_runs_one_image_and_a_full_batch(
 @pytest.mark.parametrize("limit", ["max_image_bytes", "max_image_pixels"])
 def test_warm_up_minds_no_limits(model_dir: Path, limit: str) -> None:
     """They are for clients; ours is no client."""
-    assert start(model_dir, warmup_batches=1, **{limit: 1}).initialized
+    tight: dict[str, Any] = {limit: 1}
+    assert start(model_dir, warmup_batches=1, **tight).initialized
 
 
 def test_a_model_without_configuration_starts(model_dir: Path) -> None:

@@ -165,7 +165,6 @@ def test_cuda_version_of_any_build(
 
 def test_cpu_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "CPUINFO", tmp_path / "cpuinfo")
-    assert cpu_model()  # not Linux
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Z80 rev 2\n" * 2)
     assert cpu_model() == "Z80 rev 2"
 

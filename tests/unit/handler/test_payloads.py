@@ -417,7 +417,7 @@ def test_json_sent_as_a_web_form_is_read_all_the_same() -> None:
     assert read({"body": body}, FORM).images == [JPEG]
 
 
-ODD_VALUES = [
+ODD_VALUES: list[Any] = [
     None,
     True,
     3,

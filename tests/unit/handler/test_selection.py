@@ -57,7 +57,7 @@ def test_auto_takes_the_fastest(
     ],
 )
 def test_settings_go_before_auto(
-    hardware: Hardware, settings: dict[str, str], chosen: tuple[str, str, str]
+    hardware: Hardware, settings: dict[str, Any], chosen: tuple[str, str, str]
 ) -> None:
     assert choose(hardware, **settings) == Selection(*chosen)
 
@@ -84,7 +84,7 @@ def test_a_precision_of_the_settings_goes_before_an_int8_model() -> None:
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    hardware: Hardware, settings: dict[str, str], message: str
+    hardware: Hardware, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InvalidSettings, match=message):
         choose(hardware, **settings)

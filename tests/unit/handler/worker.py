@@ -87,19 +87,16 @@ def ask(
     headers: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
 ) -> list[Reply]:
     """Hand over a batch as TorchServe does; `headers` are for all rows, or one for each."""
-    each = headers if isinstance(headers, Sequence) and headers else [headers or {}] * len(rows)
+    each = [headers] * len(rows) if isinstance(headers, Mapping) else headers or [{}] * len(rows)
     context = classifier.context
     context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
     context.request_processor = [RequestProcessor(dict(one)) for one in each]
     bodies = classifier.handle(list(rows), context)
     assert len(bodies) == len(rows)
     return [
-        Reply(
-            *context.get_response_status(index),
-            context.get_response_content_type(index),
-            json.loads(body),
-        )
+        Reply(status, phrase, context.get_response_content_type(index), json.loads(body))
         for index, body in enumerate(bodies)
+        for status, phrase in [context.get_response_status(index)]
     ]
 
 

@@ -101,13 +101,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return run
 
 
-def pip_lines(commands: list[list[str]]) -> list[str]:
-    """pip's commands, after which Java's classes are archived."""
-    tail = ("--disable-pip-version-check", "--quiet")
-    *pip, last = commands
-    assert last == [str(bootstrap.ROOT / "scripts" / "java_cds.py")]
-    assert all(command[:2] == ["-m", "pip"] for command in pip)
-    return [" ".join(word for word in command[2:] if word not in tail) for command in pip]
+def installing(commands: list[list[str]], what: str) -> list[str]:
+    """The one command in which pip installs it."""
+    [found] = (command for command in commands if "install" in command and what in command)
+    return found
 
 
 @pytest.mark.parametrize("build", ["auto", "cpu"])
@@ -154,7 +151,7 @@ def test_a_checkout_that_is_moved_runs_its_own_code(
     set_up(["requirements.txt"], "auto")
     moved = repository.parent / f"{repository.name}-moved"
     shutil.copytree(repository, moved, symlinks=True)
-    command = [moved / ".venv/bin/python", "-c", "import ours; print(ours.__file__)"]
+    command = [str(moved / ".venv/bin/python"), "-c", "import ours; print(ours.__file__)"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout == f"{moved / 'ours.py'}\n"
 
@@ -163,10 +160,8 @@ def test_changed_pins_are_installed_again(repository: Path, commands: list[list[
     requirements = repository / "requirements.txt"
     requirements.write_text(requirements.read_text() + "orjson==3.0\n")
     set_up(["requirements.txt"], "auto")
-    torch, rest = pip_lines(commands)
-    assert "torch==2.0.0" in torch
-    assert "--index-url" in torch  # the CPU build stays the CPU build
-    assert rest == f"install --requirement={requirements}"
+    assert "--index-url" in installing(commands, "torch==2.0.0")  # it stays the CPU build
+    assert installing(commands, f"--requirement={requirements}")
     commands.clear()
     set_up(["requirements.txt"], "auto")
     assert commands == []
@@ -174,7 +169,8 @@ def test_changed_pins_are_installed_again(repository: Path, commands: list[list[
 
 def test_tests_need_more_than_serving(repository: Path, commands: list[list[str]]) -> None:
     set_up(["requirements-dev.txt"], "auto")
-    assert pip_lines(commands) == [f"install --requirement={repository / 'requirements-dev.txt'}"]
+    requirements = repository / "requirements-dev.txt"
+    assert installing(commands, f"--requirement={requirements}")
     commands.clear()
     set_up(["requirements-dev.txt"], "auto")
     set_up(["requirements.txt"], "auto")
@@ -185,11 +181,9 @@ def test_another_build_of_torch_replaces_the_first(
     repository: Path, commands: list[list[str]]
 ) -> None:
     set_up(["requirements.txt"], "cuda")
-    assert pip_lines(commands) == [
-        "uninstall --yes torch torchvision",
-        "install torch==2.0.0 torchvision==0.15.0",
-        f"install --requirement={repository / 'requirements.txt'}",
-    ]
+    install = installing(commands, "torch==2.0.0")
+    assert "--index-url" not in install
+    assert "uninstall" in commands[commands.index(install) - 1]
     assert json.loads(bootstrap.STAMP.read_text())["torch"] == "cuda"
 
 
@@ -198,9 +192,7 @@ def test_the_cpu_build_comes_from_its_own_index(
 ) -> None:
     stamp(repository, "cuda", "requirements.txt")
     set_up(["requirements.txt"], "cpu")
-    assert pip_lines(commands)[1] == (
-        "install --index-url https://download.pytorch.org/whl/cpu torch==2.0.0 torchvision==0.15.0"
-    )
+    assert "https://download.pytorch.org/whl/cpu" in installing(commands, "torch==2.0.0")
     assert json.loads(bootstrap.STAMP.read_text())["torch"] == "cpu"
 
 
@@ -247,7 +239,7 @@ def test_python_starts_in_a_folder_of_any_name(
     monkeypatch.setattr(bootstrap, "_run", without_pip)
     set_up(["requirements.txt"], "cuda")
     for locale in ("C", "C.UTF-8"):
-        command = [bootstrap.PYTHON, "-c", "import module"]
+        command = [str(bootstrap.PYTHON), "-c", "import module"]
         subprocess.run(command, env={"LC_ALL": locale}, cwd="/", check=True)
 
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.drawing import encode, plain
 from tests.unit.conftest import Web
 
-ROOT = Path(__file__).resolve().parents[3]
 ANSWER = {
     "status": "success",
     "predictions": [{"class": "Käfer 猫", "class_id": 3, "confidence": 0.5}],

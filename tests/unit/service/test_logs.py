@@ -122,12 +122,12 @@ def test_lines_in_parts_come_out_whole(form: str, capfd: pytest.CaptureFixture[s
 
 def test_lines_of_several_threads_do_not_mix(capfd: pytest.CaptureFixture[str]) -> None:
     log = Log("json")
-    threads = [
-        threading.Thread(
-            target=lambda: [log.event("INFO", "x", text="y" * 5000) for _ in range(50)]
-        )
-        for _ in range(4)
-    ]
+
+    def write() -> None:
+        for _ in range(50):
+            log.event("INFO", "x", text="y" * 5000)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -33,7 +33,7 @@ MODEL_DEFAULTS = {
     "tuned": None,
     "version": "1.0",
 }
-SERVER_DEFAULTS = {
+SERVER_DEFAULTS: dict[str, Any] = {
     "host": None,
     "port": None,
     "management_port": None,

@@ -219,10 +219,10 @@ def test_handler_section_must_be_a_mapping(configs: Path, section: str) -> None:
     ],
 )
 def test_limits_that_torchserve_would_not_hold_are_refused(
-    tmp_path: Path, options: list[str], limits: dict[str, int], words: str
+    tmp_path: Path, options: list[str], limits: dict[str, Any], words: str
 ) -> None:
     plan = planned(tmp_path, *options)
-    defaults = {"max_response_size": 67_108_864, "max_request_size": 16_777_216}
+    defaults: dict[str, Any] = {"max_response_size": 67_108_864, "max_request_size": 16_777_216}
     plan = replace(plan, server=replace(plan.server, **defaults | limits))
     with pytest.raises(InvalidSettings, match=words):
         plan.check_limits(["tench"] * 1000)

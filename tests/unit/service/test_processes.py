@@ -60,9 +60,9 @@ def launcher(
     try:
         yield process, started
     finally:
-        for child in (process, *started):
-            if child.pid in psutil.pids():
-                child.kill()
+        process.kill()
+        for child in alive(started):
+            child.kill()
         process.communicate()
 
 

@@ -15,7 +15,7 @@ from service.archive.mar import read_card
 from service.logs import Log
 from service.options import parse_serve
 from service.plan import plan_service
-from tests.server.serving import free_ports
+from tests.processes import free_ports
 from tests.unit.service.planning import MODEL, planned
 
 

@@ -28,7 +28,7 @@ def read(folder: Path) -> CalibrationSet:
     return read_calibration(folder, TRANSFORM, Settings())
 
 
-def test_images_in_order_of_their_names(folder):
+def test_images_in_order_of_their_names(folder: Path) -> None:
     content = read(folder)
     assert content.labels is None
     assert [image.shape for image in content.images] == [(3, 224, 224)] * 3
@@ -36,7 +36,7 @@ def test_images_in_order_of_their_names(folder):
     assert [round(image[0].mean(), -1) for image in content.images] == [0, 80, 160]
 
 
-def test_labels_go_with_their_files(folder):
+def test_labels_go_with_their_files(folder: Path) -> None:
     (folder / "labels.csv").write_text("label,file,class_id\nx,c.png,7\ny,a.png,0\nz,b.jpg,3\n")
     assert read(folder).labels == (0, 3, 7)
 
@@ -54,37 +54,39 @@ def test_labels_go_with_their_files(folder):
         ("file,class_id\na.png,1\n", r"no label for b.jpg \(2 without\)"),
     ],
 )
-def test_labels_that_do_not_fit_are_refused(folder, text, said):
+def test_labels_that_do_not_fit_are_refused(folder: Path, text: str, said: str) -> None:
     (folder / "labels.csv").write_text(text)
     with pytest.raises(InvalidModel, match=said):
         read(folder)
 
 
-def test_labels_that_are_not_text_are_refused(folder):
+def test_labels_that_are_not_text_are_refused(folder: Path) -> None:
     (folder / "labels.csv").write_bytes(b"\xff\xfe\x00\xd8")
     with pytest.raises(InvalidModel, match=r"labels\.csv cannot be read as CSV"):
         read(folder)
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF8", b"# Birds\n", b"\x89PNG\r\n\x1a\n"])
-def test_an_unreadable_file_is_named(folder, content):
+def test_an_unreadable_file_is_named(folder: Path, content: bytes) -> None:
     (folder / "broken.png").write_bytes(content)
     with pytest.raises(InvalidModel, match=r"broken\.png is no image to calibrate with"):
         read(folder)
 
 
-def test_a_folder_within_is_refused(folder):
+def test_a_folder_within_is_refused(folder: Path) -> None:
     (folder / "tench").mkdir()
     with pytest.raises(InvalidModel, match="tench is no image"):
         read(folder)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel, match="there is no such folder"):
         read(tmp_path / "missing")
 
 
-def test_of_too_many_images_evenly_chosen_ones(folder, monkeypatch):
+def test_of_too_many_images_evenly_chosen_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(calibration, "MAXIMUM_IMAGES", 2)
     (folder / "labels.csv").write_text("file,class_id\na.png,1\nb.jpg,2\nc.png,3\n")
     content = read(folder)

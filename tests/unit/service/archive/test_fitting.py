@@ -145,7 +145,7 @@ def test_auxiliary_heads_are_dropped(architecture: str) -> None:
         ("mobilenet_v3_small", "classifier.3", nn.Sequential(nn.Dropout(), nn.Linear(1024, 4))),
         ("densenet121", "classifier", nn.Sequential(nn.Dropout(), nn.Linear(1024, 4))),
         ("vit_b_32", "heads", nn.Linear(768, 4)),
-        ("vgg11", "classifier.6", nn.Sequential(nn.Dropout(), nn.Linear(4096, 4))),
+        ("alexnet", "classifier.6", nn.Sequential(nn.Dropout(), nn.Linear(4096, 4))),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "model."])

@@ -1,5 +1,7 @@
 """State dicts under prefixes, and several in one file: which is meant, and what is refused."""
 
+from typing import cast
+
 import pytest
 import torch
 import torchvision
@@ -27,7 +29,7 @@ def test_real_wrappers_are_taken_off() -> None:
     for wrapped in (
         nn.DataParallel(nn.DataParallel(network)),
         AveragedModel(network, use_buffers=True),  # n_averaged beside module.
-        torch.compile(network),
+        cast(nn.Module, torch.compile(network)),
         nn.ModuleDict({"net": network}),
     ):
         assert same(fit("squeezenet1_1", dict(wrapped.state_dict())), state)

@@ -138,8 +138,11 @@ def test_a_network_of_one_output_answers_its_sigmoid(
 ) -> None:
     network = tiny_network(classes=1)
     with torch.no_grad():
-        network.classifier[1].weight.div_(60)
-        network.classifier[1].bias.fill_(0.1)
+        last = network.get_submodule("classifier.1")
+        assert isinstance(last, nn.Conv2d)
+        assert last.bias is not None
+        last.weight.div_(60)
+        last.bias.fill_(0.1)
     (tmp_path / "birds.txt").write_text("heron\n")
     argv = arguments(tmp_path, network.state_dict())
     message = refusal(argv, capsys)

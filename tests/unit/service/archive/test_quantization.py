@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+from pathlib import Path
 
 import numpy as np
 import openvino as ov
@@ -54,7 +55,7 @@ def answers(model: ov.Model, images: list[NDArray[np.uint8]]) -> NDArray[np.floa
 
 @needs_nncf
 @pytest.mark.precision("int8")
-def test_quantizes_and_reports():
+def test_quantizes_and_reports() -> None:
     images = pictures(110)
     model = tiny_model()
     labels = answers(model, images).argmax(axis=1).tolist()
@@ -75,7 +76,7 @@ def test_quantizes_and_reports():
 
 @needs_nncf
 @pytest.mark.precision("int8")
-def test_a_saved_model_answers_alike(tmp_path):
+def test_a_saved_model_answers_alike(tmp_path: Path) -> None:
     images = pictures(100)
     int8, _ = quantize(tiny_model(), images, minimum_agreement=0.5)
     ov.save_model(int8, tmp_path / "int8.xml")
@@ -87,14 +88,14 @@ def test_a_saved_model_answers_alike(tmp_path):
 
 
 @needs_nncf
-def test_a_model_that_does_not_agree_is_refused_with_its_figures():
+def test_a_model_that_does_not_agree_is_refused_with_its_figures() -> None:
     figures = r"int8 agrees with fp32 on [01]\.\d{3} of 50 images, .*; the minimum is 1\.1$"
     with pytest.raises(InvalidModel, match=figures):
         quantize(tiny_model(), pictures(100), minimum_agreement=1.1)  # which nothing can reach
 
 
 @needs_nncf
-def test_the_most_harmful_layer_is_ranked_first():
+def test_the_most_harmful_layer_is_ranked_first() -> None:
     nncf = quantization.import_nncf()
     images, model = pictures(20), tiny_model()
     int8 = quantization._quantize_once(nncf, model, images, (), ov.Core())
@@ -106,7 +107,7 @@ def test_the_most_harmful_layer_is_ranked_first():
 
 
 @needs_nncf
-def test_ranges_are_fitted_where_pairs_would_be_clipped():
+def test_ranges_are_fitted_where_pairs_would_be_clipped() -> None:
     nncf = quantization.import_nncf()
     images, model = pictures(20), tiny_model()
     int8 = quantization._quantize_once(nncf, model, images, (), ov.Core())
@@ -119,7 +120,7 @@ def test_ranges_are_fitted_where_pairs_would_be_clipped():
     assert np.allclose(after.real_weights(), before, rtol=0.02)
 
 
-def test_nothing_is_refitted_without_clipping():
+def test_nothing_is_refitted_without_clipping() -> None:
     pixels = np.full((10, 2), 128, np.float32)
     weights = np.array([[[[127], [127]]]])  # 128 x 254 is below 2**15
     rounded, shrinks = _least_error(pixels, 0, weights)
@@ -127,7 +128,7 @@ def test_nothing_is_refitted_without_clipping():
     assert shrinks == 1
 
 
-def test_clipped_pairs_are_what_vpmaddubsw_gives():
+def test_clipped_pairs_are_what_vpmaddubsw_gives() -> None:
     pixels = np.array([[255, 255, 1]], np.float32)
     weights = np.array([[[127], [127], [10]], [[127], [0], [0]]])
     error, clipped = _errors(pixels, 0, weights, weights, 1)
@@ -136,36 +137,36 @@ def test_clipped_pairs_are_what_vpmaddubsw_gives():
 
 
 @pytest.mark.parametrize("count", [0, 1, 99])
-def test_too_few_images_are_refused(count):
+def test_too_few_images_are_refused(count: int) -> None:
     with pytest.raises(InvalidModel, match=f"needs 100 images or more.*got {count}$"):
         quantize(tiny_model(), pictures(count))
 
 
-def test_labels_must_be_as_many_as_images():
+def test_labels_must_be_as_many_as_images() -> None:
     with pytest.raises(InvalidModel, match="3 labels for 100"):
         quantize(tiny_model(), pictures(100), [0, 1, 2])
 
 
 @needs_nncf
-def test_a_label_beyond_the_classes_is_refused():
+def test_a_label_beyond_the_classes_is_refused() -> None:
     with pytest.raises(InvalidModel, match="a label is class 4, the model has 4 classes"):
         quantize(tiny_model(), pictures(100), [CLASSES] * 100)
 
 
-def test_without_nncf_one_line_says_what_to_install(monkeypatch):
+def test_without_nncf_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nncf", None)
     with pytest.raises(SetupError, match=r"pip install -r requirements-int8\.txt$"):
         quantize(tiny_model(), pictures(100))
 
 
-def test_outliers_stay_in_floating_point_then_more_up_to_a_third():
+def test_outliers_stay_in_floating_point_then_more_up_to_a_third() -> None:
     ranking = [("a", 50.0), ("b", 20.0), *((f"l{i}", 1.0) for i in range(28))]
     assert list(quantization._counts(ranking)) == [2, 4, 8, 10]
     assert list(quantization._counts([(f"l{i}", 1.0) for i in range(90)])) == [0, 1, 2, 4, 8]
     assert list(quantization._counts([])) == []
 
 
-def test_divergence_of_equals_is_nothing():
+def test_divergence_of_equals_is_nothing() -> None:
     rows = np.array([[0.5, 0.5], [1, 0]], np.float32)
     assert divergence(rows, rows) == 0
     assert divergence(rows, rows[::-1]) > 1

@@ -11,7 +11,7 @@ import pytest
 from service.gateway import watch as gateway_watch
 from service.gateway.watch import FAILURES, SILENT, Watch, ask_prediction, tell
 from service.logs import Log
-from tests.gateway.running import wait_for
+from tests.processes import wait_for
 from tests.unit.conftest import Web
 
 PING, PREDICTION = "/ping", "/predictions/birds"

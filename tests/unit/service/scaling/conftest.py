@@ -1,7 +1,7 @@
 """A server of every mood, as ./scripts/scale sees it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,7 +67,7 @@ class Server:
 
 
 @pytest.fixture
-def server(web: Web, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+def server(web: Web, monkeypatch: pytest.MonkeyPatch) -> Server:
     monkeypatch.setattr(scaling, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(scaling, "QUIET_SECONDS", 0.2)
     monkeypatch.setattr(model, "QUIET_SECONDS", (0.01, 0.02))

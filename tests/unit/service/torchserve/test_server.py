@@ -18,7 +18,7 @@ from handler.errors import SetupError
 from service.ports import check_ports
 from service.torchserve import server as torchserve
 from service.torchserve.config import CONFIG, ServerConfig
-from service.torchserve.java import find_java, memory_bounds
+from service.torchserve.java import JAVA_CDS, find_java, memory_bounds
 from service.torchserve.server import Served, TorchServe
 
 # --- Ports
@@ -224,7 +224,7 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
         assert server.exit_status() is None
     assert " -Xmx1g -XX:+ExitOnOutOfMemoryError " in command
     assert re.search(r" -Xmx\d+m -XX:MaxDirectMemorySize=\d+m .*-Xmx1g", command), "the last counts"
-    assert f" -XX:SharedArchiveFile={torchserve.JAVA_CDS} " in command
+    assert f" -XX:SharedArchiveFile={JAVA_CDS} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
     assert f" -f {CONFIG} " in command
     assert re.search(r" -s \S+/torchserve-\w+/store ", command)

@@ -1,0 +1,142 @@
+"""Health, info and metrics."""
+
+import json
+import re
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import requests
+
+from tests.gateway.clients import RED, TIMEOUT, check_error
+from tests.gateway.conftest import Served
+from tests.gateway.running import running, settings
+from tests.gateway.upstreams import answer_of, torchserve_that
+from tests.processes import wait_for
+
+
+def test_health(gateway: Served) -> None:
+    answer = requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
+    assert answer.status_code == 200
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.json() == {
+        "status": "healthy",
+        "model": "mobilenet_v2",
+        "replicas": {"ready": 1, "total": 1},
+    }
+    assert requests.get(f"{gateway.url}/livez", timeout=TIMEOUT).json() == {"status": "alive"}
+
+
+def test_health_asks_management_once_a_second(gateway: Served, tmp_path: Path) -> None:
+    calls: list[float] = []
+    under_way = [0, 0]  # now, most
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            pool.submit(reply, connection)
+
+    def reply(connection: socket.socket) -> None:
+        with connection:
+            calls.append(time.monotonic())
+            under_way[0] += 1
+            under_way[1] = max(under_way)
+            connection.recv(4096)
+            time.sleep(0.2)
+            under_way[0] -= 1
+            body = json.dumps([{"workers": [{"status": "READY"}]}]).encode()
+            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
+            connection.sendall(head.encode() + body)
+
+    with socket.socket() as listener, ThreadPoolExecutor(64) as pool:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(64)
+        pool.submit(serve, listener)
+        env = {
+            "GATEWAY_MANAGEMENT": f"127.0.0.1:{listener.getsockname()[1]}",
+            "GATEWAY_UPSTREAMS": f"127.0.0.1:{gateway.server.ports['port']}",
+        }
+        with running(tmp_path, env) as other:
+            started = time.monotonic()
+
+            def poll(_: int) -> int:
+                return requests.get(f"{other.url}/health", timeout=TIMEOUT).status_code
+
+            statuses = set()
+            while time.monotonic() - started < 3:
+                statuses |= set(pool.map(poll, range(32)))
+            seconds = time.monotonic() - started
+        listener.shutdown(socket.SHUT_RDWR)
+    assert statuses == {200}
+    assert 2 <= len(calls) <= seconds + 1
+    assert under_way[1] == 1
+
+
+def test_health_without_torchserve(tmp_path: Path) -> None:
+    env = {"GATEWAY_UPSTREAMS": "127.0.0.1:9", "GATEWAY_MANAGEMENT": "127.0.0.1:9"}
+    with running(tmp_path, env | {"GATEWAY_MODELS": "resnet50,mobilenet_v2"}) as gateway:
+        answer = requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
+        assert answer.status_code == 503
+        assert answer.headers["Retry-After"] == "1"
+        assert answer.json() == {
+            "status": "unhealthy",
+            "model": "resnet50",
+            "replicas": {"ready": 0, "total": 1},
+            "missing": [
+                "resnet50: no replica has a READY worker",
+                "mobilenet_v2: no replica has a READY worker",
+            ],
+        }
+        assert requests.get(f"{gateway.url}/livez", timeout=TIMEOUT).status_code == 200
+        check_error(requests.get(f"{gateway.url}/info", timeout=TIMEOUT), 503)
+        for _ in range(3):
+            answer = requests.post(f"{gateway.url}/predict", data=RED, timeout=TIMEOUT)
+            check_error(answer, 503)
+            assert answer.headers["Retry-After"] == "1"
+            assert answer.elapsed.total_seconds() < 1
+            assert gateway.line(answer.headers["X-Request-ID"])["status"] == 503
+
+
+def test_a_service_that_cannot_answer_is_not_healthy(tmp_path: Path) -> None:
+    """Its workers are READY, and every prediction fails."""
+    body = b'[{"workers": [{"status": "READY"}]}]'
+    with ExitStack() as stack:
+        fine = stack.enter_context(torchserve_that(answer_of(body)))
+        failing = stack.enter_context(torchserve_that(answer_of(b"{}", "500 ", by_handler=False)))
+        env = {"GATEWAY_MANAGEMENT": fine, "GATEWAY_UPSTREAMS": failing}
+        gateway = stack.enter_context(running(tmp_path, env))
+
+        def state() -> requests.Response:
+            return requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
+
+        wait_for(lambda: state().status_code == 503)
+        why = f"{failing}: predictions of mobilenet_v2 fail with status 500"
+        assert state().json()["missing"] == ["no replica answers a prediction"]
+        assert state().json()["left_out"] == [why]
+        page = requests.get(f"{gateway.url}/metrics", timeout=TIMEOUT).text
+        assert f'gateway_replica_in_use{{replica="{failing}"}} 0' in page
+
+
+def test_info(gateway: Served) -> None:
+    answer = requests.get(f"{gateway.url}/info", timeout=TIMEOUT)
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.json() == gateway.server.info()
+    assert answer.json()["classes"] == 3
+    named = requests.get(f"{gateway.url}/info?model=mobilenet_v2", timeout=TIMEOUT)
+    assert named.json() == answer.json()
+    check_error(requests.get(f"{gateway.url}/info?model=unknown", timeout=TIMEOUT), 404)
+    check_error(requests.get(f"{gateway.url}/info?model=..", timeout=TIMEOUT), 404)
+
+
+def test_metrics_are_for_allowed_addresses(gateway: Served, tmp_path: Path) -> None:
+    page = requests.get(f"{gateway.url}/metrics", timeout=TIMEOUT)
+    assert page.headers["Content-Type"].startswith("text/plain")
+    assert re.search(r'^gateway_connections\{state="writing"\} [1-9]', page.text, re.MULTILINE)
+    env = settings([gateway.server], metrics_allow="10.0.0.0/8")
+    with running(tmp_path, env) as other:
+        check_error(requests.get(f"{other.url}/metrics", timeout=TIMEOUT), 403)

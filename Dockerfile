@@ -68,7 +68,7 @@ RUN cd .venv/lib/python3*/site-packages && rm -rf \
 FROM ${BASE}
 LABEL org.opencontainers.image.title="classifier" \
     org.opencontainers.image.description="Image classification on TorchServe behind nginx"
-# /tmp, a tmpfs where the root is read-only, is all that is written; it is the user's home as well.
+# /tmp, a tmpfs if the root is read-only, is all that is written; it is the user's home as well.
 # What is deleted under /usr/local are the installers of python:slim.
 # hadolint ignore=DL3008
 RUN apt-get update \

@@ -3,62 +3,25 @@
 A table for people comes first; the last line is one JSON object.
 """
 
-import argparse
 import asyncio
 import json
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from service.load.answers import Expectations
 from service.load.generator import measure
 from service.load.images import as_form, load_images
 from service.load.measurement import Load
+from service.load.options import make_parser
 from service.load.report import heading, make_report, plot_runs, row
-from service.options import number, positive
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="./scripts/benchmark", description="Load a running server and check every answer."
-    )
-    add = parser.add_argument
-    add(
-        "--url",
-        default="http://127.0.0.1:8080",
-        help="the server, or a whole URL with a path to send images to (%(default)s)",
-    )
-    add("--model", default="mobilenet_v2", help="if --url has no path (%(default)s)")
-    add("--images", type=Path, metavar="DIR", help="JPEGs to send (default: drawn here)")
-    add(
-        "--concurrency",
-        type=number(1, 10_000),
-        nargs="+",
-        metavar="N",
-        help="closed loop of so many clients, one measurement each (default: 1 8 32)",
-    )
-    add("--rate", type=positive, nargs="+", metavar="R", help="open loop of R requests a second")
-    add("--seconds", type=positive, default=10.0, help="measured (%(default)s)")
-    add("--warmup-seconds", type=positive, default=2.0, help="before each (%(default)s)")
-    add("--form", choices=["raw", "multipart"], default="raw", help="(%(default)s)")
-    add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="repeatable")
-    add(
-        "--expect",
-        type=Path,
-        metavar="FILE",
-        help="JSON object of file name to top-1 class (default: as each image is answered first)",
-    )
-    add("--plot", type=Path, metavar="FILE.png", help="throughput against latency")
-    args = parser.parse_args(argv)
-    if args.concurrency is None and args.rate is None:
-        args.concurrency = [1, 8, 32]
-    return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
+    args = make_parser().parse_args(argv)
+    if args.concurrency is None and args.rate is None:
+        args.concurrency = [1, 8, 32]
     base = args.url.rstrip("/")
     url = base if "/" in base.partition("://")[2] else f"{base}/predictions/{args.model}"
     try:

@@ -17,12 +17,16 @@ from service.logs import Log, default_form
 from service.processes import on_stop
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="./scripts/gateway", description=__doc__)
     parser.add_argument(
         "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if args.new_key is not None:
         return new_key(args.new_key)
     stop = Event()

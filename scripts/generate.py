@@ -3,25 +3,41 @@
 import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
-from importlib import import_module
-from pathlib import Path
-from unittest.mock import patch
 
+import service.load.options
+import service.scaling.options
+import service.tuning.options
 from handler.errors import SetupError
+from scripts import gateway, healthcheck, predict
 from service.generated import ROOT, outdated
+from service.options import package_parser, serve_parser
 
-SCRIPTS = Path(__file__).parent
 
-
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="./scripts/generate", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and exit with 1 if anything is stale"
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+PARSERS = {
+    "serve": serve_parser,
+    "package": package_parser,
+    "predict": predict.make_parser,
+    "scale": service.scaling.options.make_parser,
+    "tune": service.tuning.options.make_parser,
+    "benchmark": service.load.options.make_parser,
+    "healthcheck": healthcheck.make_parser,
+    "gateway": gateway.make_parser,
+    "generate": make_parser,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     try:
-        stale = outdated({name: parser_of(name) for name in commands()})
+        stale = outdated({name: make() for name, make in PARSERS.items()})
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
@@ -33,22 +49,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             path.write_text(text, "utf-8")
             print(f"{name} is written")
     return 1 if args.check and stale else 0
-
-
-def commands() -> list[str]:
-    """The commands that have a parser: all but ./scripts/test."""
-    return sorted(path.stem for path in SCRIPTS.glob("*.py") if path.with_suffix("").exists())
-
-
-def parser_of(command: str) -> argparse.ArgumentParser:
-    """The parser with which a command answers --help."""
-    parsers: list[argparse.ArgumentParser] = []
-    with (
-        patch.object(argparse.ArgumentParser, "print_help", lambda self, *_: parsers.append(self)),
-        suppress(SystemExit),
-    ):
-        import_module(f"scripts.{command}").main(["--help"])
-    return parsers[0]
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from service.health import check_gateway, check_models
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
     parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
     parser.add_argument(
@@ -25,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="ask the gateway that the GATEWAY_ variables describe for its /health instead",
     )
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     if args.gateway:
         healthy, message = check_gateway()
     else:

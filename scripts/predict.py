@@ -11,7 +11,7 @@ import requests
 from service.client import ask, table
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="./scripts/predict",
         description=__doc__,
@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default="mobilenet_v2")
     parser.add_argument("--top-k", type=int, metavar="K", help="classes (default: the server's)")
     parser.add_argument("--json", action="store_true", help="one JSON answer a line, as received")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
     url = f"{args.url.rstrip('/')}/predictions/{args.model}"
     failed = 0
     with requests.Session() as session:

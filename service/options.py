@@ -54,7 +54,7 @@ Options = TypeVar("Options", bound=ModelOptions)
 
 def parse_serve(argv: Sequence[str] | None = None) -> ServeOptions:
     """Options of ./scripts/serve; exits with 2 and one line if they are wrong."""
-    parser = _serve_parser()
+    parser = serve_parser()
     options = read_options(ServeOptions, parser, parser.parse_args(argv))
     if options.gateway_port and not options.gateway:
         parser.error("--gateway-port goes with --gateway")
@@ -67,11 +67,11 @@ def parse_serve(argv: Sequence[str] | None = None) -> ServeOptions:
 
 def parse_package(argv: Sequence[str] | None = None) -> ModelOptions:
     """Options of ./scripts/package; exits with 2 and one line if they are wrong."""
-    parser = _package_parser()
+    parser = package_parser()
     return read_options(ModelOptions, parser, parser.parse_args(argv))
 
 
-def _serve_parser() -> argparse.ArgumentParser:
+def serve_parser() -> argparse.ArgumentParser:
     parser = _parser("./scripts/serve", "Package models and serve them with TorchServe.")
     add_model_options(parser)
     _add_tuned(parser)
@@ -130,7 +130,7 @@ def _serve_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _package_parser() -> argparse.ArgumentParser:
+def package_parser() -> argparse.ArgumentParser:
     parser = _parser("./scripts/package", "Make model_store/{model}.mar.")
     add_model_options(parser)
     _add_tuned(parser)

@@ -120,7 +120,7 @@ def package(plan: PackagePlan) -> Path:
 
 def check_precision(plan: PackagePlan) -> None:
     """Raise SetupError for what cannot be packaged, or served on this machine."""
-    engine = plan.settings.engine  # the environment's, where holds_openvino has the file's
+    engine = plan.settings.engine  # the environment's; holds_openvino goes by the file's
     if plan.calibration and not (plan.holds_openvino and engine in ("auto", "openvino")):
         raise InvalidSettings("--calibration makes an int8 model, which only runs on a CPU")
     converted, int8 = plan.holds_openvino, plan.calibration is not None

@@ -25,7 +25,7 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Threads of torch wait for each other where the machine is busy: slow for small tensors."""
+    """Threads of torch wait for each other if the machine is busy: slow for small tensors."""
     torch = sys.modules.get("torch")  # not every test needs it, and it takes seconds to load
     if torch is None:
         yield

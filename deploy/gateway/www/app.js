@@ -1,7 +1,7 @@
 // The demo page: each image is one POST /predict, four at a time, shown in the order chosen.
 
 const PARALLEL = 4; // requests in flight
-const ATTEMPTS = 6; // for one image, where the server says when to come back
+const ATTEMPTS = 6; // for one image, if the server says when to come back
 const CHOICES = 10; // largest number of classes offered
 const KEY = "api-key"; // in sessionStorage, never in a URL
 
@@ -20,7 +20,7 @@ function element(name, className, ...children) {
   return made;
 }
 
-/** The response and its JSON, null where it has none. Throws where there is no response. */
+/** The response and its JSON, null if it has none. Throws if there is no response. */
 async function call(path, options = {}) {
   const headers = new Headers(options.headers);
   const key = sessionStorage.getItem(KEY);
@@ -108,7 +108,7 @@ async function classify(item, signal) {
   }
 }
 
-/** What the API says, or what can be said where it says nothing. */
+/** What the API says, or what can be said if it says nothing. */
 function explain(response, answer, file) {
   if (answer?.message) return answer.message;
   if (response.status !== 413) return response.statusText || "No answer that can be read";

@@ -1,4 +1,4 @@
-"""Traces and queue times: taken where they are what they should be, ignored where not."""
+"""Traces and queue times: taken if they are what they should be, else ignored."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The facts in an archive: written, read back, and refused where they are none."""
+"""The facts in an archive: written, read back, and refused if they are none."""
 
 import json
 from collections.abc import Callable

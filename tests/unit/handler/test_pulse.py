@@ -112,7 +112,7 @@ def test_a_process_that_starves_is_not_stuck(
 
 @pytest.mark.parametrize("seconds", [0.2, None])
 def test_a_slow_model_has_patience(tmp_path: Path, fast: None, seconds: float | None) -> None:
-    """Ten times what its largest forward pass takes; for ever where there was no warm-up."""
+    """Ten times what its largest forward pass takes; for ever without a warm-up."""
     worker = Pulse(tmp_path, seconds)
     with worker.batch():
         time.sleep(0.7)

@@ -49,6 +49,7 @@ class ModelCard:
     weights: WeightsFacts
     int8: dict[str, Any] | None  # what was measured when the int8 model was made
     inputs_sha256: str  # of everything the archive was made from: decides whether to rebuild
+    code_sha256: tuple[str, str]  # of the code among it: of its files, and of what they do
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
 
     def to_json(self) -> str:
@@ -61,6 +62,7 @@ class ModelCard:
             facts = json.loads(text)
             facts["weights"] = WeightsFacts(**facts["weights"])
             facts["labels"] = tuple(facts["labels"])
+            facts["code_sha256"] = tuple(facts["code_sha256"])
             transform = facts["transform"]
             transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
             facts["transform"] = InputTransform(**transform)

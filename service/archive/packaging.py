@@ -33,7 +33,7 @@ from handler.networks import empty_network, get_recipe, input_transform, load_st
 from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.conversion import check_answers, to_openvino
-from service.archive.digest import LIBRARIES, digest, is_current
+from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config
@@ -234,6 +234,7 @@ def make_card(
         weights=source.facts,
         int8=converted.int8_report,
         inputs_sha256=inputs_sha256,
+        code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},
     )
 

@@ -44,6 +44,7 @@ def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCa
         ),
         int8=None,
         inputs_sha256="1" * 64,
+        code_sha256=("2" * 64, "3" * 64),
         packaged_with={"torch": torch.__version__},
     )
 

@@ -1,8 +1,10 @@
-"""Processes that tests did not start themselves, ports that are free, and waiting."""
+"""Processes that tests did not start themselves, their logs, free ports, and waiting."""
 
+import json
 import socket
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
+from typing import Any
 
 import psutil
 
@@ -26,6 +28,23 @@ def wait_for(
 ) -> None:
     """Return once `condition()` is true; fail with what `why()` gives if that takes too long."""
     assert wait_until(condition, seconds, 0.05), why()
+
+
+def events(log: str, event: str) -> list[dict[str, Any]]:
+    """The JSON lines of one kind in a log, without a line that is still being written."""
+    lines = [line for line in log.splitlines(keepends=True) if (line[0], line[-1]) == ("{", "\n")]
+    return [facts for facts in map(json.loads, lines) if facts["event"] == event]
+
+
+def line_of(request_id: str, lines: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
+    """The line of one request, which is written when its answer has been sent."""
+
+    def found() -> list[dict[str, Any]]:
+        return [line for line in lines() if line["request_id"] == request_id]
+
+    wait_for(found, 10, lambda: f"no line of {request_id} in the log")
+    [line] = found()
+    return line
 
 
 def free_port() -> int:

@@ -4,7 +4,6 @@ import http.client
 import socket
 import subprocess
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,19 +18,20 @@ NOWHERE = Container(key="", pid=0)  # requests are sent on connections that are 
 ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\ngood"
 
 
-@pytest.fixture
-def listener() -> Iterator[socket.socket]:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield listener
-
-
-def connection_to(listener: socket.socket) -> http.client.HTTPConnection:
-    host, port = listener.getsockname()
-    return http.client.HTTPConnection(host, port, timeout=10)
-
-
-def outcomes_of(listener: socket.socket, *answers: bytes) -> list[str]:
-    """What becomes of a request for each answer, and of one more, on one connection."""
+@pytest.mark.parametrize(
+    ("answers", "outcomes"),
+    [
+        ([], ["lost"]),
+        ([ANSWER], ["answered", "closed while idle"]),
+        ([ANSWER[:-2]], ["lost"]),
+        ([ANSWER.replace(b"200 OK", b"503 Unavailable")], ["status 503"]),
+    ],
+    ids=["none", "whole", "half", "another status"],
+)
+def test_what_becomes_of_requests_on_one_connection(
+    answers: list[bytes], outcomes: list[str]
+) -> None:
+    """Of one for each answer, after which the server closes, and of one more."""
 
     def serve() -> None:
         connection, _ = listener.accept()
@@ -41,52 +41,20 @@ def outcomes_of(listener: socket.socket, *answers: bytes) -> list[str]:
                 while not data.endswith(b"body"):
                     data += connection.recv(4096)
                 connection.sendall(answer)
-            connection.recv(1)  # the beginning of a request that gets no answer
 
-    thread = threading.Thread(target=serve)
-    thread.start()
     load = Load(NOWHERE)
-    connection = connection_to(listener)
-    outcomes = []
-    for _ in range(len(answers) + 1):
-        reused = connection.sock is not None
-        if not reused:
-            connection.connect()
-        outcomes.append(load.request(connection, b"body", {}, reused))
-    connection.close()
-    thread.join()
-    return outcomes
-
-
-def test_an_answer_is_counted_and_a_connection_closed_between_two_requests_apart(
-    listener: socket.socket,
-) -> None:
-    assert outcomes_of(listener, ANSWER) == ["answered", "closed while idle"]
-
-
-def test_a_first_request_without_an_answer_is_lost(listener: socket.socket) -> None:
-    assert outcomes_of(listener) == ["lost"]
-
-
-def test_half_an_answer_is_lost(listener: socket.socket) -> None:
-    def serve() -> None:
-        connection, _ = listener.accept()
-        with connection:
-            connection.recv(4096)
-            connection.sendall(ANSWER[:-2])
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    connection = connection_to(listener)
-    connection.connect()
-    assert Load(NOWHERE).request(connection, b"body", {}, False) == "lost"
-    connection.close()
-    thread.join()
-
-
-def test_another_status_is_no_answer(listener: socket.socket) -> None:
-    refused = ANSWER.replace(b"200 OK", b"503 Unavailable")
-    assert outcomes_of(listener, refused)[0] == "status 503"
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        host, port = listener.getsockname()
+        client = http.client.HTTPConnection(host, port, timeout=10)
+        for outcome in outcomes:
+            reused = client.sock is not None
+            if not reused:
+                client.connect()
+            assert load.request(client, b"body", {}, reused) == outcome
+        client.close()
+        thread.join()
 
 
 def test_pips_configuration_is_forwarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,19 @@
-"""The real gateway in a process of its own, always ended, and clients that load it."""
+"""The real gateway in a process of its own, always ended."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
-import threading
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import requests
-
 from tests import ROOT
-from tests.processes import free_port, wait_for
-from tests.server.serving import Server, environment
+from tests.gateway.upstreams import torchserve_that
+from tests.processes import events, free_port, line_of, wait_for
+from tests.server.serving import Server, environment, run_script
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
 START_SECONDS = 30
@@ -39,20 +35,11 @@ class Gateway:
         return f"{self.scheme}://127.0.0.1:{self.port}"
 
     def lines(self, event: str = "gateway") -> list[dict[str, Any]]:
-        """The requests in the log so far, or other events; no line that is being written."""
-        text = self.stdout.read_text("utf-8")
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line[-1] == "\n"]
-        return [line for line in lines if line["event"] == event]
+        """The requests in the log so far, or other events."""
+        return events(self.stdout.read_text("utf-8"), event)
 
     def line(self, request_id: str) -> dict[str, Any]:
-        """The line of one request, which is written when its answer has been sent."""
-
-        def lines() -> list[dict[str, Any]]:
-            return [line for line in self.lines() if line["request_id"] == request_id]
-
-        wait_for(lines, 10, lambda: f"no line of {request_id} in the log")
-        [line] = lines()
-        return line
+        return line_of(request_id, self.lines)
 
     def has_started(self) -> bool:
         said = self.stderr.read_text()
@@ -66,30 +53,24 @@ class Gateway:
 
 def settings(servers: Sequence[Server], **more: str) -> dict[str, str]:
     """GATEWAY_ variables for these TorchServes; without a rate limit, unless one is given."""
-    return {
-        "GATEWAY_UPSTREAMS": ",".join(f"127.0.0.1:{server.ports['port']}" for server in servers),
-        "GATEWAY_MANAGEMENT": ",".join(
-            f"127.0.0.1:{server.ports['management-port']}" for server in servers
-        ),
-        "GATEWAY_RATE": "0",
-    } | {f"GATEWAY_{name.upper()}": value for name, value in more.items()}
+
+    def listed(port: str) -> str:
+        return ",".join(f"127.0.0.1:{server.ports[port]}" for server in servers)
+
+    known = {"upstreams": listed("port"), "management": listed("management-port"), "rate": "0"}
+    return variables(**known | more)
 
 
-def refused(folder: Path, env: dict[str, str], *options: str) -> str:
+def variables(**settings: str) -> dict[str, str]:
+    return {f"GATEWAY_{name.upper()}": value for name, value in settings.items()}
+
+
+def refused(folder: Path, env: dict[str, str]) -> str:
     """What ./scripts/gateway says when it does not start; it must end with 2, on one line."""
-    done = subprocess.run(
-        [*COMMAND, *options],
-        env=environment(folder, env),
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert not done.stdout
-    lines = done.stderr.splitlines()
-    assert len(lines) == 1, done.stderr
-    return lines[0]
+    done = run_script("gateway", folder, env=env, timeout=START_SECONDS)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    [line] = done.stderr.splitlines()
+    return line
 
 
 @contextmanager
@@ -114,56 +95,15 @@ def running(folder: Path, env: dict[str, str], scheme: str = "http") -> Iterator
         process.kill()
 
 
-@dataclass
-class Load:
-    """Clients that send one request after another, until they are told to stop."""
-
-    url: str
-    body: bytes
-    clients: int = 8
-    pause: float = 0.0  # seconds between two requests of a client; may change while they ask
-    statuses: Counter[int] = field(default_factory=Counter)
-    failures: list[str] = field(default_factory=list)
-    answered: set[str] = field(default_factory=set)  # ids
-    ended: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def __enter__(self) -> "Load":
-        self._threads = [threading.Thread(target=self._ask) for _ in range(self.clients)]
-        for thread in self._threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.ended.set()
-        for thread in self._threads:
-            thread.join()
-
-    def wait(self, count: int, seconds: float = 240) -> None:
-        """Until so many requests have ended, well or not."""
-        wait_for(lambda: self.total >= count, seconds, lambda: f"{self.total} of {count} in time")
-
-    @property
-    def total(self) -> int:
-        return self.statuses.total() + len(self.failures)
-
-    def _ask(self) -> None:
-        with requests.Session() as session:
-            session.trust_env = False
-            while not self.ended.wait(self.pause):
-                try:
-                    answer = session.post(self.url, data=self.body, timeout=60)
-                except requests.RequestException as exc:
-                    with self.lock:
-                        self.failures.append(repr(exc))
-                    if not isinstance(exc, requests.Timeout):
-                        self.ended.wait(0.05)
-                    continue
-                with self.lock:
-                    self.statuses[answer.status_code] += 1
-                    self.answered.add(answer.headers["X-Request-ID"])
-                    if answer.status_code != 200 and len(self.failures) < 100:
-                        self.failures.append(answer.text[:300])
+@contextmanager
+def in_front_of(
+    folder: Path, *answers: bytes | None, **settings: str
+) -> Iterator[tuple[Gateway, list[str]]]:
+    """A gateway, and the addresses of the stand-ins behind it, which give one answer each."""
+    with ExitStack() as stack:
+        upstreams = [stack.enter_context(torchserve_that(answer)) for answer in answers]
+        env = variables(upstreams=",".join(upstreams), **settings)
+        yield stack.enter_context(running(folder, env)), upstreams
 
 
 def kill(*pids: int) -> None:

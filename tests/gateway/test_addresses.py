@@ -1,70 +1,46 @@
 """Replicas behind a name that leads elsewhere after a while, as in Compose and Kubernetes."""
 
-import http.client
 import socket
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 
 import pytest
+import requests
 
 from service.gateway import process as gateway
 from service.gateway.process import Gateway
 from service.gateway.settings import GatewaySettings
 from service.logs import Log
+from tests.gateway.upstreams import http_server
 from tests.processes import free_port, wait_for
 
 DEADLINE_SECONDS = 20
 
 
-class Replica(BaseHTTPRequestHandler):
-    """Says at which address it was reached."""
-
-    def do_POST(self) -> None:
-        host, _ = self.connection.getsockname()
-        body = str(host).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args: object) -> None:
-        """Nothing."""
-
-
 @pytest.fixture
 def port() -> Iterator[int]:
-    """One port on two addresses, with a replica on each."""
-    first = ThreadingHTTPServer(("127.0.0.1", 0), Replica)
-    second = ThreadingHTTPServer(("127.0.0.2", first.server_port), Replica)
-    threads = [threading.Thread(target=server.serve_forever) for server in (first, second)]
-    for thread in threads:
-        thread.start()
-    yield first.server_port
-    for server in (first, second):
-        server.shutdown()
-        server.server_close()
-    for thread in threads:
-        thread.join()
+    """One port on two addresses, with a replica on each that says where it was reached."""
+
+    def address(request: BaseHTTPRequestHandler) -> bytes:
+        return str(request.connection.getsockname()[0]).encode()
+
+    with http_server(address) as port, http_server(address, ("127.0.0.2", port)):
+        yield port
 
 
 def answering(port: int) -> str:
-    client = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
-    client.request("POST", "/predict", b"body")
-    answer = client.getresponse().read().decode()
-    client.close()
-    return answer
+    return requests.post(f"http://127.0.0.1:{port}/predict", data=b"body", timeout=10).text
 
 
-def test_the_gateway_follows_a_name(nginx: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gateway_follows_a_name(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     address = "127.0.0.1"
+    by_system = socket.getaddrinfo
 
-    def resolve(host: str, port: int, *_: object) -> list[tuple[object, ...]]:
-        if host == "127.0.0.1":
-            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (host, port))]
-        if not address:
+    def resolve(host: str, *rest: Any) -> Any:
+        if host == "replica" and not address:
             raise OSError("no such name")
-        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+        return by_system(address if host == "replica" else host, *rest)
 
     monkeypatch.setattr("service.gateway.settings.socket.getaddrinfo", resolve)
     monkeypatch.setattr(gateway, "RESOLVE_SECONDS", 0)

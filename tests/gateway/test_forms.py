@@ -9,9 +9,8 @@ from pathlib import Path
 import requests
 
 from tests.gateway.clients import TIMEOUT, best
-from tests.processes import free_port
+from tests.gateway.conftest import serving_with_gateway
 from tests.server.colours import encoded
-from tests.server.serving import serving
 
 BODY_BYTES = 6 * 10**6
 WARM_UP = 120
@@ -47,16 +46,13 @@ def test_every_form_is_answered_and_none_is_kept_in_java(
     bodies = {kind: form(kind) for kind in HEADERS} | {
         "raw": encoded("red") + bytes(BODY_BYTES * 3 // 2)
     }
-    port = free_port()
-    env = {"TS_MODEL_STORE": str(store), "GATEWAY_RATE": "0", "TS_VMARGS": FIXED_HEAP}
-    options = [*colours, "--gateway", "--gateway-port", str(port)]
-    with serving(tmp_path, *options, env=env) as server, ThreadPoolExecutor(4) as pool:
-        url = f"http://127.0.0.1:{port}/predict"
+    started = serving_with_gateway(tmp_path, colours, store, TS_VMARGS=FIXED_HEAP)
+    with started as served, ThreadPoolExecutor(4) as pool:
+        url, server = f"{served.url}/predict", served.server
 
         def send(kind: str) -> int:
-            plain = kind == "raw"
-            content_type = "image/jpeg" if plain else "multipart/form-data; boundary=x"
-            headers = {"Content-Type": content_type}
+            form_type = "multipart/form-data; boundary=x"
+            headers = {"Content-Type": "image/jpeg" if kind == "raw" else form_type}
             body = bodies[kind]
             return requests.post(url, data=body, headers=headers, timeout=TIMEOUT).status_code
 

@@ -13,11 +13,10 @@ import pytest
 import requests
 
 from tests.gateway.clients import TIMEOUT
-from tests.gateway.conftest import Served
+from tests.gateway.conftest import Served, serving_with_gateway
 from tests.gateway.running import running, settings
-from tests.processes import free_port, wait_for
+from tests.processes import wait_for
 from tests.server.colours import encoded
-from tests.server.serving import serving
 
 # A file system of its own for one process, on the folder $0.
 MOUNT = 'mount -t tmpfs -o size=256m none "$0" && exec "$@"'
@@ -65,20 +64,17 @@ def test_a_full_disk(tmp_path: Path, folder: Path, colours: list[str], store: Pa
     under = ["unshare", "--mount", "sh", "-c", MOUNT, str(folder)]
     if os.geteuid() or subprocess.run([*under, "true"], check=False).returncode:
         pytest.skip("no file system can be mounted here")
-    port = free_port()
-    env = {"TS_MODEL_STORE": str(store), "TMPDIR": str(folder)}
-    options = [*colours, "--gateway", "--gateway-port", str(port)]
-    with serving(tmp_path, *options, env=env, under=under) as server:
-        url = f"http://127.0.0.1:{port}"
+    started = serving_with_gateway(tmp_path, colours, store, under, TMPDIR=str(folder))
+    with started as served:
+        url, server = served.url, served.server
         check(url)
         disk = Path(f"/proc/{server.process.pid}/root") / folder.relative_to("/")
         fill(disk)
         assert psutil.disk_usage(str(disk)).free == 0
         check(url)
-        before = server.worker_pids()
-        os.kill(min(before), signal.SIGKILL)
-        wait_for(lambda: server.worker_pids() > {max(before)}, 60)
-        wait_for(lambda: {w["status"] for w in server.describe()["workers"]} == {"READY"}, 60)
-        assert len(server.worker_pids()) == 2
+        killed = min(server.worker_pids())
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: killed not in server.worker_pids())
+        wait_for(lambda: server.statuses() == ["READY"] * 2)
         check(url)
         assert not server.log("not_watched"), "the new worker gives its sign of life"

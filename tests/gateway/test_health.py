@@ -1,20 +1,19 @@
 """Health, info and metrics."""
 
-import json
 import re
-import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import requests
 
 from tests.gateway.clients import RED, TIMEOUT, check_error
 from tests.gateway.conftest import Served
-from tests.gateway.running import running, settings
-from tests.gateway.upstreams import answer_of, torchserve_that
+from tests.gateway.running import in_front_of, running, settings, variables
+from tests.gateway.upstreams import answer_of, http_server, torchserve_that
 from tests.processes import wait_for
+
+READY = b'[{"workers": [{"status": "READY"}]}]'  # what the management API says
 
 
 def test_health(gateway: Served) -> None:
@@ -30,37 +29,18 @@ def test_health(gateway: Served) -> None:
 
 
 def test_health_asks_management_once_a_second(gateway: Served, tmp_path: Path) -> None:
-    calls: list[float] = []
-    under_way = [0, 0]  # now, most
+    under_way, most, calls = 0, 0, 0
 
-    def serve(listener: socket.socket) -> None:
-        while True:
-            try:
-                connection, _ = listener.accept()
-            except OSError:
-                return
-            pool.submit(reply, connection)
+    def reply(_: object) -> bytes:
+        nonlocal under_way, most, calls
+        calls, under_way = calls + 1, under_way + 1
+        most = max(most, under_way)
+        time.sleep(0.2)
+        under_way -= 1
+        return READY
 
-    def reply(connection: socket.socket) -> None:
-        with connection:
-            calls.append(time.monotonic())
-            under_way[0] += 1
-            under_way[1] = max(under_way)
-            connection.recv(4096)
-            time.sleep(0.2)
-            under_way[0] -= 1
-            body = json.dumps([{"workers": [{"status": "READY"}]}]).encode()
-            head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
-
-    with socket.socket() as listener, ThreadPoolExecutor(64) as pool:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen(64)
-        pool.submit(serve, listener)
-        env = {
-            "GATEWAY_MANAGEMENT": f"127.0.0.1:{listener.getsockname()[1]}",
-            "GATEWAY_UPSTREAMS": f"127.0.0.1:{gateway.server.ports['port']}",
-        }
+    with http_server(reply) as port, ThreadPoolExecutor(32) as pool:
+        env = settings([gateway.server], management=f"127.0.0.1:{port}")
         with running(tmp_path, env) as other:
             started = time.monotonic()
 
@@ -71,22 +51,22 @@ def test_health_asks_management_once_a_second(gateway: Served, tmp_path: Path) -
             while time.monotonic() - started < 3:
                 statuses |= set(pool.map(poll, range(32)))
             seconds = time.monotonic() - started
-        listener.shutdown(socket.SHUT_RDWR)
     assert statuses == {200}
-    assert 2 <= len(calls) <= seconds + 1
-    assert under_way[1] == 1
+    assert 2 <= calls <= seconds + 1
+    assert most == 1
 
 
 def test_health_without_torchserve(tmp_path: Path) -> None:
-    env = {"GATEWAY_UPSTREAMS": "127.0.0.1:9", "GATEWAY_MANAGEMENT": "127.0.0.1:9"}
-    with running(tmp_path, env | {"GATEWAY_MODELS": "resnet50,mobilenet_v2"}) as gateway:
+    dead = "127.0.0.1:9,127.0.0.2:9"
+    env = variables(upstreams=dead, management=dead, models="resnet50,mobilenet_v2")
+    with running(tmp_path, env) as gateway:
         answer = requests.get(f"{gateway.url}/health", timeout=TIMEOUT)
         assert answer.status_code == 503
         assert answer.headers["Retry-After"] == "1"
         assert answer.json() == {
             "status": "unhealthy",
             "model": "resnet50",
-            "replicas": {"ready": 0, "total": 1},
+            "replicas": {"ready": 0, "total": 2},
             "missing": [
                 "resnet50: no replica has a READY worker",
                 "mobilenet_v2: no replica has a READY worker",
@@ -104,12 +84,11 @@ def test_health_without_torchserve(tmp_path: Path) -> None:
 
 def test_a_service_that_cannot_answer_is_not_healthy(tmp_path: Path) -> None:
     """Its workers are READY, and every prediction fails."""
-    body = b'[{"workers": [{"status": "READY"}]}]'
-    with ExitStack() as stack:
-        fine = stack.enter_context(torchserve_that(answer_of(body)))
-        failing = stack.enter_context(torchserve_that(answer_of(b"{}", "500 ", by_handler=False)))
-        env = {"GATEWAY_MANAGEMENT": fine, "GATEWAY_UPSTREAMS": failing}
-        gateway = stack.enter_context(running(tmp_path, env))
+    error = answer_of(b"{}", "500 ", by_handler=False)
+    with (
+        torchserve_that(answer_of(READY)) as fine,
+        in_front_of(tmp_path, error, management=fine) as (gateway, [failing]),
+    ):
 
         def state() -> requests.Response:
             return requests.get(f"{gateway.url}/health", timeout=TIMEOUT)

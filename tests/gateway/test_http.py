@@ -30,18 +30,16 @@ from tests.gateway.running import running, settings
     ],
 )
 def test_broken_http(gateway: Served, request_bytes: bytes, status: int) -> None:
-    port = int(gateway.url.rpartition(":")[2])
-    head, _, body = raw(port, request_bytes).partition(b"\r\n\r\n")
+    head, _, body = raw(gateway.port, request_bytes).partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 %d" % status)
     assert b"Content-Type: application/json" in head
     assert json.loads(body)["type"] == NAMES[status]
 
 
 def test_pipelined_requests_are_answered_in_order(gateway: Served) -> None:
-    port = int(gateway.url.rpartition(":")[2])
     post = b"POST /predict?top_k=%d HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n%s\r\n"
     requests_ = post % (1, len(RED), b"") + RED + post % (2, len(RED), b"Connection: close\r\n")
-    answers = raw(port, requests_ + RED)
+    answers = raw(gateway.port, requests_ + RED)
     bodies = re.findall(rb'"predictions":(\[.*?\])', answers)
     assert [len(json.loads(body)) for body in bodies] == [1, 2]
 
@@ -49,7 +47,7 @@ def test_pipelined_requests_are_answered_in_order(gateway: Served) -> None:
 @pytest.mark.parametrize("version", ["1.1\r\nConnection: close", "1.0"])
 def test_a_connection_is_closed_as_asked(gateway: Served, version: str) -> None:
     inference = gateway.server.ports["port"]
-    for port, path in ((int(gateway.url.rpartition(":")[2]), "predict"), (inference, "ping")):
+    for port, path in ((gateway.port, "predict"), (inference, "ping")):
         with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT) as client:
             head = f"POST /{path} HTTP/{version}\r\nHost: x\r\nContent-Length: {len(RED)}\r\n\r\n"
             client.sendall(head.encode() + RED)
@@ -85,7 +83,7 @@ def test_the_log(gateway: Served, tmp_path: Path) -> None:
         line = other.line(answer.headers["X-Request-ID"])
         page = requests.get(f"{other.url}/nothing", timeout=TIMEOUT)
         assert other.line(page.headers["X-Request-ID"])["path"] == "/nothing"
-        raw(other.port, b'GET /"\x01\xff{ HTTP/1.1\r\nHost: x\r\n\r\n'.replace(b"GET", b"GET"))
+        raw(other.port, b'GET /"\x01\xff{ HTTP/1.1\r\nHost: x\r\n\r\n')
         assert other.stop() == 0
         lines = other.lines()
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d", line["time"])

@@ -1,8 +1,6 @@
 """API keys."""
 
 import hashlib
-import socket
-import threading
 import time
 from pathlib import Path
 
@@ -11,7 +9,8 @@ import requests
 
 from tests.gateway.clients import RED, TIMEOUT, check_error, client
 from tests.gateway.conftest import Served
-from tests.gateway.running import running, settings
+from tests.gateway.running import running, settings, variables
+from tests.gateway.upstreams import answer_of, torchserve_that
 from tests.processes import wait_for
 
 KEYS = {"alice": "alices-key", "bob": "bobs-key", "carol": "carols-key"}
@@ -85,37 +84,24 @@ def test_keys_and_other_secrets_do_not_reach_torchserve(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(key_line("alice"))
     seen: list[bytes] = []
-
-    def serve() -> None:
-        while not seen:
-            connection, _ = listener.accept()
-            with connection:
-                data = connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
-                if data.startswith(b"POST") and b"X-Probe" not in data:  # no question of its own
-                    seen.append(data)
-
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        thread = threading.Thread(target=serve)
-        thread.start()
-        upstream = f"127.0.0.1:{listener.getsockname()[1]}"
-        env = {"GATEWAY_UPSTREAMS": upstream, "GATEWAY_KEYS": str(file)}
-        with running(tmp_path, env) as gateway:
-            headers = {
-                "Authorization": f"Bearer {KEYS['alice']}",
-                "X-API-Key": KEYS["alice"],
-                "Cookie": "a=b",
-                "describe": "True",
-                "traceparent": "00-1",
-                "X-Request-ID": "mine",
-                "Content-Type": "image/png",
-            }
-            url = f"{gateway.url}/predict?top_k=3&key={KEYS['alice']}"
-            requests.post(url, data=b"abc", headers=headers, timeout=TIMEOUT)
-        thread.join()
-    head, _, body = seen[0].decode().partition("\r\n\r\n")
+    headers = {
+        "Authorization": f"Bearer {KEYS['alice']}",
+        "X-API-Key": KEYS["alice"],
+        "Cookie": "a=b",
+        "describe": "True",
+        "traceparent": "00-1",
+        "X-Request-ID": "mine",
+        "Content-Type": "image/png",
+    }
+    with (
+        torchserve_that(answer_of(b"{}"), seen) as upstream,
+        running(tmp_path, variables(upstreams=upstream, keys=str(file))) as gateway,
+    ):
+        url = f"{gateway.url}/predict?top_k=3&key={KEYS['alice']}"
+        requests.post(url, data=b"abc", headers=headers, timeout=TIMEOUT)
+    # Without the gateway's own questions.
+    [data] = [data for data in seen if data.startswith(b"POST") and b"X-Probe" not in data]
+    head, _, body = data.decode().partition("\r\n\r\n")
     request, *lines = head.split("\r\n")
     assert request == "POST /predictions/mobilenet_v2 HTTP/1.1"
     got = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}

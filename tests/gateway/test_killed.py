@@ -6,9 +6,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.gateway.conftest import serving_with_gateway
 from tests.gateway.running import running
-from tests.processes import alive, free_port, wait_for
-from tests.server.serving import serving
+from tests.processes import alive, wait_for
 
 SECONDS = 10
 
@@ -41,17 +41,15 @@ def temporary(tmp_path: Path) -> Path:
 
 
 def test_serve(tmp_path: Path, temporary: Path, colours: list[str], store: Path) -> None:
-    port = free_port()
-    env = {"TS_MODEL_STORE": str(store), "TMPDIR": str(temporary)}
-    options = [*colours, "--gateway", "--gateway-port", str(port)]
-    with serving(tmp_path, *options, env=env) as server:
+    with serving_with_gateway(tmp_path, colours, store, TMPDIR=str(temporary)) as served:
+        server = served.server
         started = psutil.Process(server.process.pid).children(recursive=True)
         names = [process.name() for process in started]
         assert {"java", "nginx"} < set(names)
         assert set(server.worker_pids()) < {process.pid for process in started}
         assert len(list(temporary.iterdir())) == 2
         server.process.kill()
-        wait_until_nothing_is_left(started, temporary, [port, *server.ports.values()])
+        wait_until_nothing_is_left(started, temporary, [served.port, *server.ports.values()])
 
 
 def test_gateway(tmp_path: Path, temporary: Path) -> None:

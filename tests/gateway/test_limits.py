@@ -12,8 +12,7 @@ import requests
 
 from tests.gateway.clients import RED, TIMEOUT, best, check_error, client
 from tests.gateway.conftest import Served
-from tests.gateway.running import running, settings
-from tests.gateway.upstreams import torchserve_that
+from tests.gateway.running import in_front_of, running, settings
 from tests.processes import wait_for
 
 
@@ -38,21 +37,14 @@ def test_one_client_is_limited_and_another_is_not(gateway: Served, tmp_path: Pat
 
 
 def test_requests_at_once_are_limited(tmp_path: Path) -> None:
-    with torchserve_that(None) as upstream:
-        env = {
-            "GATEWAY_UPSTREAMS": upstream,
-            "GATEWAY_MAX_CONCURRENT": "3",
-            "GATEWAY_MAX_CONCURRENT_PER_CLIENT": "2",
-            "GATEWAY_RESPONSE_TIMEOUT_SECONDS": "3",
-        }
-        with running(tmp_path, env) as gateway, ThreadPoolExecutor(8) as pool:
-            url = f"{gateway.url}/predict"
+    limits = {"max_concurrent": "3", "max_concurrent_per_client": "2"}
+    started = in_front_of(tmp_path, None, **limits, response_timeout_seconds="3")
+    with started as (gateway, _), ThreadPoolExecutor(8) as pool:
 
-            def ask(address: str) -> requests.Response:
-                return client(address).post(url, data=RED, timeout=TIMEOUT)
+        def ask(address: str) -> requests.Response:
+            return client(address).post(f"{gateway.url}/predict", data=RED, timeout=TIMEOUT)
 
-            addresses = ["127.0.0.1"] * 4 + ["127.0.0.2"] * 2
-            answers = list(pool.map(ask, addresses))
+        answers = list(pool.map(ask, ["127.0.0.1"] * 4 + ["127.0.0.2"] * 2))
     of_first = Counter(answer.status_code for answer in answers[:4])
     of_all = Counter(answer.status_code for answer in answers)
     assert of_first[504] <= 2

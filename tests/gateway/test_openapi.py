@@ -50,9 +50,8 @@ schemathesis.openapi.format("byte", images.map(lambda image: b64encode(image).de
 
 config = schemathesis.Config.from_dict(
     {
-        "generation": {
-            "allow-extra-parameters": False
-        },  # headers that nobody asked for are no error
+        # Headers that nobody asked for are no error.
+        "generation": {"allow-extra-parameters": False},
         # PUT, which curl -T sends, is taken for POST and not described a second time.
         "phases": {"coverage": {"unexpected-methods": ["get", "delete", "patch", "trace"]}},
         "checks": {
@@ -140,7 +139,9 @@ def test_the_headers_are_read_if_nothing_nearer_says_it(gateway: Served) -> None
     assert classes(data=PLAIN) == 3
     assert classes(data=PLAIN, headers=header) == 1
     assert classes("?top_k=2", data=PLAIN, headers=header) == 2
-    assert classes(files={"file": PLAIN, "top_k": (None, "2")}, headers=header) == 2
+    form = {"file": PLAIN, "top_k": (None, "2")}
+    assert classes(files=form, headers=header) == 2
+    assert classes("?top_k=1", files=form) == 2
     header = {"X-Model-Version": "9"}
     url = f"{gateway.url}/predict"
     assert requests.post(url, data=PLAIN, headers=header, timeout=60).status_code == 404

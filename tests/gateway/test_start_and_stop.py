@@ -1,22 +1,22 @@
 """Starting, refusing to start, and stopping."""
 
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests import ROOT
+from handler.errors import SetupError
+from service.gateway import process
+from service.logs import Log
+from service.options import parse_serve
+from service.plan import plan_service
+from service.serving import prepare
 from tests.gateway.clients import SMALL
-from tests.gateway.conftest import Served
-from tests.gateway.running import COMMAND, Load, kill, refused, running, settings
-from tests.processes import free_port, wait_for
-from tests.server.serving import environment, serving
+from tests.gateway.conftest import Served, serving_with_gateway
+from tests.gateway.running import kill, refused, running, settings
+from tests.load import Load
+from tests.processes import alive, wait_for
 
 
 @pytest.mark.parametrize(
@@ -44,34 +44,17 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         assert f"127.0.0.1:{port}" in refused(tmp_path, {"GATEWAY_PORT": str(port)})
 
 
-def test_serve_without_nginx_says_so_first(tmp_path: Path, colours: list[str]) -> None:
-    """On a machine without nginx: a copy of the repository that looks in no folder for it."""
-    for name in ("handler", "service", "scripts", "config.properties", "examples"):
-        path = ROOT / name
-        shutil.copytree(path, tmp_path / name) if path.is_dir() else shutil.copy(path, tmp_path)
-    gateway = tmp_path / "service" / "gateway" / "process.py"
-    gateway.write_text(gateway.read_text().replace('"/usr/sbin"', '"/nowhere"'))
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, tmp_path / "scripts" / "serve.py", *colours, "--gateway"],
-        env=environment(tmp_path, {"PATH": str(programs), "PYTHONPATH": str(tmp_path)}),
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert done.stderr == (
-        "error: the gateway needs nginx: apt-get install nginx libnginx-mod-http-lua lua-cjson\n"
-    )
-    assert time.monotonic() - started < 60
+def test_serve_without_nginx_says_so_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PLACES", ())
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("TS_MODEL_STORE", str(tmp_path / "store"))
+    with pytest.raises(SetupError, match="the gateway needs nginx: apt-get install"):
+        prepare(plan_service(parse_serve(["--gateway"])), Log("json"))
+    assert not (tmp_path / "store").exists(), "nothing has been packaged"
 
 
 def test_the_gateway_ends_when_nginx_does(tmp_path: Path) -> None:
-    port = free_port()
-    with running(tmp_path, {"GATEWAY_PORT": str(port)}) as gateway:
+    with running(tmp_path, {}) as gateway:
         nginx, *_ = psutil.Process(gateway.process.pid).children()
         children = nginx.children()
         nginx.kill()
@@ -82,30 +65,22 @@ def test_the_gateway_ends_when_nginx_does(tmp_path: Path) -> None:
 
 
 def test_serve_ends_when_nginx_does(tmp_path: Path, colours: list[str], store: Path) -> None:
-    env = {"TS_MODEL_STORE": str(store)}
-    options = [*colours, "--gateway", "--gateway-port", str(free_port())]
-    with serving(tmp_path, *options, env=env) as server:
-        children = psutil.Process(server.process.pid).children()
+    with serving_with_gateway(tmp_path, colours, store) as served:
+        launcher = served.server.process
+        children = psutil.Process(launcher.pid).children()
         kill(next(child.pid for child in children if child.name() == "nginx"))
-        assert server.process.wait(60) == 1
-        assert "nginx ended with status -9" in server.text()
-        wait_for(lambda: not [child for child in children if child.is_running()])
+        assert launcher.wait(60) == 1
+        assert "nginx ended with status -9" in served.server.text()
+        wait_for(lambda: not alive(children))
 
 
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     folder = tmp_path / "tmp"
     folder.mkdir()
-    env = environment(tmp_path, {"TMPDIR": str(folder), "GATEWAY_PORT": str(free_port())})
-    process = subprocess.Popen(COMMAND, env=env, stderr=subprocess.PIPE, text=True)
-    try:
-        assert process.stderr is not None
-        assert "Gateway on" in process.stderr.readline()
+    with running(tmp_path, {"TMPDIR": str(folder)}) as gateway:
         assert list(folder.iterdir())
-        process.terminate()
-        assert process.wait(30) == 0
+        assert gateway.stop() == 0
         assert not list(folder.iterdir())
-    finally:
-        process.kill()
 
 
 def test_stopping_the_gateway_loses_no_accepted_request(gateway: Served, tmp_path: Path) -> None:
@@ -122,18 +97,14 @@ def test_serve_with_gateway_stops_gracefully(
     tmp_path: Path, colours: list[str], store: Path
 ) -> None:
     """First the gateway, then TorchServe: what was taken in is answered, and all is in the log."""
-    port = free_port()
-    env = {"TS_MODEL_STORE": str(store), "GATEWAY_RATE": "0"}
-    options = [*colours, "--gateway", "--gateway-port", str(port)]
-    with serving(tmp_path, *options, env=env) as server:
+    with serving_with_gateway(tmp_path, colours, store) as served:
+        server = served.server
         started = psutil.Process(server.process.pid).children(recursive=True)
-        with Load(f"http://127.0.0.1:{port}/predict", SMALL, clients=16) as load:
+        with Load(f"{served.url}/predict", SMALL, clients=16) as load:
             load.wait(200)
-            server.process.send_signal(signal.SIGTERM)
+            server.process.terminate()
             assert server.process.wait(60) == 0
-        taken = server.log("gateway")
-        handled = server.log("request")
-        assert not [child for child in started if child.is_running()]
-    assert {line["status"] for line in taken} == {200}
-    assert {line["request_id"] for line in taken} == load.answered
-    assert {line["request_id"] for line in handled} == load.answered
+        assert not alive(started)
+    assert {line["status"] for line in server.log("gateway")} == {200}
+    for event in ("gateway", "request"):
+        assert {line["request_id"] for line in server.log(event)} == load.answered

@@ -1,9 +1,10 @@
-"""Servers that stand in for TorchServe, with one answer to everything."""
+"""Servers that stand in for TorchServe."""
 
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def answer_of(
@@ -20,9 +21,13 @@ def answer_of(
 
 
 @contextmanager
-def torchserve_that(answer: bytes | None) -> Iterator[str]:
-    """A server that gives this answer to everything, or, with None, never one."""
+def torchserve_that(answer: bytes | None, seen: list[bytes] | None = None) -> Iterator[str]:
+    """A server that gives this answer to everything, or, with None, never one.
+
+    What it was sent is added to `seen`.
+    """
     held = ExitStack()
+    received = [] if seen is None else seen
 
     def serve() -> None:
         while True:
@@ -33,7 +38,7 @@ def torchserve_that(answer: bytes | None) -> Iterator[str]:
             held.enter_context(connection)
             if answer is not None:
                 with suppress(OSError):  # the client is gone
-                    connection.recv(65536)
+                    received.append(connection.recv(65536))
                     connection.sendall(answer)
                     connection.shutdown(socket.SHUT_WR)
 
@@ -46,4 +51,33 @@ def torchserve_that(answer: bytes | None) -> Iterator[str]:
             yield f"127.0.0.1:{listener.getsockname()[1]}"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+@contextmanager
+def http_server(
+    body_of: Callable[[BaseHTTPRequestHandler], bytes], address: tuple[str, int] = ("127.0.0.1", 0)
+) -> Iterator[int]:
+    """A server that answers 200 with this body, each request in a thread; gives its port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = body_of(self)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815 - the name is http.server's
+
+        def log_message(self, *args: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer(address, Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
             thread.join()

@@ -1,9 +1,9 @@
 """A real Prometheus (Debian's package `prometheus`) beside the real service, both ended always."""
 
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import requests
 import yaml
 
-from tests import ROOT
+from tests import ROOT, skip
 from tests.processes import free_port, wait_for
 from tests.server.serving import Server, serving
 
@@ -49,10 +49,7 @@ def binary(name: str) -> str:
     """The path of a program of Debian's package; without it the test is skipped, with a reason."""
     path = shutil.which(name)
     if path is None:
-        reason = f"{name} is not installed (apt-get install prometheus)"
-        if os.environ.get("REQUIRE_EVERYTHING"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+        skip(f"{name} is not installed (apt-get install prometheus)")
     return path
 
 
@@ -70,13 +67,6 @@ def service(
     env = {"TS_MODEL_STORE": str(store), "CLASSIFIER_CACHE_BYTES": "100000"}
     with serving(tmp_path_factory.mktemp("service"), *colours, env=env) as server:
         yield server
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return requests.get(f"{url}/-/ready", timeout=5).ok
-    except requests.RequestException:
-        return False
 
 
 @pytest.fixture(scope="session")
@@ -101,9 +91,15 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
             stdout=log,
             stderr=subprocess.STDOUT,
         )
+    prometheus = Prometheus(f"http://{address}")
+
+    def is_ready() -> bool:
+        with suppress(requests.ConnectionError):
+            return requests.get(f"{prometheus.url}/-/ready", timeout=5).ok
+        return False
+
     try:
-        prometheus = Prometheus(f"http://{address}")
-        wait_for(lambda: is_ready(prometheus.url), 60, (folder / "log").read_text)
+        wait_for(is_ready, 60, (folder / "log").read_text)
         prometheus.wait('up{job="classifier"} == 1')
         yield prometheus
     finally:

@@ -5,14 +5,10 @@ import math
 import os
 import re
 import signal
-import threading
 import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import count
 
 import pytest
 import requests
@@ -20,6 +16,7 @@ import yaml
 
 from handler.metrics import FAMILIES, OUTCOMES, STAGE, STAGES, STATUSES
 from tests.drawing import encode, noise
+from tests.load import Load
 from tests.monitoring.conftest import MONITORING, Prometheus
 from tests.monitoring.test_rules import ALERTS, DASHBOARD, PANELS
 from tests.server.colours import LABELS, encoded
@@ -28,6 +25,7 @@ from tests.server.serving import Server
 TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 BOUNDS = FAMILIES[STAGE].bounds
 CLIENTS = 2
+BODY = encode(noise((1600, 1200)), "JPEG")  # large: the work outweighs the way there
 LOAD_SECONDS = 15
 
 # Named in rules and panels, and not on the page of a machine without a GPU.
@@ -38,61 +36,17 @@ GPU_METRICS = {
 }
 
 
-@dataclass
-class Answered:
-    """One request as its client saw it."""
-
-    status: int
-    request_id: str
-    seconds: float
-    end: float  # time.time()
-
-
-@dataclass
-class Load:
-    """Clients that ask again and again, each on a connection of its own."""
-
-    answers: list[Answered] = field(default_factory=list)
-    stop: threading.Event = field(default_factory=threading.Event)
-
-    def ask(self, url: str, body: bytes) -> None:
-        with requests.Session() as session:
-            session.trust_env = False
-            for number in count():
-                if self.stop.is_set():
-                    return
-                start = time.time()
-                headers = {"X-Request-Start": f"t={start:.3f}", "traceparent": TRACE}
-                try:
-                    # What follows an image's end is ignored, and makes it one that is not cached.
-                    image = body + str(number).encode()
-                    response = session.post(url, data=image, headers=headers, timeout=60)
-                except requests.ConnectionError:  # an answer of 500 closes the connection
-                    continue
-                end = time.time()
-                request_id = response.headers.get("x-request-id", "")
-                self.answers.append(Answered(response.status_code, request_id, end - start, end))
-
-    def run(self, url: str, seconds: float) -> None:
-        # Large, so that the work outweighs the way there.
-        bodies = [encode(noise((1600, 1200), seed=seed), "JPEG") for seed in range(CLIENTS)]
-        with ThreadPoolExecutor(CLIENTS) as pool:
-            jobs = [pool.submit(self.ask, url, body) for body in bodies]
-            time.sleep(seconds)
-            self.stop.set()
-            for job in jobs:
-                job.result()
-
-
 @pytest.fixture(scope="module")
 def load(service: Server, prometheus: Prometheus) -> Load:
     """Some seconds of load, all of it scraped."""
-    load = Load()
-    load.run(service.predictions, LOAD_SECONDS)
+    with Load(service.predictions, BODY, CLIENTS) as load:
+        time.sleep(LOAD_SECONDS)
     # One of each kind that rules and panels ask for. The last is TorchServe's own 500.
     for label in LABELS:
         requests.post(service.predictions, data=encoded(label), timeout=30)
     assert requests.post(service.predictions, data=b"no image", timeout=30).status_code == 400
+    files = {"file1": encoded("red", "PNG"), "file2": b"%PDF-"}
+    assert requests.post(service.predictions, files=files, timeout=30).status_code == 200
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     for _ in range(3):
         broken = requests.post(service.predictions, data=b"%zz=%", headers=form, timeout=30)
@@ -147,12 +101,14 @@ def test_series_that_matter_are_there_at_0(prometheus: Prometheus, load: Load) -
 
 
 def test_counts_are_those_of_the_clients(prometheus: Prometheus, load: Load) -> None:
-    assert {answer.status for answer in load.answers} == {200}
-    assert prometheus.value('classifier_requests_total{status="200"}') == len(load.answers) + 3
+    assert load.failures == []
+    assert prometheus.value('classifier_requests_total{status="200"}') == load.total + 4
     assert prometheus.value('classifier_requests_total{status="400"}') == 1
-    assert prometheus.value('classifier_images_total{outcome="UnreadableImage"}') == 1
-    assert prometheus.value('classifier_stage_seconds_count{stage="queue"}') == len(load.answers)
-    assert prometheus.value("sum(ts_inference_requests_total)") >= len(load.answers) + 4
+    assert prometheus.value('classifier_images_total{outcome="success"}') == load.total + 4
+    for error in ("UnreadableImage", "UnsupportedFormat"):
+        assert prometheus.value(f'classifier_images_total{{outcome="{error}"}}') == 1
+    assert prometheus.value('classifier_stage_seconds_count{stage="queue"}') == load.total
+    assert prometheus.value("sum(ts_inference_requests_total)") >= load.total + 5
     assert prometheus.value("Requests5XX") == 3
 
 
@@ -176,7 +132,7 @@ def test_percentiles_are_those_of_the_log(
         ((line["queue_ms"] or 0) + line["total_ms"]) / 1000 for line in service.log("request")
     ]
     expr = f'histogram_quantile({q}, sum by (le) ({STAGE}_bucket{{stage="response"}}))'
-    assert len(logged) == len(load.answers) + 4
+    assert len(logged) == load.total + 5
     assert bucket(prometheus.value(expr)) == bucket(quantile(logged, q))
 
 
@@ -194,29 +150,33 @@ def test_a_request_can_be_followed(service: Server, load: Load) -> None:
     """By the id in its answer and header, and by the client's trace."""
     response = requests.post(
         service.predictions,
-        data=encoded("red"),
+        files={"file": encoded("blue")},
         headers={"traceparent": TRACE, "Authorization": "Bearer secret-key"},
         timeout=30,
     )
     request_id = response.headers["x-request-id"]
     assert response.json()["metadata"]["request_id"] == request_id
-    assert service.request_line(request_id)["traceparent"] == TRACE
+    line = service.request_line(request_id)
+    seen = {"traceparent": TRACE, "model": "mobilenet_v2", "status": 200, "top_class": "blue"}
+    assert line == line | seen
+    stages = line["preprocess_ms"], line["inference_ms"], line["postprocess_ms"]
+    assert line["total_ms"] >= max(stages) >= min(stages) > 0
     assert "secret-key" not in service.text()
-    assert {line["traceparent"] for line in service.log("request")} <= {TRACE, None}
 
 
 def test_every_line_of_the_log_is_json(service: Server, load: Load) -> None:
-    """TorchServe's, Java's and the launcher's as well."""
-    events = Counter[str]()
+    """TorchServe's, Java's and the launcher's as well; none but ours and warnings is written."""
+    seen = Counter[str]()
     for line in service.text().splitlines():
         facts = json.loads(line)
         assert {"time", "level", "event"} <= set(facts)
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", facts["time"])
         assert facts["level"] in ("INFO", "WARNING", "ERROR")
-        events[facts["event"]] += 1
-    assert events["ready"] == 1
-    assert events["model_ready"] == 2
-    assert events["java"] >= 1
-    assert events["request"] >= len(load.answers)
+        seen[facts["event"]] += 1
+    assert set(seen) <= {"java", "torchserve", "model_ready", "ready", "request"}
+    assert (seen["ready"], seen["model_ready"]) == (1, 2)
+    assert seen["java"] >= 1
+    assert seen["request"] >= load.total
 
 
 def test_rules_are_evaluated_without_errors(prometheus: Prometheus, load: Load) -> None:
@@ -275,22 +235,16 @@ def test_counters_survive_a_killed_worker(
     starts = prometheus.value("sum(classifier_worker_starts_total)")
     logged_before = len(service.log("request"))
     victim = min(service.worker_pids())
-    more = Load()
-
-    def kill() -> None:
+    with Load(service.predictions, BODY, CLIENTS) as more:
         time.sleep(4)
         os.kill(victim, signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    more.run(service.predictions, 8)
-    killer.join()
+        time.sleep(4)
     prometheus.wait(f"sum(classifier_worker_starts_total) == {starts + 1}", 60)
     prometheus.wait("classifier:workers:fresh == 2", 60)
     time.sleep(3)
     after = prometheus.value('classifier_requests_total{status="200"}')
     good = [answer for answer in more.answers if answer.status == 200]
-    assert {answer.status for answer in more.answers} <= {200, 500, 507}
+    assert set(more.statuses) <= {0, 200, 500, 507}  # 500 closes the connection
     logged = [line for line in service.log("request")[logged_before:] if line["status"] == 200]
     assert len(logged) >= len(good)
     killed = max(

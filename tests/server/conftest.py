@@ -1,11 +1,10 @@
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import ROOT
+from tests import ROOT, skip
 from tests.server.serving import Server, serving
 
 SHARED = ROOT.parent / "shared"
@@ -25,8 +24,8 @@ def server(
     tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path
 ) -> Iterator[Server]:
     """Two workers that know three colours."""
-    beside = {"CLASSIFIER_PORT": "tcp://10.0.0.1:80"}  # a Kubernetes Service of that name
-    env = beside | {"TS_MODEL_STORE": str(store)}
+    service = "tcp://10.0.0.1:80"  # as Kubernetes tells of a Service named `classifier`
+    env = {"TS_MODEL_STORE": str(store), "CLASSIFIER_PORT": service}
     with serving(tmp_path_factory.mktemp("server"), *colours, env=env) as server:
         yield server
 
@@ -35,7 +34,5 @@ def server(
 def shared() -> Path:
     """Real weights and labelled images, which lie beside a checkout and are not part of it."""
     if not SHARED.is_dir():
-        if os.environ.get("REQUIRE_EVERYTHING"):
-            pytest.fail(f"{SHARED.name}/ is missing beside the checkout")
-        pytest.skip("no real weights and images beside this checkout")
+        skip(f"{SHARED.name}/, with real weights and images, is missing beside the checkout")
     return SHARED

@@ -1,6 +1,5 @@
 """The real ./scripts/serve in a process of its own, on free ports, always ended."""
 
-import json
 import os
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 from zipfile import ZipFile
 
@@ -15,7 +15,7 @@ import psutil
 import requests
 
 from tests import ROOT
-from tests.processes import free_ports, wait_for
+from tests.processes import events, free_ports, line_of, wait_for
 
 SERVE = [sys.executable, str(ROOT / "scripts" / "serve.py")]
 READY_SECONDS = 180
@@ -93,18 +93,10 @@ class Server:
 
     def log(self, event: str) -> list[dict[str, Any]]:
         """The JSON lines of one kind so far."""
-        lines = [json.loads(line) for line in self.text().splitlines() if line.startswith("{")]
-        return [line for line in lines if line["event"] == event]
+        return events(self.text(), event)
 
     def request_line(self, request_id: str) -> dict[str, Any]:
-        """The line of one request, which is written when its answer has been sent."""
-
-        def lines() -> list[dict[str, Any]]:
-            return [line for line in self.log("request") if line["request_id"] == request_id]
-
-        wait_for(lines, 10, lambda: f"no line of {request_id} in the log")
-        [line] = lines()
-        return line
+        return line_of(request_id, lambda: self.log("request"))
 
     def java(self) -> psutil.Process:
         """TorchServe's own process."""
@@ -127,6 +119,10 @@ def environment(folder: Path, extra: Mapping[str, str] | None = None) -> dict[st
     return kept | offline | {"TS_MODEL_STORE": str(folder / "store")} | dict(extra or {})
 
 
+def port_options(ports: Mapping[str, int]) -> list[str]:
+    return [f"--{name}={port}" for name, port in ports.items()]
+
+
 @contextmanager
 def serving(
     folder: Path,
@@ -140,9 +136,7 @@ def serving(
     `under` is a command that executes the one that follows it, such as nice.
     """
     ports = free_ports()
-    command = [*under, *SERVE, *options]
-    for name, port in ports.items():
-        command += [f"--{name}", str(port)]
+    command = [*under, *SERVE, *options, *port_options(ports)]
     server = Server(command, environment(folder, env), ports, folder / "output.log", model)
     try:
         server.start()
@@ -151,17 +145,27 @@ def serving(
         server.end()
 
 
-def package(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
-    """Make the archive that ./scripts/serve is then asked for."""
-    command = [sys.executable, str(ROOT / "scripts" / "package.py"), *options]
-    done = subprocess.run(
-        command,
+def run_script(
+    name: str,
+    folder: Path,
+    *argv: str,
+    env: Mapping[str, str] | None = None,
+    timeout: float = READY_SECONDS,
+) -> subprocess.CompletedProcess[str]:
+    """A command of scripts/ that ends by itself."""
+    return subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{name}.py", *argv],
         env=environment(folder, env),
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=timeout,
         check=False,
     )
+
+
+def package(folder: Path, *options: str, env: Mapping[str, str] | None = None) -> None:
+    """Make the archive that ./scripts/serve is then asked for."""
+    done = run_script("package", folder, *options, env=env, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -174,15 +178,19 @@ def copy_changed(store: Path, folder: Path, more: Mapping[str, str]) -> None:
                 new.writestr(item, old.read(item) + more.get(item.filename, "").encode())
 
 
-def run_serve(
-    folder: Path, *options: str, env: Mapping[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """./scripts/serve that is expected to end by itself."""
-    return subprocess.run(
-        [*SERVE, *options],
-        capture_output=True,
-        text=True,
-        timeout=READY_SECONDS,
-        env=environment(folder, env),
-        check=False,
-    )
+def copy_with_engine(store: Path, folder: Path, change: str, more: Mapping[str, str] = {}) -> None:
+    """Copy archives likewise; `change` is the body of a function that plays with the engine."""
+    played = f"""
+
+import os
+import time
+
+_load_engine = load_engine
+
+
+def load_engine(*args, **kwargs):
+    engine = _load_engine(*args, **kwargs)
+{indent(change, "    ")}
+    return engine
+"""
+    copy_changed(store, folder, {"handler/engines.py": played, **more})

@@ -2,51 +2,31 @@
 
 import os
 import signal
-import threading
 import time
 from pathlib import Path
 
 import requests
 
+from tests.load import Load
 from tests.processes import wait_for
 from tests.server.colours import encoded
-from tests.server.serving import Server, copy_changed, serving
+from tests.server.serving import Server, copy_with_engine, serving
 
 NOTICED_SECONDS = 40  # some 12 on a quiet machine; TorchServe itself takes responseTimeout, 120 s
 PAUSE_SECONDS = 15  # more than a worker may be silent
 READY_AGAIN_SECONDS = 120
 
-# Appended to the archive's engines.py: native code that has released Python's lock and does not
-# return, while a file says so.
-PLAY = """
+# Native code that has released Python's lock and does not return, while a file says so.
+HANG = """
+launch = engine.launch
 
-import os
-import time
+def hang(images):
+    while os.path.exists(os.environ["HANG"]):
+        time.sleep(0.1)
+    return launch(images)
 
-_load_engine = load_engine
-
-
-def load_engine(*args, **kwargs):
-    engine = _load_engine(*args, **kwargs)
-    launch = engine.launch
-
-    def hang(images):
-        while os.path.exists(os.environ["HANG"]):
-            time.sleep(0.1)
-        return launch(images)
-
-    engine.launch = hang
-    return engine
+engine.launch = hang
 """
-
-
-def ask_until(server: Server, stop: threading.Event, seen: list[tuple[int, float]]) -> None:
-    """One request after another: status and seconds of each."""
-    with requests.Session() as session:
-        while not stop.is_set():
-            reply = session.post(server.predictions, data=encoded("red"), timeout=130)
-            seen.append((reply.status_code, reply.elapsed.total_seconds()))
-            time.sleep(0.05)
 
 
 def wait_until_replaced(server: Server, pid: int) -> None:
@@ -71,24 +51,14 @@ def test_a_worker_that_was_stopped_is_replaced(
         time.sleep(3)
         assert server.worker_pids() == before
 
-        stop, seen = threading.Event(), list[tuple[int, float]]()
-        clients = [threading.Thread(target=ask_until, args=(server, stop, seen)) for _ in range(4)]
-        for client in clients:
-            client.start()
-        try:
-            time.sleep(2)
-            hung = min(before)
+        hung = min(before)
+        with Load(server.predictions, encoded("red"), clients=4, pause=0.05) as load:
+            load.wait(20)
             os.kill(hung, signal.SIGSTOP)
             wait_until_replaced(server, hung)
-        finally:
-            stop.set()
-            for client in clients:
-                client.join()
-
-        assert max(seconds for _, seconds in seen) < NOTICED_SECONDS
-        failed = [status for status, _ in seen if status != 200]
-        assert 1 <= len(failed) <= 4, "what it had in hand, and no more"
-        assert set(failed) <= {500, 507}
+        assert max(answer.seconds for answer in load.answers) < NOTICED_SECONDS
+        assert 1 <= len(load.failures) <= 4, "what it had in hand, and no more"
+        assert set(load.statuses) <= {200, 500, 507}
         [line] = server.log("worker_hung")
         assert (line["pid"], line["model"], line["level"]) == (hung, "mobilenet_v2", "ERROR")
         assert max(before) in server.worker_pids()
@@ -100,8 +70,8 @@ def test_a_worker_that_was_stopped_is_replaced(
 def test_a_worker_whose_model_never_returns_is_replaced(
     tmp_path: Path, colours: list[str], store: Path
 ) -> None:
-    more = {"handler/engines.py": PLAY, "handler/pulse.py": "\nMIN_PATIENCE_SECONDS = 3.0\n"}
-    copy_changed(store, tmp_path, more)
+    impatient = {"handler/pulse.py": "\nMIN_PATIENCE_SECONDS = 3.0\n"}
+    copy_with_engine(store, tmp_path, HANG, impatient)
     switch = tmp_path / "hang"
     options = (*colours, "--precision", "fp32")
     with serving(tmp_path, *options, env={"HANG": str(switch)}) as server:

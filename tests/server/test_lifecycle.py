@@ -1,6 +1,5 @@
 """Starting, refusing to start, and stopping."""
 
-import json
 import pickle
 import shutil
 import signal
@@ -8,7 +7,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -22,8 +20,16 @@ import torchvision
 import tests.server.serving
 from tests import ROOT
 from tests.drawing import encode, plain
-from tests.processes import alive, free_ports, wait_for
-from tests.server.serving import SERVE, copy_changed, environment, run_serve, serving
+from tests.load import Load
+from tests.processes import alive, events, free_ports, wait_for
+from tests.server.serving import (
+    SERVE,
+    copy_changed,
+    environment,
+    port_options,
+    run_script,
+    serving,
+)
 
 
 class Payload:
@@ -44,20 +50,13 @@ def two_classes(folder: Path) -> list[str]:
     return ["--model", "squeezenet1_1", "--weights", str(weights), "--labels", str(labels)]
 
 
-def port_options() -> list[str]:
-    return [word for name, port in free_ports().items() for word in (f"--{name}", str(port))]
-
-
 def refused(folder: Path, *options: str, env: dict[str, str] | None = None) -> str:
     """The one line that ./scripts/serve ends with; it must end with 2 before Java starts."""
-    done = run_serve(folder, *port_options(), *options, env=env)
-    assert done.returncode == 2, done.stderr
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("usage:")]
-    lines = [line for line in lines if not line.startswith(("  ", "Downloading "))]
-    assert len(lines) == 1, done.stderr
-    assert "Traceback" not in done.stderr
-    assert not done.stdout
-    return lines[0]
+    done = run_script("serve", folder, *port_options(free_ports()), *options, env=env)
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
+    beside = ("usage:", "  ", "Downloading ")
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith(beside)]
+    return line
 
 
 @pytest.mark.parametrize(
@@ -80,25 +79,6 @@ def test_a_mistake_is_one_clear_line(
     line = refused(tmp_path, *options, env=env)
     for word in words:
         assert word in line
-
-
-def test_a_typo_in_config_properties_is_named(tmp_path: Path) -> None:
-    """Run from a copy of the repository, because the file is part of it."""
-    for name in ("handler", "service", "scripts"):
-        shutil.copytree(ROOT / name, tmp_path / name)
-    text = (ROOT / "config.properties").read_text()
-    (tmp_path / "config.properties").write_text(text.replace("metrics_mode=", "metric_mode="))
-    done = subprocess.run(
-        [sys.executable, tmp_path / "scripts" / "serve.py"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=environment(tmp_path) | {"PYTHONPATH": str(tmp_path)},
-    )
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: config.properties, line ")
-    assert "'metric_mode' is not a TorchServe setting" in done.stderr
 
 
 def test_a_taken_port_is_named_before_java_starts(tmp_path: Path) -> None:
@@ -138,30 +118,11 @@ def test_paths_of_any_name_in_the_locale_c(tmp_path: Path, monkeypatch: pytest.M
             assert list(Path(temporary).glob("torchserve-*"))
 
 
-def test_a_signal_stops_everything(tmp_path: Path, colours: list[str], store: Path) -> None:
-    env = {"TS_MODEL_STORE": str(store)}
-    with serving(tmp_path, *colours, "--workers", "1", env=env) as server:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        assert len(children) == 2, "Java and one worker"
-        folder = next(
-            word.split("=")[1]
-            for word in server.java().cmdline()
-            if word.startswith("-Djava.io.tmpdir=")
-        )
-        assert Path(folder).is_dir()
-        server.process.send_signal(signal.SIGINT)
-        assert server.process.wait(30) == 0
-        assert not alive(children)
-        assert not Path(folder).exists()
-        with socket.socket() as probe:
-            assert probe.connect_ex(("127.0.0.1", server.ports["port"])) != 0
-
-
 @contextmanager
 def starting(folder: Path, *options: str, env: Mapping[str, str]) -> Iterator[psutil.Popen]:
     """./scripts/serve in a process that ends at the latest after the test, and is silent."""
     process = psutil.Popen(
-        [*SERVE, *options, *port_options()],
+        [*SERVE, *options, *port_options(free_ports())],
         env=environment(folder, env),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -185,46 +146,41 @@ def test_a_signal_while_loading_stops_everything(
         assert not alive(children)
 
 
-def test_every_answered_request_is_in_the_log_after_a_stop(
+def test_a_signal_stops_everything_and_leaves_answered_requests_in_the_log(
     tmp_path: Path, colours: list[str], store: Path
 ) -> None:
     """log4j's shutdown hook would close the log before the workers are through."""
     body = (ROOT / "examples" / "clock.jpg").read_bytes()
-    answered: list[str] = []
-    ended = threading.Event()
-
-    def ask(url: str) -> None:
-        with suppress(requests.RequestException), requests.Session() as session:
-            while not ended.is_set():
-                response = session.post(url, data=body, timeout=10)
-                if response.status_code == 200:
-                    answered.append(response.headers["x-request-id"])
-
     with serving(tmp_path, *colours, env={"TS_MODEL_STORE": str(store)}) as server:
-        clients = [threading.Thread(target=ask, args=(server.predictions,)) for _ in range(8)]
-        for client in clients:
-            client.start()
-        wait_for(lambda: len(answered) > 50)
-        server.process.send_signal(signal.SIGTERM)
-        assert server.process.wait(30) == 0
-        ended.set()
-        for client in clients:
-            client.join()
-    logged = {line["request_id"] for line in server.log("request")}
-    assert set(answered) <= logged
+        children = psutil.Process(server.process.pid).children(recursive=True)
+        assert len(children) == 3, "Java and two workers"
+        option = "-Djava.io.tmpdir="
+        [temporary] = [word for word in server.java().cmdline() if word.startswith(option)]
+        folder = Path(temporary.removeprefix(option))
+        assert folder.is_dir()
+        with Load(server.predictions, body) as load:
+            load.wait(50)
+            server.process.send_signal(signal.SIGINT)
+            assert server.process.wait(30) == 0
+        assert not alive(children)
+        assert not folder.exists()
+    assert load.answered <= {line["request_id"] for line in server.log("request")}
 
 
 def is_running(child: psutil.Process, command: str) -> bool:
-    try:
+    with suppress(psutil.Error):  # it may have ended
         return command in " ".join(child.cmdline())
-    except psutil.Error:  # gone in the meantime
-        return False
+    return False
 
 
-@pytest.mark.parametrize("command", ["service.archive.packaging", "torch-model-archiver"])
-def test_a_signal_while_packaging_stops_everything(tmp_path: Path, command: str) -> None:
+def test_a_signal_while_packaging_stops_everything(tmp_path: Path) -> None:
+    def is_archiving() -> bool:
+        """The packaging process has started one of its own."""
+        children = process.children(recursive=True)
+        return any(is_running(child, "torch-model-archiver") for child in children)
+
     with starting(tmp_path, *two_classes(tmp_path), env={}) as process:
-        wait_for(lambda: any(is_running(c, command) for c in process.children(recursive=True)))
+        wait_for(is_archiving)
         children = process.children(recursive=True)
         process.terminate()
         assert process.wait(30) == 130
@@ -256,8 +212,9 @@ def test_a_model_that_cannot_load_ends_the_server(
 ) -> None:
     """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
     copy_changed(store, tmp_path, {"openvino.xml": "<"})
-    done = run_serve(tmp_path, *colours, "--workers", "1", *port_options())
+    options = [*colours, "--workers", "1", *port_options(free_ports())]
+    done = run_script("serve", tmp_path, *options)
     assert done.returncode == 1
     assert "mobilenet_v2 does not load" in done.stderr
-    failures = [json.loads(line) for line in done.stdout.splitlines() if "startup_failed" in line]
-    assert failures[0]["message"] == "openvino.xml in the archive cannot be loaded"
+    failure, *_ = events(done.stdout, "startup_failed")
+    assert failure["message"] == "openvino.xml in the archive cannot be loaded"

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 import requests
-from PIL import Image
 
 from handler.openvino_engine import has_bf16
-from tests.drawing import announced, encode, turned
+from tests.drawing import announced, turned
 from tests.server.colours import LABELS, encoded, picture
 from tests.server.serving import Server
 
@@ -188,16 +187,9 @@ def test_json_list_with_a_bad_image_is_partial(server: Server) -> None:
     response = post(server, json={"images": images})
     answer = response.json()
     assert (response.status_code, answer["status"]) == (200, "partial")
-    assert [result["status"] for result in answer["results"]] == [
-        "success",
-        "error",
-        "error",
-        "success",
-    ]
-    assert [result["type"] for result in answer["results"][1:3]] == [
-        "InvalidBase64",
-        "UnreadableImage",
-    ]
+    red, no_base64, no_image, blue = answer["results"]
+    assert (best(red), best(blue)) == ("red", "blue")
+    assert (no_base64["type"], no_image["type"]) == ("InvalidBase64", "UnreadableImage")
 
 
 def test_json_list_without_a_good_image_is_an_error(server: Server) -> None:
@@ -223,85 +215,32 @@ def test_version_in_the_path(server: Server) -> None:
     assert best(response.json()) == "green"
 
 
-def rotated(label: str) -> bytes:
-    """100 pixels wide and 300 high, and stored the other way round."""
-    return turned(picture(label, (100, 300)), 6, "JPEG")
-
-
-HUGE = announced("PNG", 20_000, 20_000)
-ODD_IMAGES = {
-    "grey": (lambda: encode(picture("red").convert("L")), 200, None),
-    "grey JPEG": (lambda: encode(picture("red").convert("L"), "JPEG"), 200, None),
-    "16-bit grey": (lambda: encode(Image.new("I;16", (64, 64), 40000)), 200, None),
-    "RGBA": (lambda: encode(picture("green").convert("RGBA")), 200, "green"),
-    "palette": (
-        lambda: encode(picture("blue").convert("P", palette=Image.Palette.ADAPTIVE)),
-        200,
-        "blue",
-    ),
-    "CMYK": (lambda: encode(picture("red").convert("CMYK"), "JPEG"), 200, "red"),
-    "EXIF-rotated": (lambda: rotated("green"), 200, "green"),
-    "animated": (
-        lambda: encode(picture("blue"), "GIF", save_all=True, append_images=[picture("red")]),
-        200,
-        "blue",
-    ),
-    "1x1": (lambda: encode(picture("red", (1, 1))), 200, "red"),
-    "20000x20000 header": (lambda: HUGE, 413, "TooManyPixels"),
-    "truncated": (lambda: encoded("red")[:-200], 400, "UnreadableImage"),
-    "empty": (lambda: b"", 400, "NoImage"),
-    "text": (lambda: b"hello", 400, "UnreadableImage"),
-    "HTML": (lambda: b"<!DOCTYPE html><html><body>no</body></html>", 415, "UnsupportedFormat"),
-    "SVG": (lambda: b'<svg xmlns="http://www.w3.org/2000/svg"/>', 415, "UnsupportedFormat"),
-    "PDF": (lambda: b"%PDF-1.7 ...", 415, "UnsupportedFormat"),
-    "TIFF": (lambda: encode(picture("red"), "TIFF"), 415, "UnsupportedFormat"),
-}
-
-
-@pytest.mark.parametrize("kind", ODD_IMAGES)
-def test_odd_image(server: Server, kind: str) -> None:
-    make, status, expected = ODD_IMAGES[kind]
-    response = post(server, data=make())
-    answer = response.json()
-    assert response.status_code == status
-    if status == 200:
-        assert expected is None or best(answer) == expected
-    else:
-        assert (answer["status"], answer["code"], answer["type"]) == ("error", status, expected)
-
-
 def test_exif_orientation_is_applied(server: Server) -> None:
-    answer = post(server, data=rotated("red")).json()
+    """100 pixels wide and 300 high, and stored the other way round."""
+    answer = post(server, data=turned(picture("red", (100, 300)), 6, "JPEG")).json()
     assert answer["metadata"]["image_size"] == [100, 300]
+    assert best(answer) == "red"
 
 
+RED = encoded("red")
+HUGE = announced("PNG", 20_000, 20_000)
+AS_JSON = {"Content-Type": "application/json"}
+AS_FORM = {"Content-Type": "multipart/form-data; boundary=x"}
+# Of each kind one: tests/unit/handler has the others.
 BAD_REQUESTS: dict[str, tuple[dict[str, Any], int, str]] = {
-    "top_k 0": ({"headers": {"X-Top-K": "0"}, "data": encoded("red")}, 400, "InvalidTopK"),
-    "top_k too large": ({"headers": {"X-Top-K": "4"}, "data": encoded("red")}, 400, "InvalidTopK"),
-    "top_k text": (
-        {"data": {"top_k": "many"}, "files": {"file": encoded("red")}},
-        400,
-        "InvalidTopK",
-    ),
-    "broken JSON": (
-        {"data": b'{"image": ', "headers": {"Content-Type": "application/json"}},
-        400,
-        "MalformedRequest",
-    ),
-    "JSON without an image": ({"json": {"top_k": 1}}, 400, "NoImage"),
-    "JSON list": ({"json": ["a"]}, 400, "MalformedRequest"),
-    "URL": ({"json": {"image": "http://127.0.0.1/cat.jpg"}}, 400, "InvalidBase64"),
-    "bad base64": ({"json": {"image": "%%%"}}, 400, "InvalidBase64"),
-    "unknown field": ({"json": {"image": "", "topk": 1}}, 400, "MalformedRequest"),
-    "unknown part": ({"files": {"picture": encoded("red")}}, 400, "MalformedRequest"),
-    "broken multipart": (
-        {"data": b"--x\r\n", "headers": {"Content-Type": "multipart/form-data; boundary=x"}},
-        400,
-        "MalformedRequest",
-    ),
-    "web form": ({"data": {"image": "abc"}}, 400, "MalformedRequest"),
-    "too many images": ({"json": {"images": ["YQ=="] * 33}}, 413, "TooManyImages"),
+    "empty": ({"data": b""}, 400, "NoImage"),
+    "truncated": ({"data": RED[:-200]}, 400, "UnreadableImage"),
+    "HTML": ({"data": b"<!DOCTYPE html><html><body>no"}, 415, "UnsupportedFormat"),
+    "too many pixels": ({"data": HUGE}, 413, "TooManyPixels"),
     "too many bytes": ({"data": bytes(10 * 2**20 + 1)}, 413, "ImageTooLarge"),
+    "too many images": ({"json": {"images": ["YQ=="] * 33}}, 413, "TooManyImages"),
+    "top_k": ({"data": RED, "headers": {"X-Top-K": "0"}}, 400, "InvalidTopK"),
+    "top_k of a form": ({"data": {"top_k": "4"}, "files": {"file": RED}}, 400, "InvalidTopK"),
+    "broken JSON": ({"data": b'{"image": ', "headers": AS_JSON}, 400, "MalformedRequest"),
+    "URL": ({"json": {"image": "http://127.0.0.1/cat.jpg"}}, 400, "InvalidBase64"),
+    "unknown part": ({"files": {"picture": RED}}, 400, "MalformedRequest"),
+    "broken multipart": ({"data": b"--x\r\n", "headers": AS_FORM}, 400, "MalformedRequest"),
+    "web form": ({"data": {"image": "abc"}}, 400, "MalformedRequest"),
 }
 
 
@@ -316,7 +255,7 @@ def test_bad_request(server: Server, kind: str) -> None:
         "type": type_name,
         "message": response.json()["message"],
     }
-    assert not re.search(r"/work|/tmp|0x|Traceback|\.py", response.json()["message"])
+    assert not re.search(r"/work|/tmp|\b0x|Traceback|\.py", response.json()["message"])
     assert response.status_code == status
 
 
@@ -330,8 +269,7 @@ def test_a_client_cannot_pass_for_a_describe_request(server: Server) -> None:
 
 
 def test_a_client_gets_no_info_with_a_broken_form(server: Server) -> None:
-    headers = {"describe": "True", "Content-Type": "multipart/form-data; boundary=x"}
-    response = post(server, data=b"--x", headers=headers)
+    response = post(server, data=b"--x", headers={"describe": "True", **AS_FORM})
     assert (response.status_code, response.json()["type"]) == (400, "MalformedRequest")
 
 
@@ -349,27 +287,17 @@ def test_concurrent_good_and_bad_requests(server: Server) -> None:
     """64 at once, a quarter of them garbage: each gets its own answer, and no worker restarts."""
     before = server.worker_pids()
     seen = len(server.log("request"))
-    garbage = [
-        (b"not an image", 400),
-        (b"%PDF-1.7", 415),
-        (HUGE, 413),
-        (encoded("red")[:-200], 400),
-    ]
-    jobs: list[tuple[bytes, int, str | None]] = []
-    for i in range(64):
-        if i % 4 == 3:
-            jobs.append((*garbage[i // 4 % len(garbage)], None))
-        else:
-            jobs.append((encoded(LABELS[i % 3]), 200, LABELS[i % 3]))
+    garbage = [(b"not an image", 400), (b"%PDF-1.7", 415), (HUGE, 413), (RED[:-200], 400)]
+    jobs: list[tuple[bytes, int | str]] = []
+    for i in range(16):
+        jobs += [(encoded(LABELS[(i + j) % 3]), LABELS[(i + j) % 3]) for j in range(3)]
+        jobs.append(garbage[i % len(garbage)])
 
-    def ask(job: tuple[bytes, int, str | None]) -> None:
-        body, status, label = job
-        response = post(server, data=body)
-        assert response.status_code == status
-        if label:
-            assert best(response.json()) == label
-        else:
-            assert response.json()["code"] == status
+    def ask(job: tuple[bytes, int | str]) -> None:
+        """A label is that of an answer, a number the code of an error."""
+        body, expected = job
+        answer = post(server, data=body).json()
+        assert expected == (best(answer) if "predictions" in answer else answer["code"])
 
     with ThreadPoolExecutor(64) as pool:
         assert len(list(pool.map(ask, jobs))) == 64

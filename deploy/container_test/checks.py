@@ -3,12 +3,11 @@
 import json
 import os
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
-from container_test.commands import Failed, check, run, say
-from container_test.container import EXAMPLE, NAME, READY_SECONDS, Container, command_line
+from container_test.commands import check, run, say, wait_until
+from container_test.container import EXAMPLE, NAME, READY_SECONDS, Container, inspect, is_worker
 from container_test.load import stop_under_load
 
 # What only CUDA's build of torch has, in site-packages.
@@ -22,9 +21,8 @@ def examine(folder: Path, image: str, stops: int, clients: int) -> dict[str, obj
     """All checks of an image; gives what was measured on the way."""
     facts = look_at_files(image)
     keys = folder / "keys"
-    made = run(
-        "podman", "run", "--rm", "--network=none", image, "scripts/gateway.py", "--new-key=test"
-    )
+    alone = ("podman", "run", "--rm", "--network=none")
+    made = run(*alone, image, "scripts/gateway.py", "--new-key=test")
     key, line = (text.split(":")[1].strip() for text in made.splitlines())
     keys.write_text(f"{line}\n")
     keys.chmod(0o644)
@@ -41,7 +39,7 @@ def examine(folder: Path, image: str, stops: int, clients: int) -> dict[str, obj
     container = Container.start(image, keys, key, read_only=False)
     container.predict()
     container.stop(remove=False)
-    layer = Path(run("podman", "inspect", "--format={{.GraphDriver.Data.UpperDir}}", NAME))
+    layer = Path(inspect("GraphDriver.Data.UpperDir"))
     # Besides /tmp: mount points, and files that podman makes.
     ours = {"dev", "etc", "proc", "run", "sys", "tmp"}
     changed = [path.name for path in layer.iterdir() if path.name not in ours]
@@ -77,43 +75,26 @@ def look_at_files(image: str) -> dict[str, object]:
         echo --- && cd /app/.venv/lib/python3*/site-packages
         du --apparent-size --block-size=1 --total --summarize {CUDA_ONLY} 2>/dev/null | tail -1
     """
-    found, cuda = run(
-        "podman",
-        "run",
-        "--rm",
-        "--network=none",
-        "--entrypoint=sh",
-        image,
-        "-c",
-        script,
-        check=False,
-    ).split("---")
-    check(
-        "no pip, no compiler, no package lists, nothing of /app writable", not found.split(), found
-    )
+    shell = ("podman", "run", "--rm", "--network=none", "--entrypoint=sh", image, "-c")
+    found, cuda = run(*shell, script, check=False).split("---")
+    what = "no pip, no compiler, no package lists, nothing of /app writable"
+    check(what, not found.split(), found)
     cuda_bytes = int(cuda.split()[0])
     estimate = size - cuda_bytes
     if cuda_bytes > 1e9:
         say("size with TORCH=cpu", f"{estimate / 1e9:.2f} GB, estimated: less what only CUDA needs")
-    return {
-        "size_bytes": size,
-        "cpu_size_bytes": estimate,
-        "cpu_size_is_estimate": cuda_bytes > 1e9,
-    }
+    is_estimate = cuda_bytes > 1e9
+    return {"size_bytes": size, "cpu_size_bytes": estimate, "cpu_size_is_estimate": is_estimate}
 
 
 def look_at_running(container: Container) -> dict[str, object]:
     """Health, an answer, no rights, and a killed worker; seconds and MiB."""
     say("ready", f"{container.ready_seconds:.1f} s after podman run")
     health = run("podman", "healthcheck", "run", NAME, check=False)
-    state = run("podman", "inspect", "--format={{.State.Health.Status}}", NAME)
-    check("HEALTHCHECK", state == "healthy", health)
+    check("HEALTHCHECK", inspect("State.Health.Status") == "healthy", health)
     answer = container.predict()
-    best = answer["predictions"][0]
-    say(
-        "prediction",
-        f"{best['class']} {best['confidence']}, weights {answer['metadata']['weights']}",
-    )
+    best, weights = answer["predictions"][0], answer["metadata"]["weights"]
+    say("prediction", f"{best['class']} {best['confidence']}, weights {weights}")
     status, body = container.ask("POST", "/predict", EXAMPLE.read_bytes())
     check("without a key 401", status == 401, body)
 
@@ -125,38 +106,22 @@ def look_at_running(container: Container) -> dict[str, object]:
     maps = [Path(f"/proc/{pid}/maps").read_text() for pid in processes]
     check("Java uses its class archive", any("java-classes.jsa" in text for text in maps), "maps")
     memory = sum(map(resident_kib, processes))
-    files = run(
-        "podman", "exec", NAME, "sh", "-c", "du --summarize --block-size=1K /tmp", check=False
-    )
+    files = container.shell("du --summarize --block-size=1K /tmp")
     say("memory", f"{memory / 1024:.0f} MiB in {len(processes)} processes, idle")
     say("files in /tmp", f"{int(files.split()[0]) / 1024:.0f} MiB")
 
-    written = run(
-        "podman", "exec", NAME, "sh", "-c", "touch /app/a /run/a /var/a /a; true", check=False
-    )
-    on_disk = run(
-        "podman", "exec", NAME, "sh", "-c", "ls /app/a /run/a /var/a /a; true", check=False
-    )
-    check("nothing but /tmp can be written", not on_disk, written + on_disk)
+    written = container.shell("touch /app/a /run/a /var/a /a; ls /app/a /run/a /var/a /a")
+    check("nothing but /tmp can be written", not written, written)
 
-    worker = next(
-        pid for pid, status in processes.items() if "model_service_worker" in command_line(pid)
-    )
-    os.kill(worker, 9)
-    deadline = time.monotonic() + READY_SECONDS
-    while True:
-        found = container.processes()
-        fresh = [
-            pid
-            for pid in found.keys() - processes.keys()
-            if "model_service_worker" in command_line(pid)
-        ]
-        if fresh and container.ask("GET", "/health")[0] == 200:
-            break
-        if time.monotonic() > deadline:
-            raise Failed("a killed worker does not come back")
-        time.sleep(0.5)
-    zombies = [status["Name"] for status in found.values() if status["State"].startswith("Z")]
+    os.kill(next(filter(is_worker, processes)), 9)
+
+    def is_back() -> bool:
+        fresh = container.processes().keys() - processes.keys()
+        return any(map(is_worker, fresh)) and container.is_healthy()
+
+    wait_until(is_back, READY_SECONDS, "a killed worker does not come back")
+    found = container.processes().values()
+    zombies = [status["Name"] for status in found if status["State"].startswith("Z")]
     check("a killed worker comes back and leaves no zombie", not zombies, zombies)
     return {
         "ready_seconds": round(container.ready_seconds, 1),

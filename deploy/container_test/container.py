@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from container_test.commands import ROOT, Failed, check, run
+from container_test.commands import ROOT, Failed, check, run, wait_until
 
 EXAMPLE = ROOT / "examples" / "clock.jpg"
 NAME = f"classifier-test-{os.getpid()}"
@@ -44,14 +44,18 @@ class Container:
             *(("--read-only", "--read-only-tmpfs=false") if read_only else ()),
             *("--volume", f"{keys}:/run/keys:ro", "--env=GATEWAY_KEYS=/run/keys", *options, image),
         )
-        pid = int(run("podman", "inspect", "--format={{.State.Pid}}", NAME))
-        container = cls(key, pid)
-        while container.ask("GET", "/health")[0] != 200:
-            running = run("podman", "inspect", "--format={{.State.Running}}", NAME) == "true"
-            if not running or time.monotonic() > started + READY_SECONDS:
-                print(run("podman", "logs", NAME, check=False), file=sys.stderr)
-                raise Failed("the container does not become ready")
-            time.sleep(0.2)
+        container = cls(key, int(inspect("State.Pid")))
+
+        def is_ready() -> bool:
+            if inspect("State.Running") != "true":
+                raise Failed("the container has ended")
+            return container.is_healthy()
+
+        try:
+            wait_until(is_ready, READY_SECONDS, "the container does not become ready")
+        except Failed:
+            print(run("podman", "logs", NAME, check=False), file=sys.stderr)
+            raise
         container.ready_seconds = time.monotonic() - started
         return container
 
@@ -81,16 +85,20 @@ class Container:
         thread.join()
         return found[-1]
 
+    def is_healthy(self) -> bool:
+        return self.ask("GET", "/health")[0] == 200
+
+    def shell(self, script: str) -> str:
+        """stdout of commands in the container, whatever their status."""
+        return run("podman", "exec", NAME, "sh", "-c", script, check=False)
+
     def predict(self) -> Any:
         """The answer to the example, whose five classes are in order."""
         status, body = self.ask("POST", "/predict", EXAMPLE.read_bytes(), self.key)
         answer = json.loads(body)
         confidences = [entry["confidence"] for entry in answer["predictions"]]
-        check(
-            "a prediction",
-            status == 200 and len(confidences) == 5 and confidences == sorted(confidences)[::-1],
-            body,
-        )
+        in_order = len(confidences) == 5 and confidences == sorted(confidences)[::-1]
+        check("a prediction", status == 200 and in_order, body)
         return answer
 
     def stop(self, remove: bool = True) -> float:
@@ -98,7 +106,7 @@ class Container:
         started = time.monotonic()
         run("podman", "stop", f"--time={STOP_SECONDS}", NAME)
         took = time.monotonic() - started
-        status = run("podman", "inspect", "--format={{.State.ExitCode}}", NAME)
+        status = inspect("State.ExitCode")
         if status != "0":
             print(run("podman", "logs", NAME, check=False), file=sys.stderr)
             raise Failed(f"the container ended with status {status} after {took:.1f} s")
@@ -120,9 +128,13 @@ class Container:
         return found
 
 
-def command_line(pid: int) -> str:
-    """The command line of a process; empty if the process is gone."""
+def inspect(field: str) -> str:
+    return run("podman", "inspect", f"--format={{{{.{field}}}}}", NAME)
+
+
+def is_worker(pid: int) -> bool:
+    """Whether it is one of TorchServe's workers; false if the process is gone."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+        return b"model_service_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
-        return ""
+        return False

@@ -5,6 +5,7 @@ import json
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from container_test.commands import Failed, run
@@ -67,23 +68,18 @@ class Load:
 def stop_under_load(container: Container, clients: int) -> tuple[Counter[str], float]:
     """What became of the requests, and the seconds until the container had ended."""
     load = Load(container)
-    threads = [
-        threading.Thread(target=load.client, args=(number % 2 == 0,)) for number in range(clients)
-    ]
-    for thread in threads:
-        thread.start()
-    time.sleep(LOAD_SECONDS)
-    took = container.stop(remove=False)
-    for thread in threads:
-        thread.join()
-    events = [
-        json.loads(line) for line in run("podman", "logs", NAME).splitlines() if line[:1] == "{"
-    ]
+    with ThreadPoolExecutor(clients) as pool:
+        jobs = [pool.submit(load.client, number % 2 == 0) for number in range(clients)]
+        time.sleep(LOAD_SECONDS)
+        took = container.stop(remove=False)
+    for job in jobs:
+        job.result()  # raises what a client has raised
+    lines = run("podman", "logs", NAME).splitlines()
     run("podman", "rm", NAME)
+    events = [json.loads(line) for line in lines if line[:1] == "{"]
     taken = sum(event["event"] == "gateway" and event["path"] == "/predict" for event in events)
-    answered = sum(
-        n for what, n in load.outcomes.items() if what.startswith(("answered", "status"))
-    )
+    with_answer = ("answered", "status")
+    answered = sum(n for what, n in load.outcomes.items() if what.startswith(with_answer))
     # So what was closed while idle had not been taken in.
     if not taken == answered > 0:
         raise Failed(f"the gateway took in {taken} requests: {dict(load.outcomes)}")

@@ -1,6 +1,5 @@
 """Replicas that stand in for TorchServe: what is tried again, and where."""
 
-import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -70,8 +69,8 @@ def test_what_is_tried_again(
         answer = requests.post(f"{gateway.url}/predict", data=RED, timeout=TIMEOUT)
         check_error(answer, expected, type_name)
         assert answer.headers.get("Retry-After") == ("1" if expected == 503 else None)
-        line = gateway.line(answer.headers["X-Request-ID"])
-        assert re.findall(r"\d+", line["upstream_status"]) == [str(status)] * attempts
+        asked = gateway.line(answer.headers["X-Request-ID"])["upstream_status"]
+        assert asked.count(str(status)) == attempts
 
 
 def test_nothing_is_tried_again_at_a_replica_that_is_left_out(tmp_path: Path) -> None:

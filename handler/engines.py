@@ -30,11 +30,7 @@ def find_hardware(gpu_id: int | None = None) -> Hardware:
 
 
 def load_engine(
-    card: ModelCard,
-    model_dir: Path,
-    settings: Settings,
-    gpu_id: int | None,
-    workers: int,
+    card: ModelCard, model_dir: Path, settings: Settings, gpu_id: int | None, workers: int
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 

@@ -20,13 +20,7 @@ from handler.containers import (
     lacks_only_its_end,
     without_decoration,
 )
-from handler.errors import (
-    ImageTooLarge,
-    NoImage,
-    TooManyPixels,
-    UnreadableImage,
-    UnsupportedFormat,
-)
+from handler.errors import ImageTooLarge, NoImage, TooManyPixels, UnreadableImage, UnsupportedFormat
 from handler.model_card import InputTransform
 from handler.resize import Pixels, resize_and_crop
 from handler.settings import Settings
@@ -117,14 +111,9 @@ class PixelBudget:
         self._left -= width * height
 
 
-def read_picture(
-    data: bytes, transform: InputTransform, settings: Settings, budget: PixelBudget | None = None
-) -> Picture:
-    """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family.
-
-    `budget` is the request's; None means that the image is the only one of its request.
-    """
-    return decode_picture(open_image(data, settings, budget), transform)
+def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> Picture:
+    """The only image of a request to a Picture. Raises a RequestError of status 400, 413 or 415."""
+    return decode_picture(open_image(data, settings), transform)
 
 
 def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
@@ -134,18 +123,18 @@ def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
     return Picture(resize_and_crop(pixels, transform), (width, height))
 
 
-def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Pixels:
+def decode_image(data: bytes, settings: Settings) -> Pixels:
     """JPEG, PNG, WebP, GIF or BMP bytes to uint8 RGB [H, W, 3], upright; the first of many frames.
 
     Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
     """
-    return decode(open_image(data, settings, budget))
+    return decode(open_image(data, settings))
 
 
 def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
     """Read an image's header, check it against the limits, and subtract its pixels from the budget.
 
-    Raises as `decode_image` does.
+    Without a budget it is the only image of its request. Raises as `decode_image` does.
     """
     if not data:
         raise NoImage("the image is empty (0 bytes)")

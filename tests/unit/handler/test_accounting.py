@@ -10,10 +10,6 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import handler
-import handler.batch
-import handler.decoders
-import handler.failures
 import handler.image_classifier
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
@@ -73,15 +69,6 @@ def test_a_line_for_each_request(
         assert line.pop("queue_ms") is None
         assert all(line[name] >= 0 for name in line if name.endswith("_ms"))
         assert line["total_ms"] >= line["inference_ms"]
-
-
-def test_a_500_is_an_error_in_the_log(
-    classifier: ImageClassifier, caplog: pytest.LogCaptureFixture
-) -> None:
-    classifier.engine = Fake(broken)
-    ask(classifier, {"body": JPEG})
-    [line] = log(caplog, "request")
-    assert (line["level"], line["status"], line["error"]) == ("ERROR", 500, "ModelFailed")
 
 
 def test_lines_are_ascii(model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -58,8 +58,6 @@ _FOREIGN = (
     ("HTML", rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*-->\s*)?<(!doctype html|html|head|body)\b"),
     ("XML", rb"(?i)(\xef\xbb\xbf)?\s*<\?xml"),
 )
-_FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
-
 
 # EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright: the axes to flip
 # (0 rows, 1 columns), and whether rows and columns are then swapped.
@@ -274,7 +272,7 @@ def foreign_format(data: bytes) -> str | None:
         bits = jpeg_precision(data)
         return f"{bits}-bit JPEG" if bits in (12, 16) else None
     head = bytes(data[:1024])
-    return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
+    return next((name for name, rule in _FOREIGN if re.match(rule, head, re.DOTALL)), None)
 
 
 def orientation(image: Image.Image) -> int:

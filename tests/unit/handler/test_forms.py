@@ -312,12 +312,6 @@ def test_form_without_files() -> None:
         assert "no part named 'file'" in str(error)
 
 
-def test_unknown_part_is_refused_by_name() -> None:
-    error = refusal(request, form(part("file", JPEG), part("foto", JPEG)))
-    assert type(error) is MalformedRequest
-    assert "'foto'" in str(error)
-
-
 def test_damaged_forms_are_read_or_refused() -> None:
     """Whatever else comes out of read_request is a client's 500 and our bug."""
     whole = form(CURL_LIST, part("file", b"QQ==", "Content-Transfer-Encoding: base64"))

@@ -241,14 +241,6 @@ def test_wrong_settings_stop_the_start(
     assert message in line["message"]
 
 
-def test_a_folder_without_a_model_stops_the_start(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with pytest.raises(RuntimeError, match=r"no model\.json"):
-        start(tmp_path)
-    assert len(log(caplog, "startup_failed")) == 1
-
-
 def test_a_model_that_cannot_run_stops_the_start(
     model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

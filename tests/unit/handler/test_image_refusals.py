@@ -10,7 +10,6 @@ from PIL import Image
 
 from handler.errors import (
     ImageTooLarge,
-    NoImage,
     RequestError,
     TooManyPixels,
     UnreadableImage,
@@ -60,11 +59,6 @@ def test_a_thread_of_an_image_costs_no_gigabytes(size: tuple[int, int]) -> None:
         assert result.status in (400, 413)
     else:
         assert result.pixels.shape == (3, 224, 224)
-
-
-def test_no_bytes_are_no_image() -> None:
-    error = refusal(b"")
-    assert (type(error), error.status) == (NoImage, 400)
 
 
 @pytest.mark.parametrize("format", FORMATS)

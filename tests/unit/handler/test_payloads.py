@@ -316,12 +316,8 @@ def test_field_goes_over_header_over_setting() -> None:
     assert read({"file": JPEG, "top_k": b"3"}, header, top_k=2).top_k == 3
     assert read({"body": {"image": "QQ==", "top_k": 3}}, header, top_k=2).top_k == 3
     assert read({"body": JPEG}, header, top_k=2).top_k == 4
-    assert read({"body": {"image": "QQ=="}}, header, top_k=2).top_k == 4
+    assert read({"body": {"image": "QQ==", "top_k": None}}, header, top_k=2).top_k == 4
     assert read({"body": JPEG}, top_k=2).top_k == 2
-
-
-def test_null_is_no_top_k() -> None:
-    assert read({"body": {"image": "QQ==", "top_k": None}}, {"x-top-k": "4"}).top_k == 4
 
 
 @pytest.mark.parametrize(("classes", "top_k"), [(3, 3), (5, 5), (1000, 5)])

@@ -61,12 +61,6 @@ def test_ratios_with_many_ties_are_rounded_as_the_recipe_does(short: int) -> Non
     assert torch.equal(ours, F.pil_to_tensor(resized))
 
 
-def test_recipes_differ_in_their_numbers() -> None:
-    """V1 weights resize to 256, V2 to 232: a constant of ours would be wrong for one of them."""
-    v1, v2 = (input_transform(get_weight(name)) for name in RECIPES[:2])
-    assert (v1.resize_size, v2.resize_size) == (256, 232)
-
-
 # --- On a GPU: a batch, in floats
 
 

@@ -55,14 +55,10 @@ def test_profile_goes_over_defaults() -> None:
     assert settings == Settings(env="production", **PROFILES["production"])
 
 
-def test_yaml_goes_over_profile() -> None:
-    settings = load({"env": "production", "allow_untrained": True})
-    assert (settings.allow_untrained, settings.warmup_batches) == (True, 3)
-
-
-def test_environment_goes_over_profile() -> None:
-    settings = load({"env": "production"}, CLASSIFIER_ALLOW_UNTRAINED="true")
-    assert (settings.allow_untrained, settings.warmup_batches) == (True, 3)
+def test_yaml_and_environment_go_over_profile() -> None:
+    expected = Settings(env="production", allow_untrained=True, warmup_batches=3)
+    assert load({"env": "production", "allow_untrained": True}) == expected
+    assert load({"env": "production"}, CLASSIFIER_ALLOW_UNTRAINED="true") == expected
 
 
 def test_environment_names_the_profile() -> None:

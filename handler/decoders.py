@@ -159,21 +159,18 @@ class GpuDecoder(Decoder):
     def decode_together(self, images: Sequence[Encoded]) -> list[Picture]:
         """JPEGs to Pictures. Raises what nvJPEG raises for the first image that it refuses."""
         files = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
-        upright = []
-        for image, pixels in zip(images, self.decode_jpegs(files), strict=True):
+        by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # upright, by their places
+        decoded = zip(images, self.decode_jpegs(files), strict=True)
+        for place, (image, pixels) in enumerate(decoded):
             if (*pixels.shape,) != (3, image.header.height, image.header.width):
                 raise ValueError(f"nvJPEG gave {[*pixels.shape]} for {image.header.size}")
             flipped, swapped = UPRIGHT.get(orientation(image.header), ((), False))
-            pixels = pixels.flip([axis + 1 for axis in flipped])
-            upright.append(pixels.transpose(1, 2) if swapped else pixels)
-        places: dict[torch.Size, list[int]] = {}
-        for place, pixels in enumerate(upright):
-            places.setdefault(pixels.shape, []).append(place)
+            upright = pixels.flip([axis + 1 for axis in flipped])
+            upright = upright.transpose(1, 2) if swapped else upright
+            by_shape.setdefault(upright.shape, {})[place] = upright
         pictures: dict[int, Picture] = {}
-        for (_, height, width), same in places.items():
-            inputs = resize_and_crop_batch(
-                torch.stack([upright[place] for place in same]), self.transform
-            )
+        for (_, height, width), same in by_shape.items():
+            inputs = resize_and_crop_batch(torch.stack([*same.values()]), self.transform)
             for place, pixels in zip(same, inputs, strict=True):
                 pictures[place] = Picture(pixels, (width, height))
         return [pictures[place] for place in range(len(images))]

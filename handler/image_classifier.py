@@ -1,6 +1,6 @@
 """The TorchServe handler: glue between TorchServe's rows and the modules that do the work.
 
-TorchServe expects exactly one class in this module (ts/model_loader.py).
+TorchServe accepts exactly one class in this module (ts/model_loader.py).
 """
 
 import gc

@@ -33,7 +33,6 @@ from handler.metrics import (
     label_value,
 )
 from handler.metrics import torchserve_emit as emit_to_torchserve
-from handler.slots import claim_slot
 
 MODEL = ("birds", "1.0")
 BOUNDS = FAMILIES[STAGE].bounds
@@ -310,11 +309,6 @@ def test_slots_are_those_that_no_living_worker_has(tmp_path: Path) -> None:
         for process, _ in workers:
             process.kill()
             process.communicate()
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
-        claim_slot(tmp_path / "missing")
 
 
 # --- On the way to TorchServe

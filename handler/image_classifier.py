@@ -29,12 +29,13 @@ from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
 from handler.logs import log_line, set_level
-from handler.metrics import Metrics, claim_slot, torchserve_emit
+from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
 from handler.settings import Settings
+from handler.slots import claim_slot
 
 LIBRARIES = """
     torchserve torch torchvision openvino simplejpeg pillow numpy safetensors orjson multipart

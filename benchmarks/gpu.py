@@ -36,6 +36,7 @@ from service.plots import plot
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
 PLOT_FILE = "gpu.png"
+FIGURES = ("p50_ms", "p99_ms", "refused", "failed", "failures", "generator_cpu_percent")
 
 
 def everything(args: argparse.Namespace, servers: Servers) -> dict[str, Any]:
@@ -103,27 +104,12 @@ def measure_server(
         for count in args.per_request:
             requests = requests_of(images, count)
             for clients in args.concurrency:
-                load = Load(
-                    concurrency=clients,
-                    seconds=args.seconds,
-                    warmup_seconds=min(3.0, args.seconds),
-                )
+                warmup = min(3.0, args.seconds)
+                load = Load(concurrency=clients, seconds=args.seconds, warmup_seconds=warmup)
                 run = target.measure(requests, load)
-                rows.append(
-                    {
-                        "server": subject.name,
-                        "workers": servers.workers,
-                        "images": count,
-                        "clients": clients,
-                        "images_per_second": count * run.throughput_rps,
-                        "p50_ms": run.p50_ms,
-                        "p99_ms": run.p99_ms,
-                        "refused": run.refused,
-                        "failed": run.failed,
-                        "failures": run.failures,
-                        "generator_cpu_percent": run.generator_cpu_percent,
-                    }
-                )
+                row = {"server": subject.name, "workers": servers.workers, "images": count}
+                row |= {"clients": clients, "images_per_second": count * run.throughput_rps}
+                rows.append(row | {name: getattr(run, name) for name in FIGURES})
     return rows
 
 

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -162,16 +161,16 @@ class Servers:
     ) -> AbstractContextManager[Server]:
         """The started server, in a folder of its own."""
         places = {
-            "{python}": python,
-            "{bin}": python.parent,
-            "{port}": port,
-            "{port+1}": port + 1,
-            "{port+2}": port + 2,
-            "{workers}": self.workers,
-            "{libpython}": sysconfig.get_config_var("LIBDIR"),
+            "python": python,
+            "bin": python.parent,
+            "port": port,
+            "port+1": port + 1,
+            "port+2": port + 2,
+            "workers": self.workers,
+            "libpython": sysconfig.get_config_var("LIBDIR"),
         }
         environ = self.environ(subject.precision or self.precision)
-        environ |= {name: _fill(value, places) for name, value in subject.environ.items()}
+        environ |= {name: value.format_map(places) for name, value in subject.environ.items()}
         if subject.kind == "ours":
             # Started as people start it: with the repository's code, not an unpacked archive's.
             environ["PYTHONPATH"] = str(ROOT)
@@ -185,7 +184,8 @@ class Servers:
             "RAY_TMPDIR": str(folder),
             "PYTHONUNBUFFERED": "1",
         }
-        return running([_fill(str(word), places) for word in subject.command], environ, folder)
+        command = [str(word).format_map(places) for word in subject.command]
+        return running(command, environ, folder)
 
     def measure_inprocess(
         self, precision: str, batches: Sequence[int], processes: int, seconds: float
@@ -272,7 +272,3 @@ def show(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], digits: int 
     """Print some columns as a table."""
     cells = [[row[name] for name in columns] for row in rows]
     say("\n".join(text_table(columns, cells, digits=digits)) + "\n")
-
-
-def _fill(text: str, places: Mapping[str, object]) -> str:
-    return re.sub(r"\{[a-z0-9+]+\}", lambda match: str(places[match[0]]), text)

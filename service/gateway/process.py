@@ -13,14 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.gateway.config import (
-    DEPLOY,
-    Replicas,
-    render,
-    stop_seconds,
-    targets,
-    worker_user,
-)
+from service.gateway.config import DEPLOY, Replicas, render, stop_seconds, targets, worker_user
 from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.logs import Log

@@ -22,11 +22,7 @@ def load(**variables: str) -> GatewaySettings:
     return GatewaySettings.load({f"GATEWAY_{name.upper()}": v for name, v in variables.items()})
 
 
-def rendered(
-    tmp_path: Path,
-    clients: list[Client] | None = None,
-    **variables: str,
-) -> str:
+def rendered(tmp_path: Path, clients: list[Client] | None = None, **variables: str) -> str:
     settings = load(**variables)
     replicas = Replicas.find(settings)
     return render(settings, replicas, clients or [], tmp_path, "/dev/fd/9", [])

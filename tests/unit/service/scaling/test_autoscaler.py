@@ -139,10 +139,7 @@ class Watched:
     """A Watcher in a thread, with its log."""
 
     def __init__(
-        self,
-        server: Server,
-        capsys: pytest.CaptureFixture[str],
-        headroom: list[MemoryHeadroom],
+        self, server: Server, capsys: pytest.CaptureFixture[str], headroom: list[MemoryHeadroom]
     ) -> None:
         self.stop = Event()
         self._capsys = capsys

@@ -6,12 +6,7 @@ from typing import Any
 
 import pytest
 
-from service.scaling.memory import (
-    MemoryHeadroom,
-    count_fitting,
-    find_headroom,
-    process_memory,
-)
+from service.scaling.memory import MemoryHeadroom, count_fitting, find_headroom, process_memory
 
 
 class FakeNvml:

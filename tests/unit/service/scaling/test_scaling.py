@@ -80,10 +80,7 @@ def test_auto_is_what_serve_takes(server: Server, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("force", [False, True])
 def test_memory_that_does_not_suffice(
-    server: Server,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    force: bool,
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], force: bool
 ) -> None:
     headroom = MemoryHeadroom("memory", 400 * 2**20, 1000 * 2**20)
     monkeypatch.setattr(scaling, "headroom_of", lambda state: [headroom])

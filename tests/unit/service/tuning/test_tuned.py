@@ -11,13 +11,7 @@ from service.options import parse_package
 from service.plan import PackagePlan, plan_package
 from service.torchserve.config import ServerConfig
 from service.tuning import tuned
-from service.tuning.tuned import (
-    Facts,
-    Tuned,
-    TunedHandler,
-    TunedOptions,
-    read_tuned,
-)
+from service.tuning.tuned import Facts, Tuned, TunedHandler, TunedOptions, read_tuned
 from tests.unit.service.planning import MODEL, planned
 
 

@@ -48,7 +48,7 @@ class Bench:
 
     @property
     def model(self) -> str:
-        return str(self.model_options.models[0])
+        return self.model_options.models[0]
 
     def tuned(self, configuration: Configuration, point: Point | None = None) -> Tuned:
         """What `--tuned` reads, with the figures if there are any."""

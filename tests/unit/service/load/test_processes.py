@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.load.processes import NotReady, memory, pss_bytes, read_events, running
+from service.load.processes import NotReady, memory, read_events, running
 from tests.processes import alive
-
-
-def test_reading_proportional_set_size() -> None:
-    text = "5581-7fff ---p 0 00:00 0 [rollup]\nRss:    4000 kB\nPss:    1536 kB\nPss_Anon: 1 kB\n"
-    assert pss_bytes(text) == 1536 * 1024
-    with pytest.raises(ValueError, match="no Pss"):
-        pss_bytes("Rss: 4000 kB\n")
-
 
 CHILD = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = f"""

@@ -132,9 +132,6 @@ def test_no_interval_spans_a_restart() -> None:
     assert compare(STATE, Counters(10, 1e6, 3e6), Counters(2, 5e6, 9e6), seconds=5) is None
 
 
-# --- In front of a server
-
-
 class Watched:
     """A Watcher in a thread, with its log."""
 

@@ -1,9 +1,13 @@
 """Memory for more workers: of the machine, and of GPUs of every kind."""
 
-from pathlib import Path
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from service.scaling.memory import MemoryHeadroom, count_fitting, find_headroom, process_memory
@@ -90,25 +94,24 @@ def test_a_card_that_tells_nothing_is_not_checked(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    folder = tmp_path / "7"
-    folder.mkdir()
-    (folder / "cmdline").write_bytes(b"python\0/x/ts/model_service_worker.py\0--sock-type\0unix")
-    (folder / "status").write_text("Name: python\nVmRSS:\t  500 kB\n")
-    (folder / "smaps_rollup").write_text("Rss:  500 kB\nPss:       300 kB\nPss_Dirty: 1 kB\n")
-    return tmp_path
+def worker() -> Iterator[int]:
+    """The PID of a process that looks like a worker's."""
+    command = [sys.executable, "-c", "import time; time.sleep(60)", "model_service_worker.py"]
+    with subprocess.Popen(command) as process:
+        yield process.pid
+        process.kill()
 
 
-def test_memory_of_a_worker(proc: Path) -> None:
-    assert process_memory(7, proc) == 300 * 1024
+@pytest.mark.parametrize("refused", [False, True], ids=["ours", "another user's"])
+def test_memory_of_a_worker(worker: int, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    def refuse(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    if refused:
+        monkeypatch.setattr(psutil.Process, "memory_full_info", refuse)
+    assert 2**20 < (process_memory(worker) or 0) < 2**30
 
 
-def test_memory_of_another_users_worker(proc: Path) -> None:
-    (proc / "7" / "smaps_rollup").unlink()
-    assert process_memory(7, proc) == 500 * 1024
-
-
-def test_no_memory_of_what_is_no_worker_here(proc: Path) -> None:
-    assert process_memory(8, proc) is None
-    (proc / "7" / "cmdline").write_bytes(b"bash\0")
-    assert process_memory(7, proc) is None
+@pytest.mark.parametrize("pid", [-1, 2**30, os.getpid()])
+def test_no_memory_of_what_is_no_worker_here(pid: int) -> None:
+    assert process_memory(pid) is None

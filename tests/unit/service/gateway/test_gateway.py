@@ -28,12 +28,6 @@ def rendered(tmp_path: Path, clients: list[Client] | None = None, **variables: s
     return render(settings, replicas, clients or [], tmp_path, "/dev/fd/9", [])
 
 
-def test_defaults() -> None:
-    settings = GatewaySettings.load({"PATH": "/bin"})
-    assert settings == GatewaySettings()
-    assert settings.url == "http://127.0.0.1:8000"
-
-
 INJECTIONS = ["1; }", "a\nb", 'a"b', "$uri", "a{b", "a b", "'x'", "a;b", "\\", "${model}", "é"]
 WITH_DEFAULT = "split tls_certificate tls_key keys".split()  # empty is nothing
 WITHOUT_DEFAULT = (

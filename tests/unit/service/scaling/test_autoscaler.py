@@ -13,9 +13,8 @@ import pytest
 from service.processes import wait_until
 from service.scaling.autoscaler import Autoscaler, Decision, Sample, Watcher, compare
 from service.scaling.memory import MemoryHeadroom
-from service.scaling.model import Counters, Model
-from service.torchserve.management import Management, ModelState, UnknownModel, Worker
-from tests.unit.conftest import Web
+from service.scaling.model import Counters
+from service.torchserve.management import ModelState, Worker
 from tests.unit.service.scaling.conftest import Server
 
 IDLE = Sample(workers=1, ready=1, requests=0, queue_ms=0, busy=0, pending=0, remaining=100)
@@ -224,10 +223,3 @@ def test_a_server_that_starts_again_is_waited_for(
     watched.wait_for(lambda: server.sizes[-1:] == [4])
     assert watched.reasons().count("unreachable") == 1
     assert "more than the maximum" in watched.reasons()
-
-
-def test_a_model_that_is_not_there(web: Web) -> None:
-    model = Model(Management(web.url), web.url, "birds")
-    watcher = Watcher(model, Autoscaler(1, 2, 50, 1), lambda state: [], 1, Event())
-    with pytest.raises(UnknownModel, match="has no model birds"):
-        watcher.run()

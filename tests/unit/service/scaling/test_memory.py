@@ -14,16 +14,13 @@ from service.scaling.memory import MemoryHeadroom, count_fitting, find_headroom,
 
 
 class FakeNvml:
-    """GPUs with their processes, as (pid, bytes)."""
+    """GPUs as (free bytes, processes), and each process as (pid, bytes)."""
 
     class NVMLError(Exception):
         pass
 
-    def __init__(
-        self, *gpus: tuple[int, list[tuple[int, int | None]]], split: bool = False
-    ) -> None:
-        self.gpus = gpus
-        self.split = split
+    def __init__(self, *gpus: Any, split: bool = False, refuses: bool = False) -> None:
+        self.gpus, self.split, self.refuses = gpus, split, refuses
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return len(self.gpus)
@@ -40,6 +37,8 @@ class FakeNvml:
         return SimpleNamespace(used=900, free=self.gpus[handle][0])
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        if self.refuses:
+            raise self.NVMLError("no permission")
         processes = self.gpus[handle][1]
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in processes]
 
@@ -81,16 +80,9 @@ def test_the_gpus_take_turns() -> None:
     assert [count_fitting(found, more) for more in (1, 6, 7, 9)] == [1, 6, 6, 6]
 
 
-def test_a_card_that_is_split_is_not_checked() -> None:
-    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]), split=True)) == []
-
-
-def test_a_card_that_tells_nothing_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: FakeNvml, handle: int) -> list[Any]:
-        raise self.NVMLError("no permission")
-
-    monkeypatch.setattr(FakeNvml, "nvmlDeviceGetComputeRunningProcesses", refused)
-    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]))) == []
+@pytest.mark.parametrize("how", ["split", "refuses"])
+def test_a_card_that_does_not_tell_is_not_checked(how: str) -> None:
+    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]), **{how: True})) == []
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
 from benchmarks.gpu_parts import Parts
 from benchmarks.images import load_rgb
-from benchmarks.servers import Servers, StartFailed, add_options, make_servers, say, show
+from benchmarks.servers import Servers, StartFailed, make_parser, make_servers, say, show
 from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
 from handler.model_card import ModelCard
@@ -155,12 +155,7 @@ def plot_parts(report: Mapping[str, Any], path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description="Check and measure the service on a GPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_options(parser, "resnet50", FOLDER)
+    parser = make_parser("gpu", "Check and measure the service on a GPU.", "resnet50", FOLDER)
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--precision", default="auto", help="as for ./scripts/serve")

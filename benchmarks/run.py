@@ -28,7 +28,7 @@ from benchmarks.servers import (
     Started,
     StartFailed,
     absolute,
-    add_options,
+    make_parser,
     make_servers,
     say,
 )
@@ -220,12 +220,8 @@ def _trouble(run: Measurement) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description="Measure the service, its peers and the limits of this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_options(parser, "mobilenet_v2", FOLDER)
+    description = "Measure the service, its peers and the limits of this machine."
+    parser = make_parser("run", description, "mobilenet_v2", FOLDER)
     add = parser.add_argument
     add("--precisions", default="fp32,int8", help="of ours; peers use the engine of the first")
     add("--calibration", type=absolute, metavar="DIR", help="passed on for int8")

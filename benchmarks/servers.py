@@ -208,7 +208,7 @@ class Servers:
 def make_servers(
     args: argparse.Namespace, *, device: str, precision: str, workers: int
 ) -> Iterator[Servers]:
-    """The servers of a benchmark with the options of add_options, in a temporary folder."""
+    """The servers of a benchmark with the options of make_parser, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         yield Servers(
             folder=Path(folder),
@@ -223,8 +223,13 @@ def make_servers(
         )
 
 
-def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
-    """The options that every benchmark of servers has."""
+def make_parser(name: str, description: str, model: str, out: Path) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of servers has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default=model)
     parser.add_argument(
         "--weights",
@@ -236,6 +241,7 @@ def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
     parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
+    return parser
 
 
 def absolute(text: str) -> Path:

@@ -47,8 +47,8 @@ def render(
 
     body, total = settings.max_body_bytes, settings.response_timeout_seconds
     # A replica that does not answer must not use up all the time that a request has.
-    several = len(replicas.upstreams) > 1
-    first_seconds = max(1, total // 4) if several else total
+    can_retry = len(replicas.upstreams) > 1
+    first_seconds = max(1, total // 4) if can_retry else total
     workers = min(available_cores(), 4)
     environment = Environment(
         loader=FileSystemLoader(DEPLOY),
@@ -72,7 +72,7 @@ def render(
         described=described(settings),
         shares=shares(settings.weights()),
         first_seconds=first_seconds,
-        second_seconds=max(1, total - first_seconds) if several else total,
+        second_seconds=max(1, total - first_seconds) if can_retry else total,
         listen=f"{bracketed(settings.host)}:{settings.port} backlog={BACKLOG}",
     )
 

@@ -31,7 +31,7 @@ class TuningOptions:
     seconds: float  # of each measurement
     concurrency: tuple[int, ...]  # clients, one measurement each
     images: Path | None  # a folder; None: drawn images
-    out: str  # a file; "auto": where --tuned looks for it
+    out: str  # a file; "auto": the one that --tuned looks for
     plot: Path | None  # None: beside `out`
 
 

@@ -82,7 +82,7 @@ class Tuned:
 
 
 def tuned_path(model: str, choice: str, store: Path) -> Path:
-    """The file that `--tuned` names; "auto": where ./scripts/tune writes it by itself."""
+    """The file that `--tuned` names; "auto": the one that ./scripts/tune writes by itself."""
     return store / f"tuned-{model}.yaml" if choice == "auto" else Path(choice)
 
 

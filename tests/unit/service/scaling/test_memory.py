@@ -88,8 +88,11 @@ def test_a_card_that_does_not_tell_is_not_checked(how: str) -> None:
 @pytest.fixture
 def worker() -> Iterator[int]:
     """The PID of a process that looks like a worker's."""
-    command = [sys.executable, "-c", "import time; time.sleep(60)", "model_service_worker.py"]
-    with subprocess.Popen(command) as process:
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, "model_service_worker.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
         yield process.pid
         process.kill()
 

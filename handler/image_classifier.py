@@ -1,6 +1,6 @@
 """The TorchServe handler: glue between TorchServe's rows and the modules that do the work.
 
-TorchServe wants exactly one class in this module (ts/model_loader.py).
+TorchServe accepts exactly one class in this module (ts/model_loader.py).
 """
 
 import gc
@@ -24,13 +24,7 @@ from handler.batch import Batch, Row
 from handler.cache import ResultCache
 from handler.decoders import choose_decoder
 from handler.engines import load_engine
-from handler.errors import (
-    MalformedRequest,
-    ModelFailed,
-    OutOfResources,
-    RequestError,
-    SetupError,
-)
+from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
@@ -42,18 +36,9 @@ from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
 from handler.settings import Settings
 
-LIBRARIES = (
-    "torchserve",
-    "torch",
-    "torchvision",
-    "openvino",
-    "simplejpeg",
-    "pillow",
-    "numpy",
-    "safetensors",
-    "orjson",
-    "multipart",
-)
+LIBRARIES = """
+    torchserve torch torchvision openvino simplejpeg pillow numpy safetensors orjson multipart
+""".split()
 
 
 class ImageClassifier(BaseHandler):

@@ -261,12 +261,12 @@ class Metrics:
         # Series exist at 0 from the start, so that rate() sees the first increment.
         for name, family in FAMILIES.items():
             if family.kind != "gauge" and not family.slow:
-                for value in family.values or [None]:
-                    labels = () if value is None else (value,)
+                for value in family.values or [""]:
+                    series = name, (value,) if value else ()
                     if family.kind == "counter":
-                        self.add(name, 0, *labels)
+                        self._counts[series] = 0
                     else:
-                        self._histograms[name, labels] = _Histogram(family.bounds)
+                        self._histograms[series] = _Histogram(family.bounds)
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Raise a counter; `labels` are the values of the labels that are not the worker's own."""

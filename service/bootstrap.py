@@ -8,7 +8,6 @@ Runs with the system's Python and the standard library only.
 
 from __future__ import annotations  # so that an old Python gets as far as the message for it
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -19,7 +18,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -54,7 +55,7 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-int8.txt")
     try:
         set_up(requirements, torch_build)
-    except subprocess.CalledProcessError as exc:
+    except CalledProcessError as exc:
         return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
     except OSError as exc:
         return _fail(f"the set-up failed: {exc}")
@@ -81,7 +82,8 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
         installed = _read_stamp()
         if _is_current(installed, wanted, torch_build):
             return
-        same_torch = torch_build in ("auto", installed.get("torch"))
+        torch = installed.get("torch")
+        build = torch or "auto" if torch_build == "auto" else torch_build
         print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
@@ -91,15 +93,12 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
             site = next((VENV / "lib").glob("python*/site-packages"))
             (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
-        if not same_torch and installed:
+        if torch not in (None, build):
             _pip("uninstall", "--yes", "torch", "torchvision")
-        build = installed["torch"] if same_torch and installed else torch_build
-        if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
+        if torch != build or installed.get("requirements.txt") != wanted["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
-        with contextlib.suppress(
-            subprocess.CalledProcessError
-        ):  # it has said so; Java does without
+        with suppress(CalledProcessError):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}
         STAMP.write_text(json.dumps(installed | wanted | facts))
@@ -132,7 +131,7 @@ def _install_torch(build: str) -> str:
         try:
             _pip("install", "--index-url", CPU_INDEX, *pins)
             return "cpu"
-        except subprocess.CalledProcessError:
+        except CalledProcessError:
             reason = "the CPU build could not be installed"
     else:
         reason = "no GPU here, but PyTorch's CPU index does not answer"

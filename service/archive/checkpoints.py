@@ -78,11 +78,11 @@ def read_checkpoint(path: Path) -> Any:
     Raises InvalidModel, which says what the file is if that can be seen.
     """
     try:
-        start = _first_bytes(path)
+        with path.open("rb") as file:
+            start = file.read(64)
         if _is_safetensors(path, start):
             return load_file(path)
-        known = _recognise(path, start)
-        if known:
+        if known := _recognise(path, start):
             raise InvalidModel(f"{path} {known}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(_placeholders(path)):
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
@@ -143,11 +143,6 @@ def _describe(content: Any) -> str:
     if isinstance(content, dict) and content:
         return f": it holds {', '.join([*objects][:5])}"
     return ""
-
-
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(64)
 
 
 def _is_safetensors(path: Path, start: bytes) -> bool:

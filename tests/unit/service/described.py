@@ -10,7 +10,6 @@ def described(*workers: str, expected: int, gpu_usage: str = "N/A") -> list[dict
             "modelName": "birds",
             "modelVersion": "1.0",
             "minWorkers": expected,
-            "maxWorkers": expected,
             "workers": [
                 {
                     "id": str(9000 + index),

@@ -3,7 +3,7 @@
 from typing import Any
 
 
-def described(*workers: str, expected: int, gpu_usage: str = "N/A") -> list[dict[str, Any]]:
+def described(*workers: str, expected: int = 2, gpu_usage: str = "N/A") -> list[dict[str, Any]]:
     """One version of the model birds, whose workers have these states."""
     return [
         {

@@ -71,16 +71,16 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
 
     Raises CalledProcessError if venv or pip failed (they have said why).
     """
-    wanted = {
+    required = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
         for name in {"requirements.txt", *requirements, *_included(requirements)}
     }
-    if _is_current(_read_stamp(), wanted, torch_build):
+    if _is_current(_read_stamp(), required, torch_build):
         return
     with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         installed = _read_stamp()
-        if _is_current(installed, wanted, torch_build):
+        if _is_current(installed, required, torch_build):
             return
         torch = installed.get("torch")
         build = torch or "auto" if torch_build == "auto" else torch_build
@@ -95,18 +95,18 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
         if torch not in (None, build):
             _pip("uninstall", "--yes", "torch", "torchvision")
-        if torch != build or installed.get("requirements.txt") != wanted["requirements.txt"]:
+        if torch != build or installed.get("requirements.txt") != required["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
         with suppress(CalledProcessError):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}
-        STAMP.write_text(json.dumps(installed | wanted | facts))
+        STAMP.write_text(json.dumps(installed | required | facts))
 
 
-def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
+def _is_current(installed: dict[str, str], required: dict[str, str], torch_build: str) -> bool:
     """Whether a set-up has nothing to do."""
-    return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
+    return torch_build in ("auto", installed.get("torch")) and required.items() <= installed.items()
 
 
 def _included(requirements: Sequence[str]) -> list[str]:

@@ -167,7 +167,7 @@ def _recognise(path: Path, start: bytes) -> str | None:
 
 
 def _placeholders(path: Path) -> list[Any]:
-    """A placeholder for each class and function that a file names, as torch wants to be told.
+    """A placeholder for each class and function that a file names, in the form that torch takes.
 
     Training scripts keep their arguments, paths and numpy's numbers beside the tensors. torch
     itself still refuses names from os and sys.

@@ -1,5 +1,7 @@
 """Model archives as files: damaged, of others, and with another configuration."""
 
+import json
+import random
 import zipfile
 from pathlib import Path
 
@@ -24,6 +26,21 @@ def test_no_card_of_a_foreign_archive(tmp_path: Path, card: bytes | None) -> Non
         if card is not None:
             content.writestr("model.json", card)
     assert read_card(tmp_path / "x.mar") is None
+
+
+def test_damage_by_chance_is_no_crash(tmp_path: Path) -> None:
+    small = tmp_path / "small.mar"
+    with zipfile.ZipFile(small, "w") as content:
+        content.writestr("model.json", json.dumps({"labels": ["a"]}) * 3)
+        content.writestr("weights.safetensors", bytes(100))
+    whole = small.read_bytes()
+    for seed in range(200):
+        rng = random.Random(seed)
+        data = bytearray(whole)
+        for _ in range(rng.randint(1, 6)):
+            data[rng.randrange(len(data))] = rng.randrange(256)
+        small.write_bytes(data)
+        assert read_card(small) is None, seed
 
 
 def test_a_configuration_is_put_into_an_archive(archive: Path, built: Path) -> None:

@@ -99,7 +99,7 @@ def test_java_home_without_java(
 def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JAVA_HOME", "")
     done = subprocess.run([find_java(), "-version"], capture_output=True, text=True, check=True)
-    assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe wants 17
+    assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe needs 17
 
 
 # --- Java's memory

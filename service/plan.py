@@ -184,11 +184,10 @@ def _plan_given(
             raise SetupError(f"--archive: there is no .mar file in {path}")
         for archive in archives:
             name, version = read_target(archive)
-            if f"{name}/{version}" in taken:
-                raise SetupError(
-                    f"--archive: {archive} is {name}/{version}, which is served already"
-                )
-            taken.add(f"{name}/{version}")
+            target = f"{name}/{version}"
+            if target in taken:
+                raise SetupError(f"--archive: {archive} is {target}, which is served already")
+            taken.add(target)
             card = read_card(archive)
             if card is None:
                 raise InvalidModel(f"{archive} is damaged, or was not made by ./scripts/package")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations  # so that an old Python gets as far as the message for it
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -13,7 +12,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
@@ -27,18 +28,19 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
 
     Raises CalledProcessError if venv or pip failed (they have said why).
     """
-    wanted = {
+    required = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
         for name in {"requirements.txt", *requirements, *_included(requirements)}
     }
-    if _is_current(_read_stamp(), wanted, torch_build):
+    if _is_current(_read_stamp(), required, torch_build):
         return
     with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         installed = _read_stamp()
-        if _is_current(installed, wanted, torch_build):
+        if _is_current(installed, required, torch_build):
             return
-        same_torch = torch_build in ("auto", installed.get("torch"))
+        torch = installed.get("torch")
+        build = torch or "auto" if torch_build == "auto" else torch_build
         print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
@@ -48,23 +50,20 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
             site = next((VENV / "lib").glob("python*/site-packages"))
             (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
-        if not same_torch and installed:
+        if torch not in (None, build):
             _pip("uninstall", "--yes", "torch", "torchvision")
-        build = installed["torch"] if same_torch and installed else torch_build
-        if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
+        if torch != build or installed.get("requirements.txt") != required["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
-        with contextlib.suppress(
-            subprocess.CalledProcessError
-        ):  # it has said so; Java does without
+        with suppress(CalledProcessError):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}
-        STAMP.write_text(json.dumps(installed | wanted | facts))
+        STAMP.write_text(json.dumps(installed | required | facts))
 
 
-def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
+def _is_current(installed: dict[str, str], required: dict[str, str], torch_build: str) -> bool:
     """Whether a set-up has nothing to do."""
-    return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
+    return torch_build in ("auto", installed.get("torch")) and required.items() <= installed.items()
 
 
 def _included(requirements: Sequence[str]) -> list[str]:
@@ -89,7 +88,7 @@ def _install_torch(build: str) -> str:
         try:
             _pip("install", "--index-url", CPU_INDEX, *pins)
             return "cpu"
-        except subprocess.CalledProcessError:
+        except CalledProcessError:
             reason = "the CPU build could not be installed"
     else:
         reason = "no GPU here, but PyTorch's CPU index does not answer"

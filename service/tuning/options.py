@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from handler.machine import available_cores
-from service.options import ModelOptions, add_model_options, number, positive, read_options
+from service.options import ModelOptions, add_options, number, positive, read_options
 from service.tuning.bench import TuningOptions
 
 
@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "A model option that is given (--precision, --workers, …) is kept and not varied.",
         allow_abbrev=False,
     )
-    add_model_options(parser)
+    add_options(parser, ModelOptions, without=["tuned", "version"])
     add = parser.add_argument_group("tuning").add_argument
     limit = "99 of 100 requests must be answered within this time"
     add("--slo-p99-ms", type=positive, required=True, metavar="MS", help=limit)

@@ -110,7 +110,7 @@ def test_load_that_comes_and_goes_ends_where_it_began() -> None:
 
 
 WORKER = Worker("9000", 1, "cpu", "READY")
-STATE = ModelState("1.0", 2, 2, (WORKER,), pending=4, remaining=96)
+STATE = ModelState("1.0", 2, (WORKER,), pending=4, remaining=96)
 
 
 NOTHING = Sample(workers=2, ready=1, requests=0, queue_ms=0, busy=0, pending=4, remaining=96)

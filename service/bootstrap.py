@@ -1,10 +1,4 @@
-"""Make .venv match the pinned requirements, then run a command in it.
-
-    bootstrap.py NAME ARGS…     set up what the command needs, and run scripts/NAME.py
-    bootstrap.py test           set up what scripts/test needs
-
-Runs with the system's Python and the standard library only.
-"""
+"""Make .venv match the pinned requirements, with the system's Python and the standard library."""
 
 from __future__ import annotations  # so that an old Python gets as far as the message for it
 
@@ -26,44 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
-REQUIREMENTS = {  # of the commands that need more than requirements.txt
-    "test": "requirements-dev.txt",
-    "benchmark": "requirements-benchmark.txt",
-    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
-    "tune": "requirements-benchmark.txt",
-}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-
-
-def main(argv: list[str]) -> int:
-    if sys.version_info < (3, 10):
-        return _fail(
-            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()}; "
-            "name another with PYTHON=/path/to/python3"
-        )
-    command, *rest = argv
-    torch_build = "auto"
-    if command in ("serve", "package"):  # their mistakes and --help need no set-up
-        from service import options  # after the version check: newer syntax
-
-        if command == "serve":
-            torch_build = options.parse_serve(rest).torch
-        else:
-            options.parse_package(rest)
-    requirements = [REQUIREMENTS.get(command, "requirements.txt")]
-    if any(word.partition("=")[0] == "--calibration" for word in rest):
-        requirements.append("requirements-int8.txt")
-    try:
-        set_up(requirements, torch_build)
-    except CalledProcessError as exc:
-        return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
-    except OSError as exc:
-        return _fail(f"the set-up failed: {exc}")
-    except KeyboardInterrupt:
-        return 130
-    if command != "test":
-        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / f"{command}.py"), *rest])
-    return 0
 
 
 def set_up(requirements: Sequence[str], torch_build: str) -> None:
@@ -184,12 +141,3 @@ def _read_stamp() -> dict[str, str]:
 
 def _real_python() -> str:
     return os.path.realpath(PYTHON)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

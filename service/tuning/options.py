@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,6 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:
         for name in ("weights", "labels", "calibration")
         if (value := getattr(model, name)) not in (None, "pretrained", "untrained")
     }
-    return replace(model, **absolute), TuningOptions(
-        slo_p99_ms=args.slo_p99_ms,
-        budget_minutes=args.budget_minutes,
-        seconds=args.seconds,
-        concurrency=tuple(sorted(set(args.concurrency))),
-        images=args.images,
-        out=args.out,
-        plot=args.plot,
-    )
+    args.concurrency = tuple(sorted(set(args.concurrency)))
+    tuning = {spec.name: getattr(args, spec.name) for spec in fields(TuningOptions)}
+    return replace(model, **absolute), TuningOptions(**tuning)

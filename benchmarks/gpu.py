@@ -24,7 +24,7 @@ from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
 from benchmarks.gpu_parts import Parts
 from benchmarks.images import load_rgb
-from benchmarks.servers import Servers, StartFailed, add_options, make_servers, say, show
+from benchmarks.servers import Servers, StartFailed, make_parser, make_servers, say, show
 from benchmarks.subjects import Subject, empty, ours
 from handler.engines import load_engine
 from handler.model_card import ModelCard
@@ -36,6 +36,7 @@ from service.plots import plot
 FOLDER = Path(__file__).parent / "gpu"
 JSON_FILE = "gpu.json"
 PLOT_FILE = "gpu.png"
+FIGURES = ("p50_ms", "p99_ms", "refused", "failed", "failures", "generator_cpu_percent")
 
 
 def everything(args: argparse.Namespace, servers: Servers) -> dict[str, Any]:
@@ -103,27 +104,12 @@ def measure_server(
         for count in args.per_request:
             requests = requests_of(images, count)
             for clients in args.concurrency:
-                load = Load(
-                    concurrency=clients,
-                    seconds=args.seconds,
-                    warmup_seconds=min(3.0, args.seconds),
-                )
+                warmup = min(3.0, args.seconds)
+                load = Load(concurrency=clients, seconds=args.seconds, warmup_seconds=warmup)
                 run = target.measure(requests, load)
-                rows.append(
-                    {
-                        "server": subject.name,
-                        "workers": servers.workers,
-                        "images": count,
-                        "clients": clients,
-                        "images_per_second": count * run.throughput_rps,
-                        "p50_ms": run.p50_ms,
-                        "p99_ms": run.p99_ms,
-                        "refused": run.refused,
-                        "failed": run.failed,
-                        "failures": run.failures,
-                        "generator_cpu_percent": run.generator_cpu_percent,
-                    }
-                )
+                row = {"server": subject.name, "workers": servers.workers, "images": count}
+                row |= {"clients": clients, "images_per_second": count * run.throughput_rps}
+                rows.append(row | {name: getattr(run, name) for name in FIGURES})
     return rows
 
 
@@ -169,12 +155,7 @@ def plot_parts(report: Mapping[str, Any], path: Path) -> None:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu",
-        description="Check and measure the service on a GPU.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_options(parser, "resnet50", FOLDER)
+    parser = make_parser("gpu", "Check and measure the service on a GPU.", "resnet50", FOLDER)
     add = parser.add_argument
     add("--device", choices=["cuda", "cpu"], default="cuda")
     add("--precision", default="auto", help="as for ./scripts/serve")

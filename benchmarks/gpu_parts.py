@@ -32,7 +32,7 @@ DECODED_TOGETHER = 64  # images
 
 @dataclass(frozen=True)
 class Parts:
-    """A packaged model and JPEGs; `device` is torch's name of where it runs."""
+    """A packaged model and JPEGs; `device` is torch's name of the device."""
 
     model_dir: Path
     card: ModelCard
@@ -149,7 +149,7 @@ def decode(decoder: Decoder, jpegs: Sequence[bytes]) -> list[Any]:
 
 
 def in_passes(engine: Engine, pixels: Sequence[Tensor]) -> Tensor:
-    """Probabilities [N, C] of any number of images, wherever they lie."""
+    """Probabilities [N, C] of any number of images, on any device."""
     starts = range(0, len(pixels), engine.max_forward)
     passes = [list(pixels[start : start + engine.max_forward]) for start in starts]
     if engine.device == "cpu":

@@ -1,5 +1,6 @@
 """REPORT.md and its plots, from report.json and nothing else."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -80,8 +81,13 @@ def render(data: Data) -> str:
 
 
 def section(title: str, lines: Sequence[str], *more: str) -> str:
-    body = "\n".join(lines) if lines else "Not measured."
+    body = "\n".join(lines) or "Not measured."
     return "\n".join([f"## {title}\n", body, *(f"\n{text}" for text in more), ""])
+
+
+def table(headings: Row, rows: Sequence[Row], legend: str = "") -> list[str]:
+    """A table with a line below it; nothing without rows."""
+    return [*markdown_table(headings, rows), *(["", legend] if legend else [])] if rows else []
 
 
 def conditions(data: Data) -> list[str]:
@@ -131,13 +137,12 @@ def throughput(data: Data) -> list[str]:
         title = f"**{name}**" if subject["kind"] == "ours" else name
         rows.append([f"{title}: {subject['what']}", *cells, ratio, failed, refused, f"{cpu:.0f}%"])
     heads = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
-    legend = [
-        "",
+    legend = (
         f"Good answers a second. Ratio: best against {BASELINE}'s best. Failed, refused: requests "
-        "of all rounds. Generator: the most CPU it took, of one core.",
-    ]
+        "of all rounds. Generator: the most CPU it took, of one core."
+    )
     headings = ["server", *heads, "ratio", "failed", "refused", "generator"]
-    return markdown_table(headings, rows) + legend if rows else []
+    return table(headings, rows, legend)
 
 
 def latency(data: Data) -> list[str]:
@@ -146,15 +151,10 @@ def latency(data: Data) -> list[str]:
         for count in concurrencies(subject):
             cells = [spread(values(subject, count, key)) for key in ("p50_ms", "p95_ms", "p99_ms")]
             rows.append([name, count, *cells])
-    return markdown_table(["server", "clients", "p50 ms", "p95 ms", "p99 ms"], rows) if rows else []
+    return table(["server", "clients", "p50 ms", "p95 ms", "p99 ms"], rows)
 
 
-MORE_IS_BETTER: dict[str, tuple[str, bool]] = {
-    "throughput_rps": ("throughput", True),
-    "p50_ms": ("p50", False),
-    "p95_ms": ("p95", False),
-    "p99_ms": ("p99", False),
-}
+COMPARED = {"throughput_rps": "throughput", "p50_ms": "p50", "p95_ms": "p95", "p99_ms": "p99"}
 
 
 def losses(data: Data) -> list[str]:
@@ -171,14 +171,16 @@ def losses(data: Data) -> list[str]:
     for name, subject in measured(data, "ours").items():
         rows = []
         for count in concurrencies(subject):
-            for key, (title, more) in MORE_IS_BETTER.items():
+            for key, title in COMPARED.items():
+                more_is_better = key == "throughput_rps"
                 own = median_of(subject, count, key)
                 for peer, other in peers.items():
                     theirs = median_of(other, count, key)
-                    if own is None or theirs is None or (theirs > own) != more or theirs == own:
+                    if own is None or theirs is None or theirs == own:
                         continue
-                    difference = f"{100 * (theirs / own - 1):+.0f}%"
-                    rows.append([peer, count, title, theirs, own, difference])
+                    if (theirs > own) == more_is_better:
+                        difference = f"{100 * (theirs / own - 1):+.0f}%"
+                        rows.append([peer, count, title, theirs, own, difference])
         lines += [f"**{name}** loses {len(rows)} of the comparisons:", ""]
         headings = ["to", "clients", "in", "theirs", "ours", "difference"]
         lines += [*markdown_table(headings, rows), ""] if rows else []
@@ -197,14 +199,13 @@ def limits(data: Data) -> list[str]:
         best = best_throughput(subject)
         rows.append([name, within, empty, limit, best, f"{100 * best / limit:.0f}%"])
     headings = ["server", "in process", "empty handler", "limit", "best", "of the limit"]
-    legend = [
-        "",
+    legend = (
         "In process: our handler without TorchServe and HTTP, a process a core, the better of "
         "batch 1 and the model's batch size. Empty handler: TorchServe as we start it, with "
         "nothing to do. "
-        "Limit: 1 / (1 / in process + 1 / empty handler).",
-    ]
-    return markdown_table(headings, rows) + legend if rows else []
+        "Limit: 1 / (1 / in process + 1 / empty handler)."
+    )
+    return table(headings, rows, legend)
 
 
 def one_client(data: Data) -> list[str]:
@@ -221,7 +222,7 @@ def one_client(data: Data) -> list[str]:
         difference = f"{100 * (own / together - 1):+.0f}%"
         rows.append([name, median(alone), empty, together, own, difference])
     headings = ["server", "in process", "empty handler", "together", "measured", "difference"]
-    return [*markdown_table(headings, rows), "", "p50 in ms."] if rows else []
+    return table(headings, rows, "p50 in ms.")
 
 
 def overload(data: Data) -> list[str]:
@@ -230,25 +231,15 @@ def overload(data: Data) -> list[str]:
         if "requests" not in run:
             continue
         kinds = ", ".join(f"{count} x {kind}" for kind, count in run["failures"].items())
-        rows.append(
-            [
-                name,
-                f"{run['rate']:.0f}",
-                run["throughput_rps"],
-                f"{100 * run['throughput_rps'] / run['best_rps']:.0f}%",
-                run["p50_ms"],
-                run["p99_ms"],
-                run["refused"],
-                run["refused_p50_ms"],
-                run["refused_p99_ms"],
-                kinds or "0",
-                run["start_lag_p99_ms"],
-            ]
-        )
+        answered = run["throughput_rps"]
+        rates = (f"{run['rate']:.0f}", answered, f"{100 * answered / run['best_rps']:.0f}%")
+        times = ("p50_ms", "p99_ms", "refused", "refused_p50_ms", "refused_p99_ms")
+        figures = [run[key] for key in times]
+        rows.append([name, *rates, *figures, kinds or "0", run["start_lag_p99_ms"]])
     headings = ["server", "sent /s", "answered /s", "of the best", "p50 ms", "p99 ms"]
     headings += ["503s", "503 p50 ms", "503 p99 ms", "failed", "generator late p99 ms"]
-    legend = ["", "An open loop: requests by the clock, latency from the moment each was due."]
-    return markdown_table(headings, rows) + legend if rows else []
+    legend = "An open loop: requests by the clock, latency from the moment each was due."
+    return table(headings, rows, legend)
 
 
 def accuracy(data: Data) -> list[str]:
@@ -278,15 +269,16 @@ def memory(data: Data) -> list[str]:
         if totals:
             count = len(subject["memory"][-1]["processes"])
             rows.append([name, spread(totals, 0), count])
-    lines = markdown_table(["server", "MiB", "processes"], rows) if rows else []
+    lines = table(["server", "MiB", "processes"], rows)
     for name, subject in measured(data, "ours").items():
         if subject["memory"]:
             processes = subject["memory"][-1]["processes"]
             weighed = [[p["process"], p["pss_mib"]] for p in processes]
             lines += ["", f"**{name}**, in the last round:", ""]
             lines += markdown_table(["process", "MiB"], weighed, digits=0)
-    legend = ["", "Proportional set size: a page that processes share is divided among them."]
-    return lines + legend if lines else []
+    if lines:
+        lines += ["", "Proportional set size: a page that processes share is divided among them."]
+    return lines
 
 
 def failures(data: Data) -> list[str]:
@@ -303,15 +295,12 @@ def failures(data: Data) -> list[str]:
         for reason in subject["failed_starts"]
     ]
     rows = [[name, reason] for name, reason in reasons if reason]
-    wrong: dict[str, dict[str, int]] = {}
     for name, subject in data["subjects"].items():
+        kinds: Counter[str] = Counter()
         for run in subject["runs"]:
-            cached = {"answered from a cache": run["cached"]} if run["cached"] else {}
-            for kind, count in {**run["failures"], **cached}.items():
-                kinds = wrong.setdefault(name, {})
-                kinds[kind] = kinds.get(kind, 0) + count
-    rows += [
-        [name, "requests: " + ", ".join(f"{count} x {kind}" for kind, count in kinds.items())]
-        for name, kinds in wrong.items()
-    ]
-    return markdown_table(["what", "why"], rows) if rows else ["Nothing."]
+            kinds.update(run["failures"])
+            kinds["answered from a cache"] += run["cached"]
+        wrong = ", ".join(f"{count} x {kind}" for kind, count in kinds.items() if count)
+        if wrong:
+            rows.append([name, f"requests: {wrong}"])
+    return table(["what", "why"], rows) or ["Nothing."]

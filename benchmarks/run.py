@@ -28,7 +28,7 @@ from benchmarks.servers import (
     Started,
     StartFailed,
     absolute,
-    add_options,
+    make_parser,
     make_servers,
     say,
 )
@@ -62,26 +62,15 @@ class Run:
         self.settling = Load(concurrency=SETTLE_CLIENTS, seconds=args.warmup_seconds)
         self.reference: dict[str, str] = {}
         self.broken: dict[str, str] = {}  # precisions that could not be packaged
+        names = ("precisions", "concurrency", "seconds", "warmup_seconds", "rounds", "seed")
         self.data: dict[str, Any] = {
             "conditions": conditions(servers, self.images)
-            | {
-                "workers": servers.workers,
-                "precisions": args.precisions,
-                "concurrency": args.concurrency,
-                "seconds": args.seconds,
-                "warmup_seconds": args.warmup_seconds,
-                "rounds": args.rounds,
-                "seed": args.seed,
-            },
+            | {"workers": servers.workers}
+            | {name: getattr(args, name) for name in names},
             "subjects": {
                 s.name: {"what": s.what, "kind": s.kind, "precision": s.precision, "failed": None}
-                | {
-                    "failed_starts": [],
-                    "start_seconds": [],
-                    "runs": [],
-                    "memory": [],
-                    "accuracy": None,
-                }
+                | {"failed_starts": [], "start_seconds": [], "runs": [], "memory": []}
+                | {"accuracy": None}
                 for s in self.subjects
             },
             "reference": None,
@@ -173,11 +162,7 @@ class Run:
         labelled = [image for image in images if image.name in self.reference]
         found = Expectations()
         sending = send_once(
-            target.url,
-            labelled,
-            clients=CHECK_CLIENTS,
-            headers=target.headers,
-            expectations=found,
+            target.url, labelled, clients=CHECK_CLIENTS, headers=target.headers, expectations=found
         )
         samples = asyncio.run(sending)
         top = found.top_classes
@@ -235,12 +220,8 @@ def _trouble(run: Measurement) -> str:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.run",
-        description="Measure the service, its peers and the limits of this machine.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add_options(parser, "mobilenet_v2", FOLDER)
+    description = "Measure the service, its peers and the limits of this machine."
+    parser = make_parser("run", description, "mobilenet_v2", FOLDER)
     add = parser.add_argument
     add("--precisions", default="fp32,int8", help="of ours; peers use the engine of the first")
     add("--calibration", type=absolute, metavar="DIR", help="passed on for int8")

@@ -4,7 +4,6 @@ import argparse
 import asyncio
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -162,16 +161,16 @@ class Servers:
     ) -> AbstractContextManager[Server]:
         """The started server, in a folder of its own."""
         places = {
-            "{python}": python,
-            "{bin}": python.parent,
-            "{port}": port,
-            "{port+1}": port + 1,
-            "{port+2}": port + 2,
-            "{workers}": self.workers,
-            "{libpython}": sysconfig.get_config_var("LIBDIR"),
+            "python": python,
+            "bin": python.parent,
+            "port": port,
+            "port+1": port + 1,
+            "port+2": port + 2,
+            "workers": self.workers,
+            "libpython": sysconfig.get_config_var("LIBDIR"),
         }
         environ = self.environ(subject.precision or self.precision)
-        environ |= {name: _fill(value, places) for name, value in subject.environ.items()}
+        environ |= {name: value.format_map(places) for name, value in subject.environ.items()}
         if subject.kind == "ours":
             # Started as people start it: with the repository's code, not an unpacked archive's.
             environ["PYTHONPATH"] = str(ROOT)
@@ -185,7 +184,8 @@ class Servers:
             "RAY_TMPDIR": str(folder),
             "PYTHONUNBUFFERED": "1",
         }
-        return running([_fill(str(word), places) for word in subject.command], environ, folder)
+        command = [str(word).format_map(places) for word in subject.command]
+        return running(command, environ, folder)
 
     def measure_inprocess(
         self, precision: str, batches: Sequence[int], processes: int, seconds: float
@@ -208,7 +208,7 @@ class Servers:
 def make_servers(
     args: argparse.Namespace, *, device: str, precision: str, workers: int
 ) -> Iterator[Servers]:
-    """The servers of a benchmark with the options of add_options, in a temporary folder."""
+    """The servers of a benchmark with the options of make_parser, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         yield Servers(
             folder=Path(folder),
@@ -223,8 +223,13 @@ def make_servers(
         )
 
 
-def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
-    """The options that every benchmark of servers has."""
+def make_parser(name: str, description: str, model: str, out: Path) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of servers has."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}",
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     parser.add_argument("--model", default=model)
     parser.add_argument(
         "--weights",
@@ -236,6 +241,7 @@ def add_options(parser: argparse.ArgumentParser, model: str, out: Path) -> None:
     parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
+    return parser
 
 
 def absolute(text: str) -> Path:
@@ -272,7 +278,3 @@ def show(rows: Iterable[Mapping[str, Any]], columns: Sequence[str], digits: int 
     """Print some columns as a table."""
     cells = [[row[name] for name in columns] for row in rows]
     say("\n".join(text_table(columns, cells, digits=digits)) + "\n")
-
-
-def _fill(text: str, places: Mapping[str, object]) -> str:
-    return re.sub(r"\{[a-z0-9+]+\}", lambda match: str(places[match[0]]), text)

@@ -84,12 +84,7 @@ def peers(engine: str) -> list[Subject]:
             *("{bin}/bentoml", "serve", modules + "bentoml_app:ImageClassifier"),
             *("--host", "127.0.0.1", "--port", "{port}"),
         ),
-        peer(
-            "ray",
-            "Ray Serve, batching",
-            *("{python}", PEERS / "ray_app.py"),
-            path="/",
-        ),
+        peer("ray", "Ray Serve, batching", *("{python}", PEERS / "ray_app.py"), path="/"),
         peer(
             "triton",
             "Triton through pytriton, batching",

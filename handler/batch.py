@@ -62,30 +62,22 @@ class Row:
         return [one["predictions"][0] for one in self.results if one["status"] == "success"]
 
 
+@dataclass
 class Batch:
     """Collects the images of a batch, then classifies those that no cache knew."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        decoder: Decoder,
-        cache: ResultCache | None,
-        failures: Failures,
-        step: Callable[[], None],
-    ) -> None:
-        """`step` is called whenever an image or a forward pass is done."""
-        self._settings = settings
-        self._decoder = decoder
-        self._cache = cache
-        self._failures = failures
-        self._step = step
-        self._images: dict[bytes, BatchImage] = {}
+    settings: Settings
+    decoder: Decoder
+    cache: ResultCache | None
+    failures: Failures
+    step: Callable[[], None]  # called whenever an image or a forward pass is done
+    _images: dict[bytes, BatchImage] = field(default_factory=dict, init=False)
 
     def open_images(
         self, images: Sequence[bytes | RequestError], request_id: str, *, use_cache: bool
     ) -> list[BatchImage]:
         """A request's images: their decoding has begun, or they have their outcome already."""
-        budget = PixelBudget(self._settings.max_image_pixels)
+        budget = PixelBudget(self.settings.max_image_pixels)
         opened = []
         for data in images:
             try:
@@ -93,25 +85,25 @@ class Batch:
             except RequestError as error:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
-                image = BatchImage(self._failures.report(UNPROCESSED, [request_id], bug))
+                image = BatchImage(self.failures.report(UNPROCESSED, [request_id], bug))
             if request_id not in image.request_ids:
                 image.request_ids.append(request_id)
             opened.append(image)
-            self._step()
+            self.step()
         return opened
 
     def _open(self, data: bytes | RequestError, budget: PixelBudget, use_cache: bool) -> BatchImage:
         if isinstance(data, RequestError):
             raise data
-        key = self._cache.key(data) if self._cache else data
-        if self._cache and use_cache and (result := self._cache.get(key)):
+        key = self.cache.key(data) if self.cache else data
+        if self.cache and use_cache and (result := self.cache.get(key)):
             budget.spend(*result.size)
             return BatchImage(result, cached=True)
         if (known := self._images.get(key)) and known.decoding:
             budget.spend(*known.decoding.size)
             return known
-        decoding = self._decoder.start(open_image(data, self._settings, budget))
-        image = BatchImage(decoding=decoding, key=key if self._cache else None)
+        decoding = self.decoder.start(open_image(data, self.settings, budget))
+        image = BatchImage(decoding=decoding, key=key if self.cache else None)
         self._images[key] = image
         return image
 
@@ -123,11 +115,11 @@ class Batch:
         images = {image.decoding: image for image in self._images.values() if image.decoding}
         decoded = Timed(self._decode(images))
         for decodings, outcome in classify(decoded, engine):
-            self._step()
+            self.step()
             passed = [images[decoding] for decoding in decodings]
             if isinstance(outcome, Exception):
                 request_ids = dict.fromkeys(chain(*(image.request_ids for image in passed)))
-                error = self._failures.error_of(outcome, list(request_ids), engine)
+                error = self.failures.error_of(outcome, list(request_ids), engine)
                 for image in passed:
                     image.outcome = error
             else:
@@ -137,12 +129,12 @@ class Batch:
 
     def _decode(self, images: Mapping[Decoding, BatchImage]) -> Iterator[Decoding]:
         """Each image's decoding as soon as it is over; one that failed is the image's outcome."""
-        for decoding in self._decoder.finish(list(images)):
-            self._step()
+        for decoding in self.decoder.finish(list(images)):
+            self.step()
             if error := decoding.error:
                 image = images[decoding]
                 if not isinstance(error, RequestError):  # a bug of ours
-                    error = self._failures.report(UNPROCESSED, image.request_ids, error)
+                    error = self.failures.report(UNPROCESSED, image.request_ids, error)
                 image.outcome = error
             yield decoding
 
@@ -150,8 +142,8 @@ class Batch:
         """`probabilities` is float32 [C]."""
         if not torch.isfinite(probabilities).all():
             message = "the model gave no finite probabilities"
-            image.outcome = self._failures.report(message, image.request_ids)
+            image.outcome = self.failures.report(message, image.request_ids)
         elif image.decoding and image.decoding.picture:
             image.outcome = Result(image.decoding.picture.size, probabilities)
-            if self._cache and image.key:
-                self._cache.put(image.key, image.outcome)
+            if self.cache and image.key:
+                self.cache.put(image.key, image.outcome)

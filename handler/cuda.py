@@ -41,10 +41,7 @@ class Cuda(Engine):
         max_forward: int,
     ) -> None:
         """Captures every size. Raises InvalidSettings if the GPU lacks the memory."""
-        self.name = f"cuda-{precision}"
-        self.precision = precision
-        self.device = device
-        self.max_forward = max_forward
+        super().__init__("cuda", precision, device, max_forward)
         self.sizes = fixed_sizes(max_forward)
         self._on_gpu = torch.device(device).type == "cuda"
         exact_fp32(device)

@@ -114,24 +114,22 @@ class CpuDecoder(Decoder):
             decoding.error = bug
 
 
+@dataclass
 class GpuDecoder(Decoder):
     """Decodes plain JPEGs in chunks with nvJPEG; all else, and what it refuses, on the CPU."""
 
     name = "nvjpeg"
 
-    def __init__(
-        self, transform: InputTransform, decode_jpegs: DecodeJpegs, cpu: CpuDecoder
-    ) -> None:
-        self._transform = transform
-        self._decode_jpegs = decode_jpegs
-        self._cpu = cpu
+    transform: InputTransform
+    decode_jpegs: DecodeJpegs
+    cpu: CpuDecoder
 
     def start(self, encoded: Encoded) -> Decoding:
         size = encoded.header.size
-        large = min(size) >= MIN_SHRINK * self._transform.resize_size
-        if large and is_plain_jpeg(encoded) and not needs_pillow_resize(size, self._transform):
+        large = min(size) >= MIN_SHRINK * self.transform.resize_size
+        if large and is_plain_jpeg(encoded) and not needs_pillow_resize(size, self.transform):
             return Decoding(size, encoded=encoded)
-        return self._cpu.start(encoded)
+        return self.cpu.start(encoded)
 
     def finish(self, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
         others = [decoding for decoding in decodings if not decoding.encoded]
@@ -139,7 +137,7 @@ class GpuDecoder(Decoder):
             left = self._decode(chunk)
             yield from (decoding for decoding in chunk if decoding not in left)
             others += left
-        yield from self._cpu.finish(others)
+        yield from self.cpu.finish(others)
 
     def _decode(self, chunk: Sequence[Decoding]) -> list[Decoding]:
         """Decode a chunk, or one by one if an image is refused; returns what is left to the CPU."""
@@ -155,27 +153,24 @@ class GpuDecoder(Decoder):
         with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will notice
             torch.cuda.empty_cache()
         chunk[0].encoded = None
-        self._cpu.decode(encoded[0], chunk[0])
+        self.cpu.decode(encoded[0], chunk[0])
         return [chunk[0]]
 
     def decode_together(self, images: Sequence[Encoded]) -> list[Picture]:
         """JPEGs to Pictures. Raises what nvJPEG raises for the first image that it refuses."""
         files = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
-        upright = []
-        for image, pixels in zip(images, self._decode_jpegs(files), strict=True):
+        by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # upright, by their places
+        decoded = zip(images, self.decode_jpegs(files), strict=True)
+        for place, (image, pixels) in enumerate(decoded):
             if (*pixels.shape,) != (3, image.header.height, image.header.width):
                 raise ValueError(f"nvJPEG gave {[*pixels.shape]} for {image.header.size}")
             flipped, swapped = UPRIGHT.get(orientation(image.header), ((), False))
-            pixels = pixels.flip([axis + 1 for axis in flipped])
-            upright.append(pixels.transpose(1, 2) if swapped else pixels)
-        places: dict[torch.Size, list[int]] = {}
-        for place, pixels in enumerate(upright):
-            places.setdefault(pixels.shape, []).append(place)
+            upright = pixels.flip([axis + 1 for axis in flipped])
+            upright = upright.transpose(1, 2) if swapped else upright
+            by_shape.setdefault(upright.shape, {})[place] = upright
         pictures: dict[int, Picture] = {}
-        for (_, height, width), same in places.items():
-            inputs = resize_and_crop_batch(
-                torch.stack([upright[place] for place in same]), self._transform
-            )
+        for (_, height, width), same in by_shape.items():
+            inputs = resize_and_crop_batch(torch.stack([*same.values()]), self.transform)
             for place, pixels in zip(same, inputs, strict=True):
                 pictures[place] = Picture(pixels, (width, height))
         return [pictures[place] for place in range(len(images))]
@@ -190,7 +185,7 @@ class GpuDecoder(Decoder):
         for sampling in SAMPLINGS:
             jpegs = [_draw_jpeg(size, sampling) for size in ((501, 375), (347, 601))]
             encoded = [open_image(jpeg, Settings()) for jpeg in jpegs]
-            expected = [read_picture(jpeg, self._transform, Settings()).pixels for jpeg in jpegs]
+            expected = [read_picture(jpeg, self.transform, Settings()).pixels for jpeg in jpegs]
             actual = [picture.pixels.cpu() for picture in self.decode_together(encoded)]
             found[sampling] = max(
                 (one.float() - other.float()).abs().mean().item()

@@ -13,10 +13,11 @@ class Engine(ABC):
     Normalisation and softmax are the engine's business.
     """
 
-    name: str  # library and precision, e.g. "torch-fp32"
-    precision: str
-    device: str  # "cpu" or "cuda:0"
-    max_forward: int  # images that one forward pass takes
+    def __init__(self, library: str, precision: str, device: str, max_forward: int) -> None:
+        self.name = f"{library}-{precision}"
+        self.precision = precision
+        self.device = device  # "cpu" or "cuda:0"
+        self.max_forward = max_forward  # images that one forward pass takes
 
     @abstractmethod
     def probabilities(self, images: Tensor) -> Tensor:

@@ -25,16 +25,11 @@ def find_hardware(gpu_id: int | None = None) -> Hardware:
     if not torch.cuda.is_available():
         return Hardware(cpu_bf16=has_bf16())
     gpu = gpu_id or 0
-    capability = torch.cuda.get_device_capability(gpu)
-    return Hardware(gpu=gpu, capability=capability, cpu_bf16=has_bf16())
+    return Hardware(gpu=gpu, capability=torch.cuda.get_device_capability(gpu), cpu_bf16=has_bf16())
 
 
 def load_engine(
-    card: ModelCard,
-    model_dir: Path,
-    settings: Settings,
-    gpu_id: int | None,
-    workers: int,
+    card: ModelCard, model_dir: Path, settings: Settings, gpu_id: int | None, workers: int
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 

@@ -7,7 +7,9 @@ so torch's number of a device must not be used as NVML's.
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -57,30 +59,25 @@ def find_gpu(nvml: Any, index: int, properties: Any, visible: str) -> Any:
     return nvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
 
 
+@dataclass
 class GpuGauges:
     """Memory and utilisation of a whole GPU, whoever uses it."""
 
-    def __init__(
-        self, nvml: Any, handle: Any, index: int, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._nvml = nvml
-        self._handle = handle
-        self._labels = (str(index),)
-        self._clock = clock
-        self._next = clock()
+    nvml: Any
+    handle: Any
+    index: int
+    clock: Callable[[], float] = time.monotonic
+    due: float = 0.0  # when to read them again
 
-    def __call__(self) -> list[Gauge]:
+    def __call__(self) -> Iterator[Gauge]:
         """The readings if they are due, without those that NVML cannot give now."""
-        if self._clock() < self._next:
-            return []
-        self._next = self._clock() + SECONDS
-        gauges: list[Gauge] = []
-        try:
-            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._handle)
-            gauges.append((MEMORY_USED, memory.used, self._labels))
-            gauges.append((MEMORY_TOTAL, memory.total, self._labels))
-            rates = self._nvml.nvmlDeviceGetUtilizationRates(self._handle)  # percent; not of MIG
-            gauges.append((UTILIZATION, rates.gpu / 100, self._labels))
-        except self._nvml.NVMLError:
-            pass
-        return gauges
+        if self.clock() < self.due:
+            return
+        self.due = self.clock() + SECONDS
+        labels = (str(self.index),)
+        with suppress(self.nvml.NVMLError):
+            memory = self.nvml.nvmlDeviceGetMemoryInfo(self.handle)
+            yield MEMORY_USED, memory.used, labels
+            yield MEMORY_TOTAL, memory.total, labels
+            rates = self.nvml.nvmlDeviceGetUtilizationRates(self.handle)  # percent; not of MIG
+            yield UTILIZATION, rates.gpu / 100, labels

@@ -1,6 +1,6 @@
 """The TorchServe handler: glue between TorchServe's rows and the modules that do the work.
 
-TorchServe wants exactly one class in this module (ts/model_loader.py).
+TorchServe accepts exactly one class in this module (ts/model_loader.py).
 """
 
 import gc
@@ -24,36 +24,22 @@ from handler.batch import Batch, Row
 from handler.cache import ResultCache
 from handler.decoders import choose_decoder
 from handler.engines import load_engine
-from handler.errors import (
-    MalformedRequest,
-    ModelFailed,
-    OutOfResources,
-    RequestError,
-    SetupError,
-)
+from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
 from handler.logs import log_line, set_level
-from handler.metrics import Metrics, claim_slot, torchserve_emit
+from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
 from handler.settings import Settings
+from handler.slots import claim_slot
 
-LIBRARIES = (
-    "torchserve",
-    "torch",
-    "torchvision",
-    "openvino",
-    "simplejpeg",
-    "pillow",
-    "numpy",
-    "safetensors",
-    "orjson",
-    "multipart",
-)
+LIBRARIES = """
+    torchserve torch torchvision openvino simplejpeg pillow numpy safetensors orjson multipart
+""".split()
 
 
 class ImageClassifier(BaseHandler):

@@ -20,13 +20,7 @@ from handler.containers import (
     lacks_only_its_end,
     without_decoration,
 )
-from handler.errors import (
-    ImageTooLarge,
-    NoImage,
-    TooManyPixels,
-    UnreadableImage,
-    UnsupportedFormat,
-)
+from handler.errors import ImageTooLarge, NoImage, TooManyPixels, UnreadableImage, UnsupportedFormat
 from handler.model_card import InputTransform
 from handler.resize import Pixels, resize_and_crop
 from handler.settings import Settings
@@ -64,8 +58,6 @@ _FOREIGN = (
     ("HTML", rb"(?i)(\xef\xbb\xbf)?\s*(<!--.*-->\s*)?<(!doctype html|html|head|body)\b"),
     ("XML", rb"(?i)(\xef\xbb\xbf)?\s*<\?xml"),
 )
-_FOREIGN_FORMATS = [(name, re.compile(rule, re.DOTALL)) for name, rule in _FOREIGN]
-
 
 # EXIF orientation (EXIF 2.3, tag 0x0112) to what turns the stored pixels upright: the axes to flip
 # (0 rows, 1 columns), and whether rows and columns are then swapped.
@@ -117,14 +109,9 @@ class PixelBudget:
         self._left -= width * height
 
 
-def read_picture(
-    data: bytes, transform: InputTransform, settings: Settings, budget: PixelBudget | None = None
-) -> Picture:
-    """Encoded bytes to a Picture. Raises a RequestError of the 400, 413 or 415 family.
-
-    `budget` is the request's; None means that the image is the only one of its request.
-    """
-    return decode_picture(open_image(data, settings, budget), transform)
+def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> Picture:
+    """The only image of a request to a Picture. Raises a RequestError of status 400, 413 or 415."""
+    return decode_picture(open_image(data, settings), transform)
 
 
 def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
@@ -134,18 +121,18 @@ def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
     return Picture(resize_and_crop(pixels, transform), (width, height))
 
 
-def decode_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Pixels:
+def decode_image(data: bytes, settings: Settings) -> Pixels:
     """JPEG, PNG, WebP, GIF or BMP bytes to uint8 RGB [H, W, 3], upright; the first of many frames.
 
     Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
     """
-    return decode(open_image(data, settings, budget))
+    return decode(open_image(data, settings))
 
 
 def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
     """Read an image's header, check it against the limits, and subtract its pixels from the budget.
 
-    Raises as `decode_image` does.
+    Without a budget it is the only image of its request. Raises as `decode_image` does.
     """
     if not data:
         raise NoImage("the image is empty (0 bytes)")
@@ -285,7 +272,7 @@ def foreign_format(data: bytes) -> str | None:
         bits = jpeg_precision(data)
         return f"{bits}-bit JPEG" if bits in (12, 16) else None
     head = bytes(data[:1024])
-    return next((name for name, rule in _FOREIGN_FORMATS if rule.match(head)), None)
+    return next((name for name, rule in _FOREIGN if re.match(rule, head, re.DOTALL)), None)
 
 
 def orientation(image: Image.Image) -> int:

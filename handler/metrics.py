@@ -8,7 +8,6 @@ and handed over once a second.
 """
 
 import atexit
-import fcntl
 import logging
 import re
 import threading
@@ -20,8 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import accumulate, count
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 from ts.metrics.caching_metric import CachingMetric
@@ -261,12 +259,12 @@ class Metrics:
         # Series exist at 0 from the start, so that rate() sees the first increment.
         for name, family in FAMILIES.items():
             if family.kind != "gauge" and not family.slow:
-                for value in family.values or [None]:
-                    labels = () if value is None else (value,)
+                for value in family.values or [""]:
+                    series = name, (value,) if value else ()
                     if family.kind == "counter":
-                        self.add(name, 0, *labels)
+                        self._counts[series] = 0
                     else:
-                        self._histograms[name, labels] = _Histogram(family.bounds)
+                        self._histograms[series] = _Histogram(family.bounds)
 
     def add(self, name: str, amount: float, *labels: str) -> None:
         """Raise a counter; `labels` are the values of the labels that are not the worker's own."""
@@ -373,26 +371,3 @@ def torchserve_emit() -> Emit:
         metrics[name].add_or_update(value, [label_value(label) for label in labels])
 
     return emit
-
-
-_held: list[IO[str]] = []  # this process's locks, held until it ends
-
-
-def claim_slot(folder: Path) -> str:
-    """The lowest number that no other living worker has claimed in a folder.
-
-    A worker that replaces another gets its number. So the label `worker` stays the same after a
-    restart, and there are never more values than workers. (TorchServe's own numbers, those of the
-    sockets, rise with each scaling up.) Raises OSError.
-    """
-    slot = 0
-    while True:
-        file = (folder / f".worker-{slot}").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            slot += 1
-        else:
-            _held.append(file)
-            return str(slot)

@@ -34,13 +34,10 @@ def get_recipe(architecture: str, name: str | None = None) -> WeightsEnum:
     if name is None:
         return entries.DEFAULT
     # Entries without class names are for feature extraction: their last layer is no classifier.
-    known = [recipe for recipe in entries if recipe.meta["categories"]]
-    for recipe in known:
-        if str(recipe) == name:
-            return recipe
-    raise InvalidModel(
-        f"{name!r} is not a recipe of {architecture}; known: {', '.join(map(str, known))}"
-    )
+    known = {str(recipe): recipe for recipe in entries if recipe.meta["categories"]}
+    if name not in known:
+        raise InvalidModel(f"{name!r} is not a recipe of {architecture}; known: {', '.join(known)}")
+    return known[name]
 
 
 def input_transform(recipe: WeightsEnum, transform_input: bool = False) -> InputTransform:
@@ -66,7 +63,7 @@ def input_transform(recipe: WeightsEnum, transform_input: bool = False) -> Input
 
 
 def build_network(recipe: WeightsEnum, architecture: str, classes: int) -> nn.Module:
-    """The architecture as its recipe wants it, with `classes` outputs and random weights."""
+    """The architecture as its recipe needs it, with `classes` outputs and random weights."""
     return torchvision.models.get_model(
         architecture, weights=None, num_classes=classes, **_arguments(recipe, architecture)
     ).eval()

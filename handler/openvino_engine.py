@@ -25,10 +25,7 @@ class OpenVino(Engine):
         self, model_file: Path, precision: str, threads: int = 1, max_forward: int = 1
     ) -> None:
         """Raises InvalidModel if OpenVINO cannot read the file."""
-        self.name = f"openvino-{precision}"
-        self.precision = precision
-        self.device = "cpu"
-        self.max_forward = max_forward
+        super().__init__("openvino", precision, "cpu", max_forward)
         core = openvino.Core()
         options = {
             "INFERENCE_NUM_THREADS": threads,

@@ -30,6 +30,7 @@ from handler.settings import Settings
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
 OPTIONS = ("top_k", "filename")
 MAX_FILENAME = 255
+SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON may spell and UTF-8 not hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +85,9 @@ def read_request(
     if wants_list and filename is not None:
         raise MalformedRequest("filename goes with one image, and the request has several")
     filenames = [part.filename and part.filename[:MAX_FILENAME] for part in files]
-    return ImageRequest(
-        images=images,
-        wants_list=wants_list,
-        top_k=top_k,
-        filenames=filenames if filename is None else [filename],
-    )
+    if filename is not None:
+        filenames = [filename]
+    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
 
 
 def _parts(
@@ -212,18 +210,9 @@ def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Setti
 def _filename(value: Any) -> str | None:
     if value is None:
         return None
-    if not isinstance(value, str) or len(value) > MAX_FILENAME or not _is_unicode(value):
+    if not isinstance(value, str) or len(value) > MAX_FILENAME or SURROGATE.search(value):
         raise MalformedRequest(f"filename must be text of at most {MAX_FILENAME} characters")
     return value
-
-
-def _is_unicode(text: str) -> bool:
-    """False with a lone surrogate, which JSON may spell (\\ud800) and UTF-8 cannot hold."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _check_count(images: int, settings: Settings) -> None:

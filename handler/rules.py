@@ -36,8 +36,7 @@ class Rule:
     high: int | None = None
     choices: tuple[str, ...] = ()
     meaning: str = ""  # one line for the document
-    default: Any = None
-    required: bool = False
+    default: Any = None  # MISSING if it must be given
 
     @property
     def kind(self) -> str:
@@ -93,14 +92,10 @@ def setting(
 def rules_of(kind: type) -> dict[str, Rule]:
     """The rules of a dataclass by the names of its fields."""
     types = get_type_hints(kind)
-    rules = {}
-    for spec in fields(kind):
-        required = spec.default is MISSING
-        default = None if required else spec.default
-        rules[spec.name] = Rule(
-            type=types[spec.name], default=default, required=required, **spec.metadata
-        )
-    return rules
+    return {
+        spec.name: Rule(type=types[spec.name], default=spec.default, **spec.metadata)
+        for spec in fields(kind)
+    }
 
 
 def check(settings: Any, rename: Callable[[str], str] = str) -> None:
@@ -141,7 +136,7 @@ def build(kind: type[T], content: Any, section: str = "") -> T:
                 values[name] = build(rule.type, content[name], full)
             else:
                 rule.check(full, content[name])
-        elif rule.required:
+        elif rule.default is MISSING:
             raise InvalidSettings(f"{full} is missing")
     return kind(**values)
 

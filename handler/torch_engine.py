@@ -44,14 +44,11 @@ class TorchEager(Engine):
         self,
         network: nn.Module,
         transform: InputTransform,
-        precision: str,
-        device: str,
+        precision: str = "fp32",
+        device: str = "cpu",
         max_forward: int = 32,
     ) -> None:
-        self.name = f"torch-{precision}"
-        self.precision = precision
-        self.device = device
-        self.max_forward = max_forward
+        super().__init__("torch", precision, device, max_forward)
         exact_fp32(device)
         self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
 

@@ -4,5 +4,5 @@ root="$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")" # not cd, wh
 unset PYTHONHOME # of another Python: no virtual environment starts with it
 
 start() {
-  PYTHONPATH="$root" exec "${PYTHON:-python3}" "$root/service/bootstrap.py" "$@"
+  PYTHONPATH="$root" exec "${PYTHON:-python3}" "$root/scripts/bootstrap.py" "$@"
 }

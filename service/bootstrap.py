@@ -1,14 +1,7 @@
-"""Make .venv match the pinned requirements, then run a command in it.
-
-    bootstrap.py NAME ARGS…     set up what the command needs, and run scripts/NAME.py
-    bootstrap.py test           set up what scripts/test needs
-
-Runs with the system's Python and the standard library only.
-"""
+"""Make .venv match the pinned requirements, with the system's Python and the standard library."""
 
 from __future__ import annotations  # so that an old Python gets as far as the message for it
 
-import contextlib
 import fcntl
 import hashlib
 import json
@@ -19,50 +12,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import CalledProcessError
 
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
-REQUIREMENTS = {  # of the commands that need more than requirements.txt
-    "test": "requirements-dev.txt",
-    "benchmark": "requirements-benchmark.txt",
-    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
-    "tune": "requirements-benchmark.txt",
-}
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-
-
-def main(argv: list[str]) -> int:
-    if sys.version_info < (3, 10):
-        return _fail(
-            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()}; "
-            "name another with PYTHON=/path/to/python3"
-        )
-    command, *rest = argv
-    torch_build = "auto"
-    if command in ("serve", "package"):  # their mistakes and --help need no set-up
-        from service import options  # after the version check: newer syntax
-
-        if command == "serve":
-            torch_build = options.parse_serve(rest).torch
-        else:
-            options.parse_package(rest)
-    requirements = [REQUIREMENTS.get(command, "requirements.txt")]
-    if any(word.partition("=")[0] == "--calibration" for word in rest):
-        requirements.append("requirements-int8.txt")
-    try:
-        set_up(requirements, torch_build)
-    except subprocess.CalledProcessError as exc:
-        return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
-    except OSError as exc:
-        return _fail(f"the set-up failed: {exc}")
-    except KeyboardInterrupt:
-        return 130
-    if command != "test":
-        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / f"{command}.py"), *rest])
-    return 0
 
 
 def set_up(requirements: Sequence[str], torch_build: str) -> None:
@@ -70,18 +28,19 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
 
     Raises CalledProcessError if venv or pip failed (they have said why).
     """
-    wanted = {
+    required = {
         name: hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
         for name in {"requirements.txt", *requirements, *_included(requirements)}
     }
-    if _is_current(_read_stamp(), wanted, torch_build):
+    if _is_current(_read_stamp(), required, torch_build):
         return
     with (ROOT / ".venv.lock").open("w") as lock:  # serve and test may start side by side
         fcntl.flock(lock, fcntl.LOCK_EX)
         installed = _read_stamp()
-        if _is_current(installed, wanted, torch_build):
+        if _is_current(installed, required, torch_build):
             return
-        same_torch = torch_build in ("auto", installed.get("torch"))
+        torch = installed.get("torch")
+        build = torch or "auto" if torch_build == "auto" else torch_build
         print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
@@ -91,23 +50,20 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
             site = next((VENV / "lib").glob("python*/site-packages"))
             (site / "repository.pth").write_text(f"{os.path.relpath(ROOT, site)}\n")
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
-        if not same_torch and installed:
+        if torch not in (None, build):
             _pip("uninstall", "--yes", "torch", "torchvision")
-        build = installed["torch"] if same_torch and installed else torch_build
-        if not same_torch or installed.get("requirements.txt") != wanted["requirements.txt"]:
+        if torch != build or installed.get("requirements.txt") != required["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
-        with contextlib.suppress(
-            subprocess.CalledProcessError
-        ):  # it has said so; Java does without
+        with suppress(CalledProcessError):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}
-        STAMP.write_text(json.dumps(installed | wanted | facts))
+        STAMP.write_text(json.dumps(installed | required | facts))
 
 
-def _is_current(installed: dict[str, str], wanted: dict[str, str], torch_build: str) -> bool:
+def _is_current(installed: dict[str, str], required: dict[str, str], torch_build: str) -> bool:
     """Whether a set-up has nothing to do."""
-    return torch_build in ("auto", installed.get("torch")) and wanted.items() <= installed.items()
+    return torch_build in ("auto", installed.get("torch")) and required.items() <= installed.items()
 
 
 def _included(requirements: Sequence[str]) -> list[str]:
@@ -132,7 +88,7 @@ def _install_torch(build: str) -> str:
         try:
             _pip("install", "--index-url", CPU_INDEX, *pins)
             return "cpu"
-        except subprocess.CalledProcessError:
+        except CalledProcessError:
             reason = "the CPU build could not be installed"
     else:
         reason = "no GPU here, but PyTorch's CPU index does not answer"
@@ -185,12 +141,3 @@ def _read_stamp() -> dict[str, str]:
 
 def _real_python() -> str:
     return os.path.realpath(PYTHON)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

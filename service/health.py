@@ -22,7 +22,7 @@ def check_models(management: str, predictions: str, models: Sequence[str]) -> tu
     `management` and `predictions` are http://HOST:PORT. No models means every registered one, and
     at least one.
     """
-    client = Management(management, TIMEOUT_SECONDS)
+    client, address = Management(management, TIMEOUT_SECONDS), predictions.removeprefix("http://")
     try:
         states = {model: _describe(client, model) for model in models or client.models()}
     except requests.RequestException as exc:
@@ -35,9 +35,7 @@ def check_models(management: str, predictions: str, models: Sequence[str]) -> tu
             healthy = False
             lines.append(f"{model}: not registered")
             continue
-        failure = ""
-        if state.is_ready:
-            failure = ask_prediction(predictions.removeprefix("http://"), model, TIMEOUT_SECONDS)
+        failure = ask_prediction(address, model, TIMEOUT_SECONDS) if state.is_ready else ""
         healthy = healthy and state.is_ready and not failure
         line = f"{model}: {state.ready} of {state.min_workers} workers READY"
         lines.append(f"{line}, {failure}" if failure else line)

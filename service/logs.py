@@ -16,7 +16,7 @@ CHUNK_BYTES = 65536
 
 
 class Log:
-    """Writes whole lines, from any thread. Where nobody reads them any more, they are dropped."""
+    """Writes whole lines, from any thread; drops them if nobody reads them any more."""
 
     def __init__(self, form: str) -> None:
         """`form` is "json" or "text"."""

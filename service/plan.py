@@ -62,10 +62,8 @@ class ModelPlan:
         kills the worker that exceeds max_response_size.
         """
         batch, images = self.config["batchSize"], self.settings.max_images
-        answer = (
-            batch * images * (1024 + sum(64 + len(label.encode()) for label in labels))
-        )  # bytes
-        if answer > (limit := self.server.max_response_size):
+        image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
+        if (answer := batch * images * image) > (limit := self.server.max_response_size):
             raise InvalidSettings(
                 f"batchSize {batch} x max_images {images} x {len(labels)} classes may answer "
                 f"{answer} bytes, max_response_size is {limit}"
@@ -125,9 +123,8 @@ def plan_service(options: ServeOptions) -> ServicePlan:
     gpus = server.usable_gpus()
     warning = check_gpus(options.device, count_gpus(), os.environ)
     packages = tuple(plan_package(name, options, server) for name in options.models)
-    given = tuple(
-        _plan_given(options, server, {f"{plan.name}/{plan.version}" for plan in packages})
-    )
+    taken = {f"{plan.name}/{plan.version}" for plan in packages}
+    given = tuple(_plan_given(options, server, taken))
     for plan in (*packages, *given):
         check_device_ids(plan.config, gpus)
     notes = [note for plan in packages for note in plan.notes]
@@ -187,11 +184,10 @@ def _plan_given(
             raise SetupError(f"--archive: there is no .mar file in {path}")
         for archive in archives:
             name, version = read_target(archive)
-            if f"{name}/{version}" in taken:
-                raise SetupError(
-                    f"--archive: {archive} is {name}/{version}, which is served already"
-                )
-            taken.add(f"{name}/{version}")
+            target = f"{name}/{version}"
+            if target in taken:
+                raise SetupError(f"--archive: {archive} is {target}, which is served already")
+            taken.add(target)
             card = read_card(archive)
             if card is None:
                 raise InvalidModel(f"{archive} is damaged, or was not made by ./scripts/package")

@@ -125,9 +125,8 @@ def run(
         print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
         return 1
     finally:
-        signal.signal(  # a second Ctrl-C is obeyed at once
-            signal.SIGINT, signal.default_int_handler
-        )
+        # A second Ctrl-C is obeyed at once.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             if gateway:
                 gateway.stop()  # first: what it has taken in is answered

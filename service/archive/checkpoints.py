@@ -78,11 +78,11 @@ def read_checkpoint(path: Path) -> Any:
     Raises InvalidModel, which says what the file is if that can be seen.
     """
     try:
-        start = _first_bytes(path)
+        with path.open("rb") as file:
+            start = file.read(64)
         if _is_safetensors(path, start):
             return load_file(path)
-        known = _recognise(path, start)
-        if known:
+        if known := _recognise(path, start):
             raise InvalidModel(f"{path} {known}")
         with warnings.catch_warnings(), torch.serialization.safe_globals(_placeholders(path)):
             warnings.simplefilter("ignore")  # about pickle protocols; the error says enough
@@ -145,11 +145,6 @@ def _describe(content: Any) -> str:
     return ""
 
 
-def _first_bytes(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(64)
-
-
 def _is_safetensors(path: Path, start: bytes) -> bool:
     """Whether a file begins as safetensors do: the length of a JSON header, then the header."""
     length = int.from_bytes(start[:8], "little")
@@ -172,7 +167,7 @@ def _recognise(path: Path, start: bytes) -> str | None:
 
 
 def _placeholders(path: Path) -> list[Any]:
-    """A placeholder for each class and function that a file names, as torch wants to be told.
+    """A placeholder for each class and function that a file names, in the form that torch takes.
 
     Training scripts keep their arguments, paths and numpy's numbers beside the tensors. torch
     itself still refuses names from os and sys.

@@ -103,7 +103,8 @@ def fit_checkpoint(
             raise InvalidModel(f"{OPTION} {prefix}: no such prefix; those that fit: {there}")
         fits = [attempt for attempt in attempts if not attempt.problems]
     if not fits:
-        raise InvalidModel(_misfit(max(attempts, key=_likeness), tables, layout))
+        nearest = max(attempts, key=lambda each: (each.matched, -len(each.problems)))
+        raise InvalidModel(_misfit(nearest, tables, layout))
     fit = fits[0]
     if others := [other for other in fits[1:] if not _equal(fit.state, other.state)]:
         prefixes = [f"{OPTION} {each.prefix.rstrip('.')!r}" for each in (fit, *others)]
@@ -209,18 +210,16 @@ def _attempt(
         for name in beside
         if table[name].dim() > 1 and table[name].is_floating_point()
     ]
-    notes, problems = [], []
-    if path + prefix:
-        notes.append(f"the weights are those under {path + prefix!r}")
     matched = sum(name in given for name in layout.tensors)
     given, note, problem = _find_head(given, layout)
-    notes += [note] if note else []
-    problems += [problem] if problem else []
+    under = f"the weights are those under {path + prefix!r}" if path + prefix else None
+    notes = [text for text in (under, note) if text]
     head = given.get(layout.head[0])
     classes = head.shape[0] if head is not None and head.dim() else 2
+    problems = [problem] if problem else []
     for name in layout.tensors:
-        if problem_there := _problem(name, given.get(name), layout, classes):
-            problems.append(problem_there)
+        if problem := _problem(name, given.get(name), layout, classes):
+            problems.append(problem)
     auxiliary = layout.architecture in SCALE_INPUT_AGAIN
     for name in given:
         if name not in layout.tensors and not (auxiliary and re.match(AUXILIARY, name)):
@@ -297,10 +296,6 @@ def _misfit(attempt: _Attempt, tables: Tables, layout: _Layout) -> str:
         near = difflib.get_close_matches(missing, names, n=3, cutoff=0.5) or names[:3]
         message += f"; nearest in the file: {_listed(near)}"
     return message
-
-
-def _likeness(attempt: _Attempt) -> tuple[int, int]:
-    return attempt.matched, -len(attempt.problems)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -184,10 +184,8 @@ def _read_table(rows: list[list[str]]) -> list[str]:
 def _names(content: Any) -> list[Any]:
     """The entries of parsed JSON or YAML, by index."""
     if isinstance(content, dict):
-        for key in KEYS:
-            if isinstance(content.get(key), dict | list):
-                content = content[key]
-                break
+        inside = (content[key] for key in KEYS if isinstance(content.get(key), dict | list))
+        content = next(inside, content)
     if isinstance(content, list):
         return [_name(entry) for entry in content]
     if not isinstance(content, dict):

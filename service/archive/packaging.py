@@ -61,15 +61,6 @@ class Model:
     transform: InputTransform
 
 
-@dataclass(frozen=True)
-class Converted:
-    """What OpenVINO runs; nothing if the archive is for torch alone."""
-
-    fp32: openvino.Model | None = None
-    int8: openvino.Model | None = None
-    int8_report: dict[str, Any] | None = None
-
-
 def package_from(stream: BinaryIO) -> int:
     """Make the archives whose plans another process of ours has pickled; the exit status."""
     return package_all(pickle.load(stream))  # noqa: S301 - service/serving.py writes it
@@ -112,9 +103,9 @@ def package(plan: PackagePlan) -> Path:
         return plan.archive
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
-    converted = convert(plan, model, calibration)
-    card = make_card(plan, recipe, labels, source, model, converted, inputs)
-    write_archive(plan, card, model, converted)
+    converted, int8_report = convert(plan, model, calibration)
+    card = make_card(plan, recipe, labels, source, model, int8_report, inputs)
+    write_archive(plan, card, model.state, converted)
     return plan.archive
 
 
@@ -142,7 +133,14 @@ def choose_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
 
     Raises InvalidModel, and InvalidSettings if untrained weights may not be served.
     """
-    source = _find_weights(plan, recipe)
+    try:
+        source = find_weights(plan.weights or "pretrained", recipe, plan.name)
+    except DownloadFailed as exc:
+        if plan.weights:
+            raise
+        _warn(str(exc))
+        _warn(f"{plan.name} is served UNTRAINED: it answers, but its answers mean nothing")
+        source = find_weights("untrained", recipe, plan.name)
     if not source.facts.trained and not plan.settings.allow_untrained:
         raise InvalidSettings(
             f"{plan.name} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
@@ -151,19 +149,8 @@ def choose_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
     return source
 
 
-def _find_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
-    if plan.weights:
-        return find_weights(plan.weights, recipe, plan.name)
-    try:
-        return find_weights("pretrained", recipe, plan.name)
-    except DownloadFailed as exc:
-        print(
-            f"warning: {exc}\n"
-            f"warning: {plan.name} is served UNTRAINED: it answers, but its answers mean nothing",
-            file=sys.stderr,
-            flush=True,
-        )
-        return find_weights("untrained", recipe, plan.name)
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def check_writable(archive: Path) -> None:
@@ -197,19 +184,22 @@ def build_model(
     return Model(network, fit.state, input_transform(recipe, transform_input=again))
 
 
-def convert(plan: PackagePlan, model: Model, calibration: CalibrationSet | None) -> Converted:
-    """The model for OpenVINO, if the archive holds it, and in int8, if there are images for it.
+def convert(
+    plan: PackagePlan, model: Model, calibration: CalibrationSet | None
+) -> tuple[dict[str, openvino.Model], dict[str, Any] | None]:
+    """The models for OpenVINO, by their files in the archive, and the report of int8.
 
+    There is no model if the archive is for torch alone, and none in int8 without images for it.
     Raises InvalidModel if the network's answers are no numbers, or int8 is not accurate enough.
     """
     if not plan.holds_openvino:
         check_answers(model.network, model.transform)
-        return Converted()
+        return {}, None
     fp32 = to_openvino(model.network, model.transform)
     if calibration is None:
-        return Converted(fp32)
+        return {OPENVINO_FILE: fp32}, None
     int8, report = quantize(fp32, calibration.images, calibration.labels, plan.minimum_agreement)
-    return Converted(fp32, int8, asdict(report))
+    return {OPENVINO_FILE: fp32, INT8_FILE: int8}, asdict(report)
 
 
 def make_card(
@@ -218,7 +208,7 @@ def make_card(
     labels: Sequence[str],
     source: Source,
     model: Model,
-    converted: Converted,
+    int8_report: dict[str, Any] | None,
     inputs_sha256: str,
 ) -> ModelCard:
     parameters = [*model.network.parameters()]
@@ -232,33 +222,31 @@ def make_card(
             "trainable": sum(p.numel() for p in parameters if p.requires_grad),
         },
         weights=source.facts,
-        int8=converted.int8_report,
+        int8=int8_report,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},
     )
 
 
-def write_archive(plan: PackagePlan, card: ModelCard, model: Model, converted: Converted) -> None:
+def write_archive(
+    plan: PackagePlan,
+    card: ModelCard,
+    state: dict[str, Tensor],
+    converted: Mapping[str, openvino.Model],
+) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
     archive, old = plan.archive, plan.card
-    files = {OPENVINO_FILE: converted.fp32, INT8_FILE: converted.int8}
     try:
         packaging = tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-")
         with packaging as folder, Guardian(folder):
-            made = _archive(Path(folder), plan, card, model.state, files)
+            made = _archive(Path(folder), plan, card, state, converted)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)
-                print(
-                    f"warning: the archive with {old.weights.name} is kept as {aside}",
-                    file=sys.stderr,
-                )
+                _warn(f"the archive with {old.weights.name} is kept as {aside}")
             elif old and old.int8 and not card.int8:
-                print(
-                    f"warning: {archive.name} had an int8 model; --calibration DIR makes it again",
-                    file=sys.stderr,
-                )
+                _warn(f"{archive.name} had an int8 model; --calibration DIR makes it again")
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc
@@ -269,7 +257,7 @@ def _archive(
     plan: PackagePlan,
     card: ModelCard,
     state: dict[str, Tensor],
-    converted: Mapping[str, openvino.Model | None],
+    converted: Mapping[str, openvino.Model],
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -284,8 +272,7 @@ def _archive(
     (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
     save_file(state, folder / WEIGHTS_FILE)
     for name, openvino_model in converted.items():
-        if openvino_model:
-            openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
+        openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(dump_config(plan.config), "utf-8")
     command = [
         Path(sys.executable).with_name("torch-model-archiver"),

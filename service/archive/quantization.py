@@ -206,12 +206,13 @@ def _counts(ranking: Sequence[tuple[str, float]]) -> Iterator[int]:
         return
     total = sum(harm for _, harm in ranking)
     outliers = sum(harm > OUTLIER * total for _, harm in ranking)
-    count = min(outliers, len(ranking) // 3)
+    most = len(ranking) // 3
+    count = min(outliers, most)
     for _ in range(TRIES):
         yield count
-        if count == len(ranking) // 3:
+        if count == most:
             return
-        count = min(max(1, 2 * count), len(ranking) // 3)
+        count = min(max(1, 2 * count), most)
 
 
 def measure(model: ov.Model, images: Sequence[Image], core: ov.Core) -> Measurement:

@@ -149,11 +149,13 @@ def _sample_inputs(
 ) -> dict[str, NDArray[np.float32]]:
     """float32 [N, channels] by layer: positions of its input, as many from each image."""
     model = model.clone()
-    nodes = [node for node in weighted_layers(model) if node.get_friendly_name() in names]
-    tensors: dict[tuple[str, int], Any] = {}  # several layers may read one tensor
-    for node in nodes:
-        source = node.input_value(0)
-        tensors.setdefault((source.get_node().get_friendly_name(), source.get_index()), source)
+    tensors: dict[tuple[str, int], Any] = {}
+    inputs = {}  # the tensor of each layer, which several layers may read
+    for node in weighted_layers(model):
+        if (name := node.get_friendly_name()) in names:
+            tensor = node.input_value(0)
+            inputs[name] = tensor.get_node().get_friendly_name(), tensor.get_index()
+            tensors.setdefault(inputs[name], tensor)
     own = len(model.outputs)
     model.add_outputs(list(tensors.values()))
     request = compile_for_one(model, images[0].shape, core)
@@ -170,12 +172,7 @@ def _sample_inputs(
             chosen = rng.choice(len(values), min(each, len(values)), replace=False)
             samples[key].append(values[chosen].astype(np.float32))
     joined = {key: np.concatenate(parts) for key, parts in samples.items()}
-    return {
-        node.get_friendly_name(): joined[
-            node.input_value(0).get_node().get_friendly_name(), node.input_value(0).get_index()
-        ]
-        for node in nodes
-    }
+    return {name: joined[key] for name, key in inputs.items()}
 
 
 def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> Any:

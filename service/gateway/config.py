@@ -11,10 +11,9 @@ from typing import NamedTuple
 
 from handler.errors import SetupError
 from handler.machine import available_cores
-from service.gateway.settings import Client, GatewaySettings
+from service.gateway.settings import Client, GatewaySettings, bracketed
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy" / "gateway"
-MAX_STOP_SECONDS = 30
 # Connections that wait to be accepted; the kernel lowers it to net.core.somaxconn. nginx's own 511
 # overflow in a crowd, and a client whose connection the kernel has dropped waits 1, 3, 7, 15 s.
 BACKLOG = 4096
@@ -29,12 +28,7 @@ class Replicas(NamedTuple):
     @classmethod
     def find(cls, settings: GatewaySettings) -> "Replicas":
         """Look their names up. Raises SetupError."""
-        upstreams, management = map(settings.addresses, ("upstreams", "management"))
-        return cls(tuple(sorted(upstreams)), tuple(sorted(management)))
-
-
-def stop_seconds(settings: GatewaySettings) -> int:
-    return min(settings.response_timeout_seconds, MAX_STOP_SECONDS)
+        return cls(settings.addresses("upstreams"), settings.addresses("management"))
 
 
 def render(
@@ -53,8 +47,8 @@ def render(
 
     body, total = settings.max_body_bytes, settings.response_timeout_seconds
     # A replica that does not answer must not use up all the time that a request has.
-    several = len(replicas.upstreams) > 1
-    first_seconds = max(1, total // 4) if several else total
+    can_retry = len(replicas.upstreams) > 1
+    first_seconds = max(1, total // 4) if can_retry else total
     workers = min(available_cores(), 4)
     environment = Environment(
         loader=FileSystemLoader(DEPLOY),
@@ -78,8 +72,8 @@ def render(
         described=described(settings),
         shares=shares(settings.weights()),
         first_seconds=first_seconds,
-        second_seconds=max(1, total - first_seconds) if several else total,
-        listen=listen(settings),
+        second_seconds=max(1, total - first_seconds) if can_retry else total,
+        listen=f"{bracketed(settings.host)}:{settings.port} backlog={BACKLOG}",
     )
 
 
@@ -102,12 +96,6 @@ def shares(weights: dict[str, int]) -> list[tuple[str, str]]:
     """The share and the version of each entry of split_clients; the last takes what is left."""
     given = [(f"{percent}%", version) for version, percent in weights.items() if percent]
     return [*given[:-1], ("*", given[-1][1])] if given else []
-
-
-def listen(settings: GatewaySettings) -> str:
-    """Where clients connect."""
-    host = f"[{settings.host}]" if ":" in settings.host else settings.host
-    return f"{host}:{settings.port} backlog={BACKLOG}"
 
 
 def worker_user() -> pwd.struct_passwd | None:

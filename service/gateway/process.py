@@ -13,14 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.gateway.config import (
-    DEPLOY,
-    Replicas,
-    render,
-    stop_seconds,
-    targets,
-    worker_user,
-)
+from service.gateway.config import DEPLOY, Replicas, render, targets, worker_user
 from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.logs import Log
@@ -33,6 +26,7 @@ MODULES = ("ndk_http_module.so", "ngx_http_lua_module.so")  # the second needs t
 PLACES = ("/usr/local/sbin", "/usr/sbin")  # nginx's folders, which PATH often lacks
 POLL_SECONDS = 0.2
 START_SECONDS = 10
+MAX_STOP_SECONDS = 30
 RESOLVE_SECONDS = 5  # between look-ups of the replicas' names
 
 
@@ -75,10 +69,11 @@ class Gateway:
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         reader, writer = os.pipe()
         self._access_log = f"/dev/fd/{writer}"
+        command = [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
         try:
             self._write()
             checked = subprocess.run(
-                [*self._command(), "-t", "-q"],
+                [*command, "-t", "-q"],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -89,7 +84,7 @@ class Gateway:
                 raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
-            self._process = self._guardian.start(self._command(), pass_fds=[writer])
+            self._process = self._guardian.start(command, pass_fds=[writer])
         finally:
             os.close(writer)
             self._log = threading.Thread(target=self._relay, args=(reader,))
@@ -100,9 +95,6 @@ class Gateway:
         if not pid_file.exists():
             raise SetupError("nginx did not start; the cause is in the log above")
         self._watch.start(self._folder / "control" / "sock")
-
-    def _command(self) -> list[str]:
-        return [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
 
     def _relay(self, reader: int) -> None:
         """Pass the access log on until nginx has ended.
@@ -122,18 +114,18 @@ class Gateway:
             self._access_log,
             self._modules,
         )
-        path = self._folder / "nginx.conf"
-        path.with_suffix(".new").write_text(config, "utf-8")
-        path.with_suffix(".new").replace(path)
+        new = self._folder / "nginx.conf.new"
+        new.write_text(config, "utf-8")
+        new.replace(self._folder / "nginx.conf")
 
     def _stamp(self) -> tuple[object, ...]:
-        """A value that changes with the keys file and with the replicas."""
-        replicas = self._find_replicas()
-        try:
-            stat = self._settings.keys_file.stat() if self._settings.keys_file else None
-        except OSError:
-            return (0, replicas)
-        return (stat.st_mtime_ns, stat.st_size, stat.st_ino, replicas) if stat else (replicas,)
+        """A value that changes if the keys file or the replicas do."""
+        file = None
+        if self._settings.keys_file:
+            with suppress(OSError):
+                stat = self._settings.keys_file.stat()
+                file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        return file, self._find_replicas()
 
     def _find_replicas(self) -> Replicas:
         """The replicas as last found: a name that cannot be resolved delays nothing else."""
@@ -186,7 +178,8 @@ class Gateway:
         self._watch.stop()
         if self._process is not None:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
-                end(self._process, stop_seconds(self._settings) + 5, signal.SIGQUIT)
+                seconds = min(self._settings.response_timeout_seconds, MAX_STOP_SECONDS)
+                end(self._process, seconds + 5, signal.SIGQUIT)
         if self._log is not None:
             self._log.join()
         if self._folder != Path():

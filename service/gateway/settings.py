@@ -138,9 +138,7 @@ class GatewaySettings:
         """The gateway for a client on this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         scheme = "https" if self.tls_certificate else "http"
-        return (
-            f"{scheme}://[{host}]:{self.port}" if ":" in host else f"{scheme}://{host}:{self.port}"
-        )
+        return f"{scheme}://{bracketed(host)}:{self.port}"
 
     def weights(self) -> dict[str, int]:
         """Version -> percent of the clients; empty without a split."""
@@ -160,31 +158,27 @@ class GatewaySettings:
 
     def metrics_networks(self) -> list[str]:
         """Networks in CIDR form."""
+        text = self.metrics_allow
         try:
-            return [
-                str(ipaddress.ip_network(entry))
-                for entry in _entries("metrics_allow", self.metrics_allow)
-            ]
+            return [str(ipaddress.ip_network(entry)) for entry in _entries("metrics_allow", text)]
         except ValueError:
-            raise _invalid(
-                "metrics_allow", "must be addresses or networks", self.metrics_allow
-            ) from None
+            raise _invalid("metrics_allow", "must be addresses or networks", text) from None
 
-    def addresses(self, name: str) -> list[str]:
-        """`upstreams` or `management` as IP:PORT, all that a name stands for.
+    def addresses(self, name: str) -> tuple[str, ...]:
+        """`upstreams` or `management` as IP:PORT, all that a name stands for, in order.
 
-        Resolved here once, as nginx would do itself: gateway.conf tells replicas by their address.
-        Raises SetupError.
+        Resolved here and not by nginx, which tells replicas apart by their addresses. Raises
+        SetupError.
         """
-        found: dict[str, None] = {}
+        found: set[str] = set()
         for entry in _entries(name, getattr(self, name)):
             host, port = _split_address(name, entry)
             try:
                 answers = socket.getaddrinfo(host, port, socket.AF_INET, socket.SOCK_STREAM)
             except OSError as exc:
                 raise SetupError(f"{PREFIX}{name.upper()}: {host} is not found: {exc}") from exc
-            found |= {f"{address[0]!s}:{port}": None for *_, address in answers}
-        return list(found)
+            found |= {f"{address[0]}:{port}" for *_, address in answers}
+        return tuple(sorted(found))
 
 
 def name_ignored(log: Log, environ: Mapping[str, str] = os.environ) -> None:
@@ -210,11 +204,8 @@ def read_keys(path: Path) -> list[Client]:
         if not words:
             continue
         name, digest, *rest = [*words, ""] if len(words) == 1 else words
-        if (
-            not NAME.fullmatch(name)
-            or not SHA256.fullmatch(digest)
-            or rest not in ([], ["disabled"])
-        ):
+        known = NAME.fullmatch(name) and SHA256.fullmatch(digest)
+        if not known or rest not in ([], ["disabled"]):
             raise InvalidSettings(
                 f"{path}, line {number} must be NAME SHA256 [disabled], with the sha256 of the key "
                 "in 64 lower-case hex digits"
@@ -223,6 +214,11 @@ def read_keys(path: Path) -> list[Client]:
             raise InvalidSettings(f"{path}, line {number}: the key is in the file already")
         clients.append(Client(name, digest, disabled=bool(rest)))
     return clients
+
+
+def bracketed(host: str) -> str:
+    """An address as it stands before a port: IPv6 in brackets."""
+    return f"[{host}]" if ":" in host else host
 
 
 def _entries(name: str, text: str) -> list[str]:

@@ -34,11 +34,7 @@ PLAIN: Any = {"allow_redirects": False, "stream": True}
 PIXEL = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
 )
-HEADERS = {
-    "Content-Type": "application/octet-stream",
-    "X-Body-Type": "image/png",
-    "X-Probe": "1",
-}
+HEADERS = {"Content-Type": "application/octet-stream", "X-Body-Type": "image/png", "X-Probe": "1"}
 
 
 @dataclass

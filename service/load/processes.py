@@ -114,24 +114,12 @@ def end(server: Server) -> None:
     psutil.wait_procs(family, timeout=5)
 
 
-def pss_bytes(smaps_rollup: str) -> int:
-    """Proportional set size in the text of /proc/PID/smaps_rollup: shared pages are divided.
-
-    Raises ValueError if it is not there.
-    """
-    found = re.search(r"^Pss:\s+(\d+) kB$", smaps_rollup, re.MULTILINE)
-    if found is None:
-        raise ValueError("no Pss in smaps_rollup")
-    return int(found[1]) * 1024
-
-
 def memory(server: Server) -> list[dict[str, Any]]:
-    """Name and PSS of every process of a server, largest first."""
+    """Name and PSS of every process of a server, largest first; on Linux alone."""
     rows: list[tuple[int, str]] = []
     for process in server.family():
-        with suppress(psutil.Error, OSError, ValueError):
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            rows.append((pss_bytes(text), describe(process)))
+        with suppress(psutil.Error):
+            rows.append((process.memory_full_info().pss, describe(process)))
     return [{"process": name, "pss_mib": size / 2**20} for size, name in sorted(rows)[::-1]]
 
 
@@ -142,8 +130,8 @@ def describe(process: psutil.Process) -> str:
     if program == "java":
         return "java (TorchServe's frontend)"
     script = next((word for word in words[1:] if word.endswith(".py")), None)
-    if script is None and "-m" in words:
-        script = words[words.index("-m") + 1 :][0] if words[-1] != "-m" else None
+    if script is None and "-m" in words[:-1]:
+        script = words[words.index("-m") + 1]
     return f"{program} {Path(script).name}" if script else program
 
 

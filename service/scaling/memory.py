@@ -1,15 +1,14 @@
 """Memory for more workers: what a worker takes, what is free, and how many more fit."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
+
+import psutil
 
 from handler.machine import available_memory
 from service.torchserve.management import ModelState
 
-PROC = Path("/proc")
 MAIN = "memory"  # the name of the machine's, which is not a GPU's
 
 
@@ -95,25 +94,22 @@ def open_nvml() -> Any:
     return pynvml
 
 
-def process_memory(pid: int, proc: Path = PROC) -> int | None:
+def process_memory(pid: int) -> int | None:
     """Bytes that a worker's process takes; None if it is no worker on this machine.
 
     Its own pages and its share of those that it has in common with others (PSS). The process of
-    another user shows less: then its resident pages.
+    another user shows less, and so does macOS: then its resident pages.
     """
-    folder = proc / str(pid)
     try:
-        if b"model_service_worker" not in (folder / "cmdline").read_bytes():
+        process = psutil.Process(pid)
+        if not any("model_service_worker" in word for word in process.cmdline()):
             return None
-        status = (folder / "status").read_text()
         try:
-            found = re.search(r"^Pss:\s+(\d+) kB", (folder / "smaps_rollup").read_text(), re.M)
-        except OSError:
-            found = None
-        found = found or re.search(r"^VmRSS:\s+(\d+) kB", status, re.M)
-    except OSError:
+            return int(process.memory_full_info().pss)
+        except (psutil.AccessDenied, AttributeError):
+            return int(process.memory_info().rss)
+    except (psutil.Error, ValueError):  # TorchServe says -1 before there is a process
         return None
-    return int(found[1]) * 1024 if found else None
 
 
 def missing_checks(headroom: Sequence[MemoryHeadroom], on_gpu: bool) -> list[str]:

@@ -7,6 +7,11 @@ from threading import Event
 
 from service.torchserve.management import Management, ModelState, direct_session
 
+COUNTERS = (  # on the metrics page, in the order of the fields of Counters
+    "ts_inference_requests_total",
+    "ts_queue_latency_microseconds",
+    "ts_inference_latency_microseconds",
+)
 SAMPLE = re.compile(r"^(ts_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 QUIET_SECONDS = (0.1, 1.0)  # bounds of the pause that shows that no request is in hand
@@ -83,14 +88,9 @@ class Model:
 
 def parse_counters(page: str, model: str, versions: set[str]) -> Counters:
     """A model's counters on TorchServe's metrics page, summed over the labels of some versions."""
-    sums = dict.fromkeys(("requests_total", "queue_latency", "inference_latency"), 0.0)
-    names = {
-        "ts_inference_requests_total": "requests_total",
-        "ts_queue_latency_microseconds": "queue_latency",
-        "ts_inference_latency_microseconds": "inference_latency",
-    }
+    sums = dict.fromkeys(COUNTERS, 0.0)
     for name, text, value in SAMPLE.findall(page):
         labels = dict(LABEL.findall(text))
-        if name in names and labels["model_name"] == model and labels["model_version"] in versions:
-            sums[names[name]] += float(value)
+        if name in sums and labels["model_name"] == model and labels["model_version"] in versions:
+            sums[name] += float(value)
     return Counters(*sums.values())

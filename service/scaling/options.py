@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 from service.options import RANGES, number
 
-DESCRIPTION = (
-    "Have more or fewer workers of a running model, or let their number follow the load (--watch)."
-)
 WORKERS, SECONDS = number(*RANGES["workers"]), number(1, 86_400)
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="./scripts/scale", description=DESCRIPTION, allow_abbrev=False
+        prog="./scripts/scale",
+        description="Have more or fewer workers of a running model, or let their number follow "
+        "the load (--watch).",
+        allow_abbrev=False,
     )
     parser.add_argument("model", help="its name in the server")
     parser.add_argument(

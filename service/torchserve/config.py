@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from handler.errors import InvalidSettings
 from handler.machine import count_gpus
@@ -40,22 +41,19 @@ CONFIG_KEYS = frozenset(
 )
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """A host and port that TorchServe binds."""
 
     host: str
     port: int
 
+    def __str__(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
     @property
     def url(self) -> str:
         """The address for a client on this machine."""
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host  # noqa: S104
-        return f"http://{host}:{self.port}"
-
-    @property
-    def pair(self) -> tuple[str, int]:
-        return self.host, self.port
+        return str(self._replace(host="127.0.0.1") if self.host == "0.0.0.0" else self)  # noqa: S104
 
     @property
     def grpc_port(self) -> int:
@@ -76,11 +74,11 @@ class Addresses:
     def by_purpose(self) -> dict[str, tuple[str, int]]:
         """Host and port of each, under the words in which a message speaks of it."""
         return {
-            "predictions (--port)": self.inference.pair,
-            "management (--management-port)": self.management.pair,
-            "metrics (--metrics-port)": self.metrics.pair,
-            "gRPC predictions (follows --port)": self.grpc_inference.pair,
-            "gRPC management (follows --management-port)": self.grpc_management.pair,
+            "predictions (--port)": self.inference,
+            "management (--management-port)": self.management,
+            "metrics (--metrics-port)": self.metrics,
+            "gRPC predictions (follows --port)": self.grpc_inference,
+            "gRPC management (follows --management-port)": self.grpc_management,
         }
 
 
@@ -145,14 +143,12 @@ class ServerConfig:
 
     def check_start(self) -> None:
         """Raise InvalidSettings for what TorchServe takes and ./scripts/serve cannot work with."""
-        if not self.disable_token_authorization:
-            raise InvalidSettings(
-                "disable_token_authorization must be true: the health check sends no token"
-            )
-        if not self.enable_envvars_config:
-            raise InvalidSettings(
-                "enable_envvars_config must be true: the options are passed that way"
-            )
+        for key, reason in (
+            ("disable_token_authorization", "the health check sends no token"),
+            ("enable_envvars_config", "the options are passed that way"),
+        ):
+            if not getattr(self, key):
+                raise InvalidSettings(f"{key} must be true: {reason}")
 
     def usable_gpus(self) -> int:
         """GPUs that TorchServe may give to workers; number_of_gpu makes them fewer."""
@@ -162,11 +158,9 @@ class ServerConfig:
         """The variables that tell TorchServe what goes over its file."""
         addresses = self.addresses
         return {
-            "TS_INFERENCE_ADDRESS": f"http://{addresses.inference.host}:{addresses.inference.port}",
-            "TS_MANAGEMENT_ADDRESS": (
-                f"http://{addresses.management.host}:{addresses.management.port}"
-            ),
-            "TS_METRICS_ADDRESS": f"http://{addresses.metrics.host}:{addresses.metrics.port}",
+            "TS_INFERENCE_ADDRESS": str(addresses.inference),
+            "TS_MANAGEMENT_ADDRESS": str(addresses.management),
+            "TS_METRICS_ADDRESS": str(addresses.metrics),
             "TS_GRPC_INFERENCE_PORT": str(addresses.grpc_inference.port),
             "TS_GRPC_MANAGEMENT_PORT": str(addresses.grpc_management.port),
             "TS_METRICS_CONFIG": str(self.metrics_config),
@@ -192,8 +186,8 @@ def read_properties(path: Path = CONFIG) -> dict[str, str]:
                 f"{path.name}, line {number}: {key!r} is not a TorchServe setting"
             )
         properties[key] = value
-    variables = {key: os.environ.get(f"TS_{key.upper()}") for key in CONFIG_KEYS}
-    return properties | {key: value for key, value in variables.items() if value is not None}
+    names = {key: f"TS_{key.upper()}" for key in CONFIG_KEYS}
+    return properties | {key: os.environ[n] for key, n in names.items() if n in os.environ}
 
 
 def _path(properties: Mapping[str, str], key: str, file: Path) -> Path:

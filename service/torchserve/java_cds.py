@@ -42,8 +42,6 @@ def _list_classes(java: Path, folder: Path) -> None:
         f"metrics_address=http://127.0.0.1:{metrics}\n"
         f"grpc_inference_port={grpc[0]}\n"
         f"grpc_management_port={grpc[1]}\n"
-        "grpc_inference_address=127.0.0.1\n"
-        "grpc_management_address=127.0.0.1\n"
         "disable_token_authorization=true\n"
         "disable_system_metrics=true\n"
         "metrics_mode=prometheus\n"

@@ -40,7 +40,6 @@ class ModelState:
 
     version: str
     min_workers: int  # TorchServe starts workers until there are as many
-    max_workers: int  # and stops workers until there are no more
     workers: tuple[Worker, ...]
     pending: int  # requests that wait for a worker
     remaining: int  # requests that can still wait
@@ -141,7 +140,6 @@ def _parse_state(answer: Any) -> ModelState:
     return ModelState(
         version=facts["modelVersion"],
         min_workers=facts["minWorkers"],
-        max_workers=facts["maxWorkers"],
         workers=tuple(map(_parse_worker, facts["workers"])),
         pending=queue["pendingRequests"],
         remaining=queue["remainingCapacity"],

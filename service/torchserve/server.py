@@ -70,7 +70,7 @@ class TorchServe:
         self._java = java
         self._config = config
         self._served = served
-        self._environ = environ
+        self._environ = dict(environ)
         self._process: subprocess.Popen[bytes] | None = None
         self._reader: Thread | None = None
         self._guardian: Guardian | None = None
@@ -108,24 +108,21 @@ class TorchServe:
             ),
             *("-m", *(model.name for model in models)),  # served under the names in them
         ]
-        environ = os.environ | {
-            "TEMP": self._folder,
-            "TMPDIR": self._folder,
-            "LOG_LOCATION": self._folder,
-            "METRICS_LOCATION": self._folder,
+        ours = dict.fromkeys(("TEMP", "TMPDIR", "LOG_LOCATION", "METRICS_LOCATION"), self._folder)
+        ours |= {
             "TS_MODEL_STORE": str(store),
             # The handler reads JSON itself; TorchServe's worker would log a traceback for each
             # malformed body. Workers see this variable, not the key of config.properties.
             "TS_DECODE_INPUT_REQUEST": "false",
         }
-        environ |= utf8_locale()
+        environ = os.environ | ours | utf8_locale() | self._environ
         # Either would go over what is passed here, and into the workers.
         for name in ("TS_CONFIG_FILE", "PYTHONPATH"):
             environ.pop(name, None)
         try:
             self._process = self._guardian.start(
                 command,
-                env=environ | dict(self._environ),
+                env=environ,
                 cwd=self._folder,
                 stdout=subprocess.PIPE if relay else None,
                 stderr=subprocess.STDOUT if relay else None,

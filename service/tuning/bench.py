@@ -31,7 +31,7 @@ class TuningOptions:
     seconds: float  # of each measurement
     concurrency: tuple[int, ...]  # clients, one measurement each
     images: Path | None  # a folder; None: drawn images
-    out: str  # a file; "auto": where --tuned looks for it
+    out: str  # a file; "auto": the one that --tuned looks for
     plot: Path | None  # None: beside `out`
 
 
@@ -48,7 +48,7 @@ class Bench:
 
     @property
     def model(self) -> str:
-        return str(self.model_options.models[0])
+        return self.model_options.models[0]
 
     def tuned(self, configuration: Configuration, point: Point | None = None) -> Tuned:
         """What `--tuned` reads, with the figures if there are any."""

@@ -2,12 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from handler.machine import available_cores
-from service.options import ModelOptions, add_model_options, number, positive, read_options
+from service.options import ModelOptions, add_options, number, positive, read_options
 from service.tuning.bench import TuningOptions
 
 
@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "A model option that is given (--precision, --workers, …) is kept and not varied.",
         allow_abbrev=False,
     )
-    add_model_options(parser)
+    add_options(parser, ModelOptions, without=["tuned", "version"])
     add = parser.add_argument_group("tuning").add_argument
     limit = "99 of 100 requests must be answered within this time"
     add("--slo-p99-ms", type=positive, required=True, metavar="MS", help=limit)
@@ -52,12 +52,6 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:
         for name in ("weights", "labels", "calibration")
         if (value := getattr(model, name)) not in (None, "pretrained", "untrained")
     }
-    return replace(model, **absolute), TuningOptions(
-        slo_p99_ms=args.slo_p99_ms,
-        budget_minutes=args.budget_minutes,
-        seconds=args.seconds,
-        concurrency=tuple(sorted(set(args.concurrency))),
-        images=args.images,
-        out=args.out,
-        plot=args.plot,
-    )
+    args.concurrency = tuple(sorted(set(args.concurrency)))
+    tuning = {spec.name: getattr(args, spec.name) for spec in fields(TuningOptions)}
+    return replace(model, **absolute), TuningOptions(**tuning)

@@ -33,18 +33,10 @@ def report(trials: Sequence[Trial], slo_ms: float) -> str:
 def _table(measured: Sequence[tuple[Trial, Point]], slo_ms: float) -> list[str]:
     def row(trial: Trial, point: Point) -> Row:
         c = trial.configuration
-        figures = (point.concurrency, point.throughput_rps, point.p50_ms, point.p99_ms)
-        met = "met" if point.meets(slo_ms) else None
         shares = f"{c.workers} x {c.threads}"
-        return (
-            c.engine_name,
-            shares,
-            c.batch_size,
-            c.max_batch_delay_ms,
-            c.max_forward,
-            *figures,
-            met,
-        )
+        settings = (c.engine_name, shares, c.batch_size, c.max_batch_delay_ms, c.max_forward)
+        figures = (point.concurrency, point.throughput_rps, point.p50_ms, point.p99_ms)
+        return (*settings, *figures, "met" if point.meets(slo_ms) else None)
 
     return text_table((*HEADINGS, *FIGURES), [row(*pair) for pair in measured])
 

@@ -55,9 +55,8 @@ class Point:
 
     def score(self, slo_ms: float) -> tuple[bool, float]:
         """For max(): what meets the SLO, by throughput; then what does not, by latency."""
-        if self.meets(slo_ms):
-            return True, self.throughput_rps
-        return False, -(self.p99_ms or 0.0)
+        met = self.meets(slo_ms)
+        return met, self.throughput_rps if met else -(self.p99_ms or 0.0)
 
 
 @dataclass(frozen=True)

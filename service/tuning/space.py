@@ -1,6 +1,7 @@
 """The configurations that can be tried for a model on this machine."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from handler.engines import MAX_FORWARD, find_hardware
@@ -34,19 +35,13 @@ class SearchSpace:
 
 def possible_engines(device: str, calibrated: bool, hardware: Hardware) -> list[tuple[str, str]]:
     """The engines and precisions that run here, as (engine, precision)."""
-    return [
-        (engine, precision)
-        for engine, precision in CANDIDATES
-        if _runs(Settings(device=device, engine=engine, precision=precision), calibrated, hardware)
-    ]
-
-
-def _runs(settings: Settings, calibrated: bool, hardware: Hardware) -> bool:
-    try:
-        select(settings, hardware, converted=True, int8=calibrated)
-    except InvalidSettings:
-        return False
-    return True
+    found = []
+    for engine, precision in CANDIDATES:
+        settings = Settings(device=device, engine=engine, precision=precision)
+        with suppress(InvalidSettings):  # it does not run here
+            select(settings, hardware, converted=True, int8=calibrated)
+            found.append((engine, precision))
+    return found
 
 
 def find_space(options: ModelOptions, device: str, server: ServerConfig) -> SearchSpace:

@@ -44,9 +44,9 @@ class Facts:
     """On what machine and how the configuration was measured."""
 
     slo_p99_ms: float
-    throughput_rps: float | None  # None while it is being measured
-    p99_ms: float | None
-    concurrency: int | None  # clients, each with one request at a time
+    throughput_rps: float | None = None  # None while it is being measured
+    p99_ms: float | None = None
+    concurrency: int | None = None  # clients, each with one request at a time
     date: str
     cpu: str
     cores: int
@@ -82,7 +82,7 @@ class Tuned:
 
 
 def tuned_path(model: str, choice: str, store: Path) -> Path:
-    """The file that `--tuned` names; "auto": where ./scripts/tune writes it by itself."""
+    """The file that `--tuned` names; "auto": the one that ./scripts/tune writes by itself."""
     return store / f"tuned-{model}.yaml" if choice == "auto" else Path(choice)
 
 

@@ -70,7 +70,13 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
         bench = Bench(
             model_options=model,
             options=options,
-            facts=_facts(slo),
+            facts=Facts(
+                slo_p99_ms=slo,
+                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                cpu=cpu_model(),
+                cores=available_cores(),
+                versions={name: version(name) for name in ("torchserve", "torch", "openvino")},
+            ),
             device=device,
             folder=Path(folder),
             images=images,
@@ -82,19 +88,6 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
         ending = run_search(space, bench.measure, slo, budget, trials)
     out = tuned_path(name, options.out, server.model_store)
     return conclude(trials, bench, out, ending)
-
-
-def _facts(slo_ms: float) -> Facts:
-    return Facts(
-        slo_p99_ms=slo_ms,
-        throughput_rps=None,
-        p99_ms=None,
-        concurrency=None,
-        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        cpu=cpu_model(),
-        cores=available_cores(),
-        versions={name: version(name) for name in ("torchserve", "torch", "openvino")},
-    )
 
 
 def run_search(

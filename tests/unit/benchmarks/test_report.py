@@ -20,35 +20,21 @@ def measurement(clients: int, rps: float, p50: float, **more: Any) -> dict[str, 
 
 
 def subject(kind: str, *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
-    blank: dict[str, Any] = {
-        "what": f"a {kind}",
-        "kind": kind,
-        "precision": None,
-        "failed": None,
-        "memory": [],
-    }
-    return (
-        blank
-        | {"failed_starts": [], "start_seconds": [], "runs": list(runs), "accuracy": None}
-        | more
-    )
+    blank = dict.fromkeys(("precision", "failed", "accuracy"))
+    lists: dict[str, Any] = {"memory": [], "failed_starts": [], "start_seconds": []}
+    return {"what": f"a {kind}", "kind": kind, "runs": list(runs)} | blank | lists | more
 
 
 @pytest.fixture
 def data() -> dict[str, Any]:
     processes = [{"process": "java", "pss_mib": 300.0}, {"process": "python", "pss_mib": 200.0}]
+    machine = {"cpu": "a CPU", "cores": 2, "memory_gib": 4, "system": "Linux", "python": "3"}
     return {
         "conditions": {
             "started": "now",
             "finished": "then",
             "commit": "abc",
-            "machine": {
-                "cpu": "a CPU",
-                "cores": 2,
-                "memory_gib": 4,
-                "system": "Linux",
-                "python": "3",
-            },
+            "machine": machine,
             "versions": {"torch": "2"},
             "model": "tiny",
             "weights": "w.pth",

@@ -9,11 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-import handler
-import handler.batch
 import handler.decoders
-import handler.failures
-import handler.image_classifier
 from handler.image_classifier import ImageClassifier
 from handler.images import decode_picture
 from tests.drawing import BLUE, GREEN, RED, encode, plain
@@ -79,17 +75,6 @@ def test_bad_rows_among_good_ones(model_dir: Path) -> None:
         assert (reply.body["status"], reply.body["code"]) == ("error", reply.status)
 
 
-def test_a_bad_neighbour_harms_nobody(classifier: ImageClassifier) -> None:
-    [alone] = ask(classifier, {"body": JPEG})
-    replies = ask(classifier, {"body": b"bad"}, {"body": JPEG}, {}, {"body": PNG}, {"body": [3]})
-    assert [reply.status for reply in replies] == [400, 200, 400, 200, 400]
-    among = replies[1].body
-    for ours, theirs in zip(among["predictions"], alone.body["predictions"], strict=True):
-        assert ours["class_id"] == theirs["class_id"]
-        assert ours["confidence"] == pytest.approx(theirs["confidence"], abs=1e-5)
-    assert among["metadata"]["request_id"] == "id-1"
-
-
 def test_a_batch_of_bad_rows_needs_no_model(classifier: ImageClassifier) -> None:
     classifier.engine = Fake()
     replies = ask(classifier, {"body": b"bad"}, {})
@@ -134,22 +119,6 @@ def test_identical_images_of_a_batch_are_computed_once(classifier: ImageClassifi
     assert best == [0, 1, 0]
     assert [one["predictions"][0]["class_id"] for one in replies[2].body["results"]] == [0, 0]
     assert not replies[3].body["metadata"]["cached"]
-
-
-def test_the_second_of_two_identical_images_counts_in_the_budget(model_dir: Path) -> None:
-    classifier = start(model_dir, max_image_pixels=64 * 48 + 1)
-    body = {"images": [b64(encode(plain(RED)))] * 2}
-    [reply] = ask(classifier, {"body": body})
-    assert [one["status"] for one in reply.body["results"]] == ["success", "error"]
-    assert reply.body["results"][1]["type"] == "TooManyPixels"
-
-
-@pytest.mark.parametrize("filename", ["\ud800", "a\udfffb"])
-def test_no_text_of_a_client_costs_the_batch(classifier: ImageClassifier, filename: str) -> None:
-    """TorchServe parses JSON with Python's json, which lets half of a surrogate pair pass."""
-    body = {"image": b64(JPEG), "filename": filename}
-    odd, good = ask(classifier, {"body": body}, {"body": JPEG})
-    assert (odd.status, good.status) == (400, 200)
 
 
 # --- Cache
@@ -205,11 +174,13 @@ def test_what_failed_is_not_cached(model_dir: Path) -> None:
     assert (reply.status, cached(reply)) == (200, False)
 
 
-def test_a_cached_image_counts_in_the_budget(model_dir: Path) -> None:
-    classifier = start(model_dir, cache_bytes=2**20, max_image_pixels=300 * 200)
+@pytest.mark.parametrize("cache_bytes", [0, 2**20])
+def test_an_image_seen_before_counts_in_the_budget(model_dir: Path, cache_bytes: int) -> None:
+    """In the same request, or in the cache."""
+    classifier = start(model_dir, cache_bytes=cache_bytes, max_image_pixels=300 * 200 + 1)
     assert ask(classifier, {"body": JPEG})[0].status == 200
-    [reply] = ask(classifier, {"body": {"images": [b64(JPEG), b64(JPEG)]}}, headers=JSON)
-    assert [one["status"] for one in reply.body["results"]] == ["success", "error"]
+    [reply] = ask(classifier, {"body": {"images": [b64(JPEG)] * 2}})
+    assert [one.get("type") for one in reply.body["results"]] == [None, "TooManyPixels"]
 
 
 # --- Several images in a request
@@ -217,13 +188,10 @@ def test_a_cached_image_counts_in_the_budget(model_dir: Path) -> None:
 
 CASES = [
     ("json", [JPEG], 200, "success"),
-    ("json", [JPEG, PNG], 200, "success"),
     ("json", [JPEG, b"bad"], 200, "partial"),
     ("json", [b"bad", b"<svg/>"], 415, "error"),
-    ("json", [b"bad"], 400, "error"),
     ("parts", [JPEG, PNG], 200, "success"),
     ("parts", [b"bad", PNG], 200, "partial"),
-    ("parts", [b"<svg/>", b"bad"], 415, "error"),
 ]
 
 
@@ -234,6 +202,7 @@ def test_several_images(
     row: dict[str, Any] = {f"file{index}": image for index, image in enumerate(images)}
     if form == "json":
         row = {"body": {"images": [b64(image) for image in images]}}
+    classifier.engine = Fake()
     [reply] = ask(classifier, row)
     assert (reply.status, reply.body["status"]) == (status, outcome)
     assert list(reply.body) == ["status", "results"]
@@ -242,20 +211,13 @@ def test_several_images(
     for result, image in zip(reply.body["results"], images, strict=True):
         if image not in bad:
             [alone] = ask(classifier, {"body": image})
-            ours, theirs = without_times(result), without_times(alone.body)
-            assert ours["metadata"] == theirs["metadata"]
-            assert [one["class_id"] for one in ours["predictions"]] == [
-                one["class_id"] for one in theirs["predictions"]
-            ]
+            assert without_times(result) == without_times(alone.body)
 
 
 def test_empty_images_of_a_list_fail_alone(classifier: ImageClassifier) -> None:
     [reply] = ask(classifier, {"body": {"images": ["", b64(JPEG), 3]}})
-    assert [result.get("type") for result in reply.body["results"]] == [
-        "NoImage",
-        None,
-        "MalformedRequest",
-    ]
+    types = [result.get("type") for result in reply.body["results"]]
+    assert types == ["NoImage", None, "MalformedRequest"]
 
 
 # --- Several threads
@@ -267,20 +229,15 @@ def test_a_worker_with_several_threads_gives_the_same_answers(model_dir: Path) -
         {"body": b"bad"},
         {"body": {"images": [b64(PNG), b64(JPEG[:-900])]}},
     ]
-    one, many = start(model_dir), start(model_dir, threads=3)
-    for ours, theirs in zip(ask(many, *rows), ask(one, *rows), strict=True):
-        assert (ours.status, ours.body["status"]) == (theirs.status, theirs.body["status"])
-        for first, second in zip(
-            ours.body.get("results", [ours.body]),
-            theirs.body.get("results", [theirs.body]),
-            strict=True,
-        ):
-            if first["status"] == "error":
-                assert first == second
-                continue
-            assert without_times(first)["metadata"] == without_times(second)["metadata"]
-            for best, other in zip(first["predictions"], second["predictions"], strict=True):
-                assert best["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
+
+    def answers(threads: int) -> list[Any]:
+        classifier = start(model_dir, threads=threads)
+        classifier.engine = Fake()
+        replies = ask(classifier, *rows)
+        each = [(reply.status, reply.body.get("results", [reply.body])) for reply in replies]
+        return [(status, [one.get("predictions", one) for one in all_]) for status, all_ in each]
+
+    assert answers(3) == answers(1)
 
 
 def test_waiting_for_decoding_is_preprocessing(

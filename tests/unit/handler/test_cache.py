@@ -51,12 +51,8 @@ def test_a_row_of_a_batch_does_not_keep_the_batch() -> None:
     batch = torch.zeros(8, 1000)
     cache.put(key(1), Result((1, 1), batch[3]))
     found = cache.get(key(1))
-    assert found is not None
+    assert found
     assert found.probabilities.untyped_storage().nbytes() == 4000
-    batch += 1
-    found = cache.get(key(1))
-    assert found is not None
-    assert found.probabilities.sum() == 0
 
 
 @pytest.mark.parametrize("classes", [3, 1000])

@@ -56,8 +56,6 @@ def test_queue_seconds(text: str, seconds: float) -> None:
         "t=1799996000",  # more than an hour ago
         "t=-5",
         "t=nan",
-        "t=inf",
-        "t=1e9",
         "t=1800000000000",  # milliseconds
         "t=1800000000\n",
         "t=" + "9" * 400,

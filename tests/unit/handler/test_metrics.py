@@ -21,16 +21,13 @@ from handler.metrics import (
     LAST_FLUSH,
     MEMORY,
     MODEL_INFO,
-    OUTCOMES,
     REQUESTS,
     STAGE,
     STAGES,
     STARTS,
-    STATUSES,
     TOP_CLASSES,
     Metrics,
     Reading,
-    claim_slot,
     label_value,
 )
 from handler.metrics import torchserve_emit as emit_to_torchserve
@@ -79,28 +76,15 @@ def test_series_that_matter_exist_before_the_first_request() -> None:
     Metrics(recorder, *MODEL).flush()
     assert {value for *_, value in recorder.emitted} == {0}
     seen = {(name, *labels) for name, labels, _ in recorder.emitted}
-    assert {(REQUESTS, *MODEL, status) for status in STATUSES} <= seen
-    assert {(IMAGES, *MODEL, outcome) for outcome in OUTCOMES} <= seen
+    statuses = ("200", "400", "413", "415", "500", "507")
+    assert {(REQUESTS, *MODEL, status) for status in statuses} <= seen
+    assert {(IMAGES, *MODEL, outcome) for outcome in ("success", "UnreadableImage")} <= seen
     assert {(CACHE_LOOKUPS, *MODEL, result) for result in ("hit", "miss")} <= seen
     for bound in (*map(str, BOUNDS), "+Inf"):
         assert {(f"{STAGE}_bucket", *MODEL, stage, bound) for stage in STAGES} <= seen
     assert (f"{BATCH}_sum", *MODEL) in seen
     assert (STARTS, *MODEL, "0") in seen
     assert not any(name == TOP_CLASSES for name, *_ in seen)
-
-
-def test_outcomes_and_statuses_are_those_of_the_errors() -> None:
-    assert "UnreadableImage" in OUTCOMES
-    assert "RequestError" not in OUTCOMES
-    assert {"200", "400", "413", "415", "500"} <= set(STATUSES)
-
-
-def test_requests_are_counted_by_status() -> None:
-    metrics, recorder = recorded()
-    for status in ("200", "400", "200", "500"):
-        metrics.add(REQUESTS, 1, status)
-    metrics.flush()
-    assert [recorder.total(REQUESTS, status) for status in ("200", "400", "500")] == [2, 1, 1]
 
 
 @pytest.mark.parametrize("name", HISTOGRAMS)
@@ -127,7 +111,8 @@ def test_buckets_are_cumulative() -> None:
     counts = buckets(recorder, "inference")
     bounds = [*BOUNDS, float("inf")]
     assert counts == [sum(seconds <= bound for seconds in durations) for bound in bounds]
-    assert counts == sorted(counts)
+    assert recorder.total(f"{STAGE}_count", "inference") == len(durations)
+    assert recorder.total(f"{STAGE}_sum", "inference") == pytest.approx(sum(durations))
 
 
 def test_a_scrape_between_two_lines_sees_rising_buckets() -> None:
@@ -143,16 +128,6 @@ def test_a_scrape_between_two_lines_sees_rising_buckets() -> None:
         assert recorder.total(f"{STAGE}_count", "total") >= counts[-1]
 
 
-def test_the_last_bucket_is_the_count() -> None:
-    metrics, recorder = recorded()
-    for seconds in (0.1, 100.0):
-        metrics.observe(STAGE, seconds, "total")
-    metrics.flush()
-    assert recorder.total(f"{STAGE}_bucket", "total", "+Inf") == 2
-    assert recorder.total(f"{STAGE}_count", "total") == 2
-    assert recorder.total(f"{STAGE}_sum", "total") == pytest.approx(100.1)
-
-
 def test_buckets_that_stay_are_not_handed_over() -> None:
     """Each is a line that TorchServe takes apart."""
     metrics, recorder = recorded()
@@ -162,22 +137,13 @@ def test_buckets_that_stay_are_not_handed_over() -> None:
     assert names == ["+Inf", "1", "0.99"]
 
 
-def test_nothing_is_emitted_before_a_flush_or_twice() -> None:
-    metrics, recorder = recorded()
-    metrics.add(REQUESTS, 1, "200")
-    metrics.observe(STAGE, 0.1, "total")
-    assert recorder.emitted == []
-    metrics.flush()
-    once = list(recorder.emitted)
-    metrics.flush()
-    assert recorder.emitted == once
-
-
-def test_a_series_is_emitted_once_in_a_flush() -> None:
+def test_a_series_is_emitted_once_and_at_the_next_flush() -> None:
     metrics, recorder = recorded()
     for _ in range(10):
         metrics.add(REQUESTS, 1, "200")
         metrics.observe(STAGE, 0.1, "total")
+    assert recorder.emitted == []
+    metrics.flush()
     metrics.flush()
     series = Counter((name, labels) for name, labels, _ in recorder.emitted)
     assert set(series.values()) == {1}
@@ -287,7 +253,7 @@ metrics.add({REQUESTS!r}, 7, "200")
 
 def test_slots_are_those_that_no_living_worker_has(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from handler.metrics import claim_slot; "
+        "import sys; from pathlib import Path; from handler.slots import claim_slot; "
         f"print(claim_slot(Path({str(tmp_path)!r})), flush=True); sys.stdin.read()"
     )
 
@@ -310,11 +276,6 @@ def test_slots_are_those_that_no_living_worker_has(tmp_path: Path) -> None:
         for process, _ in workers:
             process.kill()
             process.communicate()
-
-
-def test_a_folder_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
-        claim_slot(tmp_path / "missing")
 
 
 # --- On the way to TorchServe
@@ -360,7 +321,3 @@ def test_lines_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> No
 )
 def test_label_values(text: str, value: str) -> None:
     assert label_value(text) == value
-
-
-def test_every_stage_is_explained() -> None:
-    assert set(re.findall(r"`(\w+)`:", FAMILIES[STAGE].note)) == set(STAGES)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,13 @@ import pytest
 
 from handler.errors import InvalidModel
 from handler.model_card import CARD_FILE, ModelCard
-from tests.unit.tiny import LABELS, tiny_card
+from tests.unit.tiny import tiny_card
 
 
-def test_a_card_survives_its_file(tmp_path: Path) -> None:
-    (tmp_path / CARD_FILE).write_text(tiny_card().to_json(), "utf-8")
-    assert ModelCard.read(tmp_path) == tiny_card()
-
-
-@pytest.mark.parametrize("encoded", [False, True])
-def test_a_card_survives_json(encoded: bool) -> None:
-    text = tiny_card(trained=False).to_json()
-    card = ModelCard.from_json(text.encode() if encoded else text)
-    assert card == tiny_card(trained=False)
-    assert card.labels == LABELS
-    assert not card.weights.trained
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_card_survives_its_file(tmp_path: Path, trained: bool) -> None:
+    (tmp_path / CARD_FILE).write_text(tiny_card(trained=trained).to_json(), "utf-8")
+    assert ModelCard.read(tmp_path) == tiny_card(trained=trained)
 
 
 def test_names_of_any_language_stay_readable(tmp_path: Path) -> None:
@@ -35,20 +26,13 @@ def test_names_of_any_language_stay_readable(tmp_path: Path) -> None:
     assert "鷺" in card.to_json()
 
 
-def test_cards_never_change() -> None:
-    with pytest.raises(FrozenInstanceError):
-        tiny_card().recipe = "other"  # type: ignore[misc]
-
-
 @pytest.mark.parametrize(
     "change",
     [
         lambda facts: facts.pop("labels"),
-        lambda facts: facts.pop("weights"),
         lambda facts: facts.pop("inputs_sha256"),
         lambda facts: facts["weights"].pop("trained"),
         lambda facts: facts.update(surprise=1),
-        lambda facts: facts["weights"].update(surprise=1),
         lambda facts: facts.update(labels=None),
         lambda facts: facts.update(weights=[]),
     ],
@@ -70,10 +54,3 @@ def test_a_missing_card_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidModel) as refusal:
         ModelCard.read(tmp_path)
     assert str(refusal.value) == "the archive has no model.json: package it again"
-
-
-@pytest.mark.parametrize("data", [b"\xff\xfe\x00", b"{", b""])
-def test_a_damaged_card_is_refused(tmp_path: Path, data: bytes) -> None:
-    (tmp_path / CARD_FILE).write_bytes(data)
-    with pytest.raises(InvalidModel, match="is not a model card"):
-        ModelCard.read(tmp_path)

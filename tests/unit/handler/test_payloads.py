@@ -3,19 +3,12 @@
 import base64
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
-from handler.errors import (
-    ImageTooLarge,
-    InvalidBase64,
-    InvalidTopK,
-    MalformedRequest,
-    NoImage,
-    RequestError,
-    TooManyImages,
-)
+from handler.errors import InvalidBase64, InvalidTopK, MalformedRequest, NoImage, RequestError
 from handler.payloads import ImageRequest, read_request
 from handler.settings import Settings
 
@@ -45,13 +38,6 @@ def refusal(row: Mapping[str, Any], *args: Any, **kwargs: Any) -> RequestError:
     return raised.value
 
 
-def outcome(row: Mapping[str, Any], headers: Mapping[str, Any]) -> ImageRequest | RequestError:
-    try:
-        return read(row, headers)
-    except RequestError as error:
-        return error
-
-
 # --- The image as the body
 
 
@@ -78,15 +64,9 @@ def test_raw_body_with_a_query() -> None:
 # --- Multipart
 
 
-@pytest.mark.parametrize("part", ["file", "image", "data", "body"])
+@pytest.mark.parametrize("part", ["file", "image", "data", "body", "file1", "image7", "body12"])
 def test_part_of_any_known_name(part: str) -> None:
     request = read({part: bytearray(JPEG)}, MULTIPART)
-    assert (request.images, request.wants_list) == ([JPEG], False)
-
-
-@pytest.mark.parametrize("part", ["file1", "image7", "data0", "body12"])
-def test_one_numbered_part_is_one_image(part: str) -> None:
-    request = read({part: JPEG}, MULTIPART)
     assert (request.images, request.wants_list) == ([JPEG], False)
 
 
@@ -112,10 +92,17 @@ def test_options_alone_make_no_request() -> None:
     assert type(refusal({"top_k": b"3"})) is NoImage
 
 
-def test_filename_goes_with_one_image() -> None:
-    error = refusal({"file1": JPEG, "file2": OTHER, "filename": b"a.jpg"}, MULTIPART)
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file1": JPEG, "file2": OTHER, "filename": b"a.jpg"}, "filename goes with one image"),
+        ({"body": {"images": ["QQ=="], "filename": "a.jpg"}}, "filename goes with 'image'"),
+    ],
+)
+def test_filename_goes_with_one_image(row: dict[str, Any], message: str) -> None:
+    error = refusal(row)
     assert type(error) is MalformedRequest
-    assert "filename goes with one image" in str(error)
+    assert message in str(error)
 
 
 @pytest.mark.parametrize("name", ["photo", "File", "file_1", "fileX", "topk", "files", ""])
@@ -163,7 +150,7 @@ def test_data_url_without_base64_is_refused(url: str) -> None:
     assert type(refusal({"body": {"image": url}})) is InvalidBase64
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("count", [1, 3])
 def test_json_list_is_several_whatever_its_length(count: int) -> None:
     request = read({"body": {"images": [b64(JPEG)] * count}})
     assert (request.images, request.wants_list) == ([JPEG] * count, True)
@@ -177,25 +164,17 @@ def test_json_list_is_several_whatever_its_length(count: int) -> None:
         (None, MalformedRequest),
         ({"b64": "QQ=="}, MalformedRequest),
         ("https://example.org/a.jpg", InvalidBase64),
-        ("A" * 400, ImageTooLarge),
     ],
 )
 def test_bad_image_in_a_list_fails_alone(bad: Any, error: type[RequestError]) -> None:
-    request = read({"body": {"images": [b64(JPEG), bad, b64(OTHER)]}}, max_image_bytes=200)
+    request = read({"body": {"images": [b64(JPEG), bad, b64(OTHER)]}})
     assert request.images[0] == JPEG
     assert type(request.images[1]) is error
     assert request.images[2] == OTHER
 
 
-@pytest.mark.parametrize("form", ["parsed", "bytes"])
-def test_json_with_a_query(form: str) -> None:
-    document: Any = {"image": b64(JPEG)}
-    if form == "bytes":
-        document = bytearray(json.dumps(document).encode())
-    assert read({"top_k": bytearray(b"3"), "body": document}).top_k == 3
-
-
 def test_document_goes_over_query() -> None:
+    assert read({"top_k": b"3", "body": {"image": b64(JPEG)}}).top_k == 3
     assert read({"top_k": b"3", "body": {"image": b64(JPEG), "top_k": 2}}).top_k == 2
 
 
@@ -221,11 +200,6 @@ def test_images_must_be_a_list(value: Any) -> None:
     assert type(refusal({"body": {"images": value}})) is MalformedRequest
 
 
-@pytest.mark.parametrize("value", [3, None, ["QQ=="], True])
-def test_image_must_be_text(value: Any) -> None:
-    assert type(refusal({"body": {"image": value}})) is MalformedRequest
-
-
 @pytest.mark.parametrize(
     "document", [{}, {"top_k": 3}, {"images": []}, {"image": "QQ==", "images": ["QQ=="]}]
 )
@@ -238,12 +212,6 @@ def test_unknown_field_is_refused_by_name(name: str) -> None:
     error = refusal({"body": {"image": b64(JPEG), name: 1}})
     assert type(error) is MalformedRequest
     assert repr(name) in str(error)
-
-
-def test_filename_goes_with_image() -> None:
-    error = refusal({"body": {"images": [b64(JPEG)], "filename": "a.jpg"}})
-    assert type(error) is MalformedRequest
-    assert "filename goes with 'image'" in str(error)
 
 
 @pytest.mark.parametrize("filename", [3, ["a"], {"a": 1}, True, "x" * 256])
@@ -306,15 +274,10 @@ def test_largest_image_is_taken(length: int, lines: bool) -> None:
     assert request.images == [data]
 
 
-@pytest.mark.parametrize("form", ["image", "images"])
-def test_too_long_base64_is_refused_before_decoding(form: str) -> None:
-    text = b64(bytes(104))
-    if form == "image":
-        error: Any = refusal({"body": {"image": text}}, max_image_bytes=100)
-    else:
-        error = read({"body": {"images": [text]}}, max_image_bytes=100).images[0]
-    assert (type(error), error.status) == (ImageTooLarge, 413)
-    assert "100" in str(error)
+def test_too_long_base64_is_refused_before_decoding() -> None:
+    error = refusal({"body": {"image": b64(bytes(104))}}, max_image_bytes=100)
+    assert error.status == 413
+    assert str(error) == "the image has about 105 bytes, the limit is 100"
 
 
 # --- top_k
@@ -353,12 +316,8 @@ def test_field_goes_over_header_over_setting() -> None:
     assert read({"file": JPEG, "top_k": b"3"}, header, top_k=2).top_k == 3
     assert read({"body": {"image": "QQ==", "top_k": 3}}, header, top_k=2).top_k == 3
     assert read({"body": JPEG}, header, top_k=2).top_k == 4
-    assert read({"body": {"image": "QQ=="}}, header, top_k=2).top_k == 4
+    assert read({"body": {"image": "QQ==", "top_k": None}}, header, top_k=2).top_k == 4
     assert read({"body": JPEG}, top_k=2).top_k == 2
-
-
-def test_null_is_no_top_k() -> None:
-    assert read({"body": {"image": "QQ==", "top_k": None}}, {"x-top-k": "4"}).top_k == 4
 
 
 @pytest.mark.parametrize(("classes", "top_k"), [(3, 3), (5, 5), (1000, 5)])
@@ -366,28 +325,17 @@ def test_setting_is_capped_at_the_number_of_classes(classes: int, top_k: int) ->
     assert read({"body": JPEG}, classes=classes).top_k == top_k
 
 
-@pytest.mark.parametrize("headers", [{}, {"x-top-k": "4"}])
-def test_what_a_client_says_is_not_capped(headers: dict[str, str]) -> None:
-    row = {"body": JPEG} if headers else {"file": JPEG, "top_k": b"4"}
-    error = refusal(row, headers, classes=3)
-    assert str(error) == "top_k must be a whole number from 1 to 3"
-
-
 # --- Limits and odd rows
 
 
-@pytest.mark.parametrize("form", ["parts", "json"])
-@pytest.mark.parametrize("count", [3, 4])
-def test_number_of_images_is_limited(form: str, count: int) -> None:
-    row: dict[str, Any] = {f"file{index}": JPEG for index in range(count)}
-    if form == "json":
-        row = {"body": {"images": [b64(JPEG)] * count}}
-    if count <= 3:
-        assert len(read(row, max_images=3).images) == count
-    else:
-        error = refusal(row, max_images=3)
-        assert (type(error), error.status) == (TooManyImages, 413)
-        assert str(error) == "the request has 4 images, the limit is 3"
+@pytest.mark.parametrize(
+    "row", [{f"file{index}": JPEG for index in range(4)}, {"body": {"images": [b64(JPEG)] * 4}}]
+)
+def test_number_of_images_is_limited(row: dict[str, Any]) -> None:
+    assert len(read(row, max_images=4).images) == 4
+    error = refusal(row, max_images=3)
+    assert error.status == 413
+    assert str(error) == "the request has 4 images, the limit is 3"
 
 
 @pytest.mark.parametrize("headers", [{}, {"content-type": "image/jpeg"}])
@@ -412,30 +360,14 @@ def test_web_form_gets_advice(row: dict[str, Any]) -> None:
 
 
 def test_json_sent_as_a_web_form_is_read_all_the_same() -> None:
-    """curl -d '{…}' without a content type, where TorchServe hands the body over as it is."""
+    """curl -d '{…}' without a content type: TorchServe hands the body over as it is."""
     body = json.dumps({"image": b64(JPEG)}).encode()
     assert read({"body": body}, FORM).images == [JPEG]
 
 
-ODD_VALUES: list[Any] = [
-    None,
-    True,
-    3,
-    2.5,
-    10**30,
-    float("nan"),
-    "",
-    "{",
-    "\ud800",
-    b"\xff",
-    b"{",
-    [],
-    [[]],
-    {},
-    {"image": {}},
-    {"images": [{}]},
-    {"image": "QQ==", "top_k": {}},
-]
+ODD_VALUES: list[Any] = [None, True, 3, 2.5, 10**30, float("nan"), [], [[]]]
+ODD_VALUES += ["", "{", "\ud800", b"\xff", b"{"]
+ODD_VALUES += [{}, {"image": {}}, {"images": [{}]}, {"image": "QQ==", "top_k": {}}]
 
 
 @pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
@@ -445,15 +377,5 @@ def test_odd_rows_are_read_or_refused(value: Any) -> None:
     rows += [{"file": JPEG, name: value} for name in ("top_k", "filename", "odd")]
     for headers in ({}, JSON, MULTIPART, FORM, {"content-type": {"content-type": "text/plain"}}):
         for row in rows:
-            result = outcome(row, headers)
-            if isinstance(result, RequestError):
-                assert result.status == 400
-                assert str(result)
-            else:
-                assert result.images
-
-
-def test_a_row_is_left_as_it_came() -> None:
-    row = {"file": JPEG, "top_k": b"3", "filename": b"a.jpg"}
-    read(row)
-    assert row == {"file": JPEG, "top_k": b"3", "filename": b"a.jpg"}
+            with suppress(InvalidBase64, InvalidTopK, MalformedRequest, NoImage):
+                assert read(row, headers).images

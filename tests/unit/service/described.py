@@ -3,14 +3,13 @@
 from typing import Any
 
 
-def described(*workers: str, expected: int, gpu_usage: str = "N/A") -> list[dict[str, Any]]:
+def described(*workers: str, expected: int = 2, gpu_usage: str = "N/A") -> list[dict[str, Any]]:
     """One version of the model birds, whose workers have these states."""
     return [
         {
             "modelName": "birds",
             "modelVersion": "1.0",
             "minWorkers": expected,
-            "maxWorkers": expected,
             "workers": [
                 {
                     "id": str(9000 + index),

@@ -52,34 +52,17 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return list(one) == list(other) and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ""])
-def test_torch_file(tmp_path: Path, suffix: str) -> None:
-    assert same(tables(tmp_path / f"birds{suffix}", saved(STATE))[""], STATE)
-
-
-def test_torch_file_of_the_old_format(tmp_path: Path) -> None:
-    torch.save(STATE, tmp_path / "birds.pth", _use_new_zipfile_serialization=False)
-    assert same(tables(tmp_path / "birds.pth")[""], STATE)
-
-
-@pytest.mark.parametrize("name", ["x.safetensors", "x.SafeTensors", "x.pth", "x.bin", "x"])
-def test_safetensors_under_any_name(tmp_path: Path, name: str) -> None:
-    """The bytes count, not the name."""
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors", "x"])
+def test_the_bytes_count_and_not_the_name(tmp_path: Path, name: str) -> None:
+    assert same(tables(tmp_path / name, saved(STATE))[""], STATE)
+    torch.save(STATE, tmp_path / name, _use_new_zipfile_serialization=False)
+    assert same(tables(tmp_path / name)[""], STATE)
     save_file(STATE, tmp_path / name)
     given = tables(tmp_path / name)[""]
     assert same(dict(sorted(given.items())), dict(sorted(STATE.items())))
 
 
-def test_torch_file_under_the_name_of_safetensors(tmp_path: Path) -> None:
-    assert same(tables(tmp_path / "x.safetensors", saved(STATE))[""], STATE)
-
-
-def test_state_dict_of_a_module(tmp_path: Path) -> None:
-    state = nn.Linear(2, 3).state_dict()
-    assert same(tables(tmp_path / "x.pth", saved(state))[""], dict(state))
-
-
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state_dict", "model", "anything"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "anything"])
 def test_what_training_scripts_put_around_it(tmp_path: Path, wrapper: str) -> None:
     optimizer = torch.optim.Adam([nn.Parameter(torch.ones(2))])
     optimizer.param_groups[0]["params"][0].sum().backward()
@@ -98,14 +81,10 @@ def test_dicts_in_dicts_are_found_by_their_keys(tmp_path: Path) -> None:
     assert same(given["state_dict.model"], STATE)
 
 
-def test_a_dict_in_itself_is_read_once(tmp_path: Path) -> None:
+def test_a_dict_in_itself_is_read_once_and_dicts_without_end_are_refused(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": STATE}
     content["self"] = content
     assert list(tables(tmp_path / "x.pth", saved(content))) == ["model"]
-
-
-def test_dicts_without_end_are_refused(tmp_path: Path) -> None:
-    content: dict[str, Any] = {}
     for _ in range(5000):
         content = {"a": content}
     with pytest.raises(InvalidModel, match="nested too deep"):
@@ -122,10 +101,8 @@ def test_dicts_without_end_are_refused(tmp_path: Path) -> None:
         ({"state_dict": {}}, ": it holds state_dict"),
         ({"state_dict": {"weight": [1.0]}}, ": it holds state_dict"),
         ({0: torch.ones(3)}, ": it holds 0"),
-        ("text", ""),
-        (None, ""),
     ],
-    ids=range(9),
+    ids=range(7),
 )
 def test_what_is_no_state_dict_is_refused(tmp_path: Path, content: Any, found: str) -> None:
     message = refusal(tmp_path / "x.pth", saved(content))
@@ -219,25 +196,20 @@ def test_a_whole_model_is_refused_by_its_class(tmp_path: Path, key: str | None) 
 # --- Files of other kinds
 
 
-def test_torchscript_is_called_that_and_the_advice_works(tmp_path: Path) -> None:
-    network = tiny_network()
-    torch.jit.script(network).save(tmp_path / "x.pt")
-    message = refusal(tmp_path / "x.pt")
+def test_a_program_is_called_that_and_the_advice_works(tmp_path: Path) -> None:
+    network, old, new = tiny_network(), tmp_path / "old.pt2", tmp_path / "new.pth"
+    torch.jit.script(network).save(old)
+    message = refusal(old)
     assert "is a TorchScript program, not a state dict" in message
     assert "torch.save(dict(torch.jit.load(PATH).state_dict()), NEW)" in message
-    torch.save(dict(torch.jit.load(tmp_path / "x.pt").state_dict()), tmp_path / "new.pth")
-    assert same(tables(tmp_path / "new.pth")[""], dict(network.state_dict()))
-
-
-def test_torch_export_is_called_that_and_the_advice_works(tmp_path: Path) -> None:
-    network = tiny_network()
-    program = torch.export.export(network, (torch.zeros(1, 3, 64, 64),))
-    torch.export.save(program, tmp_path / "x.pt2")
-    message = refusal(tmp_path / "x.pt2")
+    torch.save(dict(torch.jit.load(old).state_dict()), new)
+    assert same(tables(new)[""], dict(network.state_dict()))
+    torch.export.save(torch.export.export(network, (torch.zeros(1, 3, 64, 64),)), old)
+    message = refusal(old)
     assert "is a program of torch.export, not a state dict" in message
     assert "torch.save(dict(torch.export.load(PATH).state_dict), NEW)" in message
-    torch.save(dict(torch.export.load(tmp_path / "x.pt2").state_dict), tmp_path / "new.pth")
-    assert same(tables(tmp_path / "new.pth")[""], dict(network.state_dict()))
+    torch.save(dict(torch.export.load(old).state_dict), new)
+    assert same(tables(new)[""], dict(network.state_dict()))
 
 
 @pytest.mark.parametrize(
@@ -265,15 +237,7 @@ def test_other_kinds_of_zips_are_named(tmp_path: Path, inside: str, message: str
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize(
     "content",
-    [
-        b"",
-        b"hello\n",
-        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-        b"<!DOCTYPE html><html></html>",
-        b"PK\x03\x04" + b"x" * 100,
-        b"\x80\x02",
-        bytes(1000),
-    ],
+    [b"", b"hello\n", b"PK\x03\x04" + b"x" * 100, b"\x80\x02", bytes(1000)],
 )
 def test_garbage_is_refused(tmp_path: Path, suffix: str, content: bytes) -> None:
     refusal(tmp_path / f"x{suffix}", content)

@@ -33,24 +33,10 @@ def digest(plan: PackagePlan, architecture: str = MODEL) -> str:
     return digests.digest(plan, untrained_facts(architecture))
 
 
-def test_digest_is_stable(plan: PackagePlan) -> None:
-    assert digest(plan) == digest(plan)
-    assert len(digest(plan)) == 64
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        {"batchSize": 9, "handler": {}},
-        {"handler": {"threads": 3}},
-        {"handler": {"engine": "openvino"}},
-        {"handler": {"precision": "bf16"}},
-    ],
-)
-def test_digest_is_the_same_for_what_decides_no_content(
-    plan: PackagePlan, config: dict[str, Any]
-) -> None:
+def test_digest_is_the_same_for_what_decides_no_content(plan: PackagePlan) -> None:
+    config = {"batchSize": 9, "handler": {"threads": 3, "engine": "openvino"}}
     assert digest(replace(plan, config=config)) == digest(plan)
+    assert len(digest(plan)) == 64
 
 
 @pytest.mark.parametrize(
@@ -119,19 +105,16 @@ def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 @pytest.mark.parametrize("folder", [0, 1], ids=["handler", "archive"])
-@pytest.mark.parametrize("change", ["edit", "add", "remove"])
-def test_digest_changes_with_the_code(
-    plan: PackagePlan, code: list[Path], folder: int, change: str
-) -> None:
-    before = digest(plan)
+def test_digest_changes_with_the_code(plan: PackagePlan, code: list[Path], folder: int) -> None:
     path = sorted(code[folder].glob("*.py"))[-1]
-    if change == "edit":
-        path.write_text(path.read_text() + "\nSEED = 1\n")
-    elif change == "add":
-        (code[folder] / "new.py").write_text("")
-    else:
-        path.unlink()
-    assert digest(plan) != before
+    seen = {digest(plan)}
+    path.write_text(path.read_text() + "\nSEED = 1\n")
+    seen.add(digest(plan))
+    (code[folder] / "new.py").write_text("")
+    seen.add(digest(plan))
+    path.unlink()
+    seen.add(digest(plan))
+    assert len(seen) == 4
 
 
 def test_digest_is_the_same_for_comments_docstrings_and_layout(
@@ -155,15 +138,8 @@ def current(archive: Path, *argv: str) -> bool:
     return is_current(planned(archive.parent, *argv))
 
 
-def test_an_archive_is_known_again_and_left_alone(archive: Path) -> None:
-    before = archive.stat()
-    assert current(archive)
+def test_options_and_comments_leave_an_archive_up_to_date(archive: Path, code: list[Path]) -> None:
     assert current(archive, "--batch-size", "3")
-    after = archive.stat()
-    assert (after.st_mtime_ns, after.st_ino) == (before.st_mtime_ns, before.st_ino)
-
-
-def test_comments_leave_an_archive_up_to_date(archive: Path, code: list[Path]) -> None:
     with (code[0] / "images.py").open("a") as module:
         module.write("# a comment\n")
         module.flush()
@@ -218,14 +194,12 @@ def test_limits_are_held_against_an_archive_that_is_up_to_date(
         current(archive)
 
 
-def test_untrained_weights_that_nobody_asked_for_are_left_to_packaging(archive: Path) -> None:
-    assert not is_current(replace(planned(archive.parent), weights=None))
-
-
 def test_own_weights_are_known_by_their_bytes(tmp_path: Path) -> None:
     given = own_weights(tmp_path, 2, ["a", "b"])
     archive = package(planned(tmp_path / "store", *given))
     assert current(archive, *given)
+    for choice in (None, "pretrained", "untrained"):
+        assert not is_current(replace(planned(archive.parent), weights=choice))
     (tmp_path / "birds.txt").write_text("b\na\n")
     assert not current(archive, *given)
     (tmp_path / "birds.txt").write_text("a\nb\n")
@@ -248,12 +222,6 @@ def test_pretrained_weights_once_packaged_are_not_looked_for_again(
         plan = replace(planned(tmp_path), weights=choice)
         assert is_current(plan)
         assert package(plan) == archive
-
-
-def test_own_weights_are_not_taken_for_pretrained_ones(tmp_path: Path) -> None:
-    package(planned(tmp_path, *own_weights(tmp_path, 2, ["a", "b"])))
-    for choice in (None, "pretrained"):
-        assert not is_current(replace(planned(tmp_path), weights=choice))
 
 
 def test_an_archive_is_known_again_without_torch(archive: Path) -> None:

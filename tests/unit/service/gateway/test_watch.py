@@ -3,7 +3,7 @@
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,18 +21,14 @@ def address(web: Web) -> str:
     return web.url.removeprefix("http://")
 
 
-@pytest.mark.parametrize("status", [200, 400, 404, 503])
-def test_who_answers_is_alive(web: Web, status: int) -> None:
-    """A full queue is a 503."""
+@pytest.mark.parametrize(
+    ("status", "alive"), [(200, True), (404, True), (503, True), (500, False), (507, False)]
+)
+def test_a_failed_prediction_is_named(web: Web, status: int, alive: bool) -> None:
+    """Who refuses is alive: a full queue is a 503."""
     web.answers[PREDICTION] = web.text("{}", status)
-    assert ask_prediction(address(web), "birds", 5) == ""
-
-
-@pytest.mark.parametrize("status", [500, 502, 507])
-def test_a_failed_prediction_is_named(web: Web, status: int) -> None:
-    web.answers[PREDICTION] = web.text("{}", status)
-    found = ask_prediction(address(web), "birds", 5)
-    assert found == f"predictions of birds fail with status {status}"
+    failure = "" if alive else f"predictions of birds fail with status {status}"
+    assert ask_prediction(address(web), "birds", 5) == failure
 
 
 def test_no_answer(silent_port: int, closed_port: int) -> None:
@@ -51,8 +47,7 @@ class Nginx:
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(self.socket))
         self._listener.listen()
-        self._thread = threading.Thread(target=self._serve, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._serve, daemon=True).start()
 
     def _serve(self) -> None:
         while True:
@@ -63,35 +58,40 @@ class Nginx:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def nginx(tmp_path: Path) -> Nginx:
+    return Nginx(tmp_path)
+
+
+@pytest.fixture
+def replicas(nginx: Nginx, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Addresses that are watched, often; nginx is told of them."""
     monkeypatch.setattr(gateway_watch, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(gateway_watch, "PREDICTION_SECONDS", 0.1)
+    addresses: list[str] = []
+    watch = Watch(lambda: addresses, ["birds"], Log("json"))
+    watch.start(nginx.socket)
+    yield addresses
+    watch.stop()
 
 
 def test_a_replica_is_left_out_and_taken_back(
-    web: Web, tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]
+    web: Web, nginx: Nginx, replicas: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    web.answers[PING] = web.text("{}")
+    web.answers |= {PING: web.text("{}"), PREDICTION: web.text("{}")}
+    replicas.append(address(web))
+    wait_for(lambda: web.asked.count(PREDICTION) >= 3)
+    assert nginx.told[-1] == {}
+    web.answers[PREDICTION] = web.text("{}", 500)
+    why = "predictions of birds fail with status 500"
+    wait_for(lambda: nginx.told[-1] == {address(web): {"why": why, "is_silent": False}})
     web.answers[PREDICTION] = web.text("{}")
-    nginx = Nginx(tmp_path)
-    watch = Watch(lambda: [address(web)], ["birds"], Log("json"))
-    watch.start(nginx.socket)
-    try:
-        wait_for(lambda: web.asked.count(PREDICTION) >= 3)
-        assert watch.left_out() == {}
-        web.answers[PREDICTION] = web.text("{}", 500)
-        why = "predictions of birds fail with status 500"
-        wait_for(lambda: nginx.told[-1] == {address(web): {"why": why, "is_silent": False}})
-        web.answers[PREDICTION] = web.text("{}")
-        wait_for(lambda: nginx.told[-1] == {})
-    finally:
-        watch.stop()
+    wait_for(lambda: nginx.told[-1] == {})
     events = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [line["event"] for line in events] == ["replica_left_out", "replica_taken_back"]
     assert events[0]["message"] == why
 
 
-def test_one_failure_is_none(web: Web, tmp_path: Path, quick: None) -> None:
+def test_one_failure_is_none(web: Web, nginx: Nginx, replicas: list[str]) -> None:
     failed = [0]
 
     def now_and_then(request: object) -> None:
@@ -99,29 +99,18 @@ def test_one_failure_is_none(web: Web, tmp_path: Path, quick: None) -> None:
         web.text("{}", 500 if failed[0] % FAILURES else 200)(request)  # type: ignore[arg-type]
 
     web.answers |= {PING: web.text("{}"), PREDICTION: now_and_then}
-    nginx = Nginx(tmp_path)
-    watch = Watch(lambda: [address(web)], ["birds"], Log("json"))
-    watch.start(nginx.socket)
-    try:
-        wait_for(lambda: failed[0] > 20)
-    finally:
-        watch.stop()
+    replicas.append(address(web))
+    wait_for(lambda: failed[0] > 20)
     assert {json.dumps(told) for told in nginx.told} == {"{}"}
 
 
 def test_a_replica_that_is_gone_is_no_longer_told_of(
-    closed_port: int, tmp_path: Path, quick: None
+    closed_port: int, nginx: Nginx, replicas: list[str]
 ) -> None:
-    replicas = [f"127.0.0.1:{closed_port}"]
-    nginx = Nginx(tmp_path)
-    watch = Watch(lambda: replicas, ["birds"], Log("json"))
-    watch.start(nginx.socket)
-    try:
-        wait_for(lambda: nginx.told[-1:] == [{replicas[0]: {"why": SILENT, "is_silent": True}}])
-        replicas.clear()
-        wait_for(lambda: nginx.told[-1] == {})
-    finally:
-        watch.stop()
+    replicas.append(f"127.0.0.1:{closed_port}")
+    wait_for(lambda: nginx.told[-1:] == [{replicas[0]: {"why": SILENT, "is_silent": True}}])
+    replicas.clear()
+    wait_for(lambda: nginx.told[-1] == {})
 
 
 @pytest.mark.parametrize(

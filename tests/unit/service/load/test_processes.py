@@ -7,16 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from service.load.processes import NotReady, memory, pss_bytes, read_events, running
+from service.load.processes import NotReady, memory, read_events, running
 from tests.processes import alive
-
-
-def test_reading_proportional_set_size() -> None:
-    text = "5581-7fff ---p 0 00:00 0 [rollup]\nRss:    4000 kB\nPss:    1536 kB\nPss_Anon: 1 kB\n"
-    assert pss_bytes(text) == 1536 * 1024
-    with pytest.raises(ValueError, match="no Pss"):
-        pss_bytes("Rss: 4000 kB\n")
-
 
 CHILD = "import time; print('up', flush=True); time.sleep(60)"
 PARENT = f"""
@@ -63,6 +55,7 @@ def test_a_server_is_ready_when_it_logs_so(tmp_path: Path) -> None:
     [
         ("print('error: no Java')", "no Java"),
         (f"print({line('startup_failed', message='no bf16')!r}); print('error: x')", "no bf16"),
+        ("print('starting'); raise SystemError('no such thing')", "SystemError: no such thing"),
         ("import time; print('Ready after 1 s.', flush=True); time.sleep(60)", "not ready within"),
     ],
 )
@@ -72,11 +65,3 @@ def test_why_a_server_is_not_ready(tmp_path: Path, code: str, reason: str) -> No
         pytest.raises(NotReady, match=f"^{reason}"),
     ):
         server.wait_until_ready(0.5 if "sleep" in code else 10)
-
-
-def test_what_a_failed_server_said(tmp_path: Path) -> None:
-    code = "print('starting'); raise SystemError('no such thing')"
-    with running([sys.executable, "-c", code], {}, tmp_path) as server:
-        server.process.wait(10)
-        assert server.has_ended()
-        assert server.last_lines() == "SystemError: no such thing"

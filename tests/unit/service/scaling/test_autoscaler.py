@@ -13,9 +13,8 @@ import pytest
 from service.processes import wait_until
 from service.scaling.autoscaler import Autoscaler, Decision, Sample, Watcher, compare
 from service.scaling.memory import MemoryHeadroom
-from service.scaling.model import Counters, Model
-from service.torchserve.management import Management, ModelState, UnknownModel, Worker
-from tests.unit.conftest import Web
+from service.scaling.model import Counters
+from service.torchserve.management import ModelState, Worker
 from tests.unit.service.scaling.conftest import Server
 
 IDLE = Sample(workers=1, ready=1, requests=0, queue_ms=0, busy=0, pending=0, remaining=100)
@@ -111,46 +110,35 @@ def test_load_that_comes_and_goes_ends_where_it_began() -> None:
 
 
 WORKER = Worker("9000", 1, "cpu", "READY")
-STATE = ModelState("1.0", 2, 2, (WORKER,), pending=4, remaining=96)
+STATE = ModelState("1.0", 2, (WORKER,), pending=4, remaining=96)
 
 
-def test_an_interval() -> None:
-    before, after = Counters(10, 1e6, 3e6), Counters(60, 2e6, 9e6)
-    assert compare(STATE, before, after, seconds=5) == Sample(
-        workers=2, ready=1, requests=50, queue_ms=20, busy=1.0, pending=4, remaining=96
-    )
+NOTHING = Sample(workers=2, ready=1, requests=0, queue_ms=0, busy=0, pending=4, remaining=96)
 
 
-def test_an_interval_without_requests() -> None:
-    same = Counters(10, 1e6, 3e6)
-    sample = compare(STATE, same, same, seconds=5)
-    assert sample is not None
-    assert (sample.requests, sample.queue_ms, sample.busy) == (0, 0, 0)
-
-
-def test_no_interval_spans_a_restart() -> None:
-    assert compare(STATE, Counters(10, 1e6, 3e6), Counters(2, 5e6, 9e6), seconds=5) is None
-
-
-# --- In front of a server
+@pytest.mark.parametrize(
+    ("after", "sample"),
+    [
+        (Counters(60, 2e6, 9e6), replace(NOTHING, requests=50, queue_ms=20, busy=1.0)),
+        (Counters(10, 1e6, 3e6), NOTHING),
+        (Counters(2, 5e6, 9e6), None),  # the server has started again
+    ],
+)
+def test_an_interval(after: Counters, sample: Sample | None) -> None:
+    assert compare(STATE, Counters(10, 1e6, 3e6), after, seconds=5) == sample
 
 
 class Watched:
-    """A Watcher in a thread, with its log."""
+    """A Watcher in a thread that a test starts, with its log."""
 
-    def __init__(
-        self,
-        server: Server,
-        capsys: pytest.CaptureFixture[str],
-        headroom: list[MemoryHeadroom],
-    ) -> None:
+    def __init__(self, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
         self.stop = Event()
+        self.headroom: list[MemoryHeadroom] = []
         self._capsys = capsys
         self._lines: list[dict[str, Any]] = []
         autoscaler = Autoscaler(1, 4, 50, 0.1)
-        watcher = Watcher(server.model, autoscaler, lambda state: headroom, 0.03, self.stop)
+        watcher = Watcher(server.model, autoscaler, lambda state: self.headroom, 0.03, self.stop)
         self.thread = threading.Thread(target=watcher.run)
-        self.thread.start()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         assert wait_until(condition, 20, poll_seconds=0.01), self.lines()
@@ -164,25 +152,17 @@ class Watched:
 
 
 @pytest.fixture
-def watching(
-    server: Server, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., Watched]]:
-    started: list[Watched] = []
-
-    def start(*headroom: MemoryHeadroom) -> Watched:
-        started.append(Watched(server, capsys, list(headroom)))
-        return started[0]
-
-    yield start
-    for watched in started:
-        watched.stop.set()
-        watched.thread.join(20)
-        assert not watched.thread.is_alive()
+def watched(server: Server, capsys: pytest.CaptureFixture[str]) -> Iterator[Watched]:
+    watched = Watched(server, capsys)
+    yield watched
+    watched.stop.set()
+    watched.thread.join(20)
+    assert not watched.thread.is_alive()
 
 
-def test_workers_follow_the_load(server: Server, watching: Callable[..., Watched]) -> None:
+def test_workers_follow_the_load(server: Server, watched: Watched) -> None:
     server.coming, server.queue_us = 10, 60_000
-    watched = watching()
+    watched.thread.start()
     watched.wait_for(lambda: server.workers == 4)
     server.coming = 0
     watched.wait_for(lambda: server.workers == 1)
@@ -196,9 +176,10 @@ def test_workers_follow_the_load(server: Server, watching: Callable[..., Watched
     assert steps[0]["requests"] >= 10
 
 
-def test_never_beyond_memory(server: Server, watching: Callable[..., Watched]) -> None:
+def test_never_beyond_memory(server: Server, watched: Watched) -> None:
     server.coming, server.queue_us = 10, 60_000
-    watched = watching(MemoryHeadroom("memory", 400, 300))
+    watched.headroom.append(MemoryHeadroom("memory", 400, 300))
+    watched.thread.start()
     reason = "the queue is long, and there is no memory for more workers"
     watched.wait_for(lambda: reason in watched.reasons())
     assert server.sizes == []
@@ -206,11 +187,9 @@ def test_never_beyond_memory(server: Server, watching: Callable[..., Watched]) -
     assert line["memory"] == [{"name": "memory", "each": 400, "free": 300}]
 
 
-def test_no_worker_is_stopped_with_a_request_in_hand(
-    server: Server, watching: Callable[..., Watched]
-) -> None:
+def test_no_worker_is_stopped_with_a_request_in_hand(server: Server, watched: Watched) -> None:
     server.workers, server.coming = 2, 1
-    watched = watching()
+    watched.thread.start()
     reason = "quiet, but never without a request in hand"
     watched.wait_for(lambda: reason in watched.reasons())
     assert server.sizes == []
@@ -218,10 +197,10 @@ def test_no_worker_is_stopped_with_a_request_in_hand(
 
 @pytest.mark.parametrize("status", [500, 404])
 def test_a_server_that_starts_again_is_waited_for(
-    server: Server, watching: Callable[..., Watched], status: int
+    server: Server, watched: Watched, status: int
 ) -> None:
     server.workers, server.requests = 3, 1000
-    watched = watching()
+    watched.thread.start()
     watched.wait_for(lambda: "quiet" in watched.reasons())
     server.down = status
     watched.wait_for(lambda: "unreachable" in watched.reasons())
@@ -230,10 +209,3 @@ def test_a_server_that_starts_again_is_waited_for(
     watched.wait_for(lambda: server.sizes[-1:] == [4])
     assert watched.reasons().count("unreachable") == 1
     assert "more than the maximum" in watched.reasons()
-
-
-def test_a_model_that_is_not_there(web: Web) -> None:
-    model = Model(Management(web.url), web.url, "birds")
-    watcher = Watcher(model, Autoscaler(1, 2, 50, 1), lambda state: [], 1, Event())
-    with pytest.raises(UnknownModel, match="has no model birds"):
-        watcher.run()

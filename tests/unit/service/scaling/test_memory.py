@@ -1,30 +1,26 @@
 """Memory for more workers: of the machine, and of GPUs of every kind."""
 
-from pathlib import Path
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
-from service.scaling.memory import (
-    MemoryHeadroom,
-    count_fitting,
-    find_headroom,
-    process_memory,
-)
+from service.scaling.memory import MemoryHeadroom, count_fitting, find_headroom, process_memory
 
 
 class FakeNvml:
-    """GPUs with their processes, as (pid, bytes)."""
+    """GPUs as (free bytes, processes), and each process as (pid, bytes)."""
 
     class NVMLError(Exception):
         pass
 
-    def __init__(
-        self, *gpus: tuple[int, list[tuple[int, int | None]]], split: bool = False
-    ) -> None:
-        self.gpus = gpus
-        self.split = split
+    def __init__(self, *gpus: Any, split: bool = False, refuses: bool = False) -> None:
+        self.gpus, self.split, self.refuses = gpus, split, refuses
 
     def nvmlDeviceGetCount(self) -> int:  # noqa: N802
         return len(self.gpus)
@@ -41,6 +37,8 @@ class FakeNvml:
         return SimpleNamespace(used=900, free=self.gpus[handle][0])
 
     def nvmlDeviceGetComputeRunningProcesses(self, handle: int) -> list[Any]:  # noqa: N802
+        if self.refuses:
+            raise self.NVMLError("no permission")
         processes = self.gpus[handle][1]
         return [SimpleNamespace(pid=pid, usedGpuMemory=used) for pid, used in processes]
 
@@ -82,38 +80,33 @@ def test_the_gpus_take_turns() -> None:
     assert [count_fitting(found, more) for more in (1, 6, 7, 9)] == [1, 6, 6, 6]
 
 
-def test_a_card_that_is_split_is_not_checked() -> None:
-    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]), split=True)) == []
-
-
-def test_a_card_that_tells_nothing_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(self: FakeNvml, handle: int) -> list[Any]:
-        raise self.NVMLError("no permission")
-
-    monkeypatch.setattr(FakeNvml, "nvmlDeviceGetComputeRunningProcesses", refused)
-    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]))) == []
+@pytest.mark.parametrize("how", ["split", "refuses"])
+def test_a_card_that_does_not_tell_is_not_checked(how: str) -> None:
+    assert headroom(None, nvml=FakeNvml((2000, [(10, 500)]), **{how: True})) == []
 
 
 @pytest.fixture
-def proc(tmp_path: Path) -> Path:
-    folder = tmp_path / "7"
-    folder.mkdir()
-    (folder / "cmdline").write_bytes(b"python\0/x/ts/model_service_worker.py\0--sock-type\0unix")
-    (folder / "status").write_text("Name: python\nVmRSS:\t  500 kB\n")
-    (folder / "smaps_rollup").write_text("Rss:  500 kB\nPss:       300 kB\nPss_Dirty: 1 kB\n")
-    return tmp_path
+def worker() -> Iterator[int]:
+    """The PID of a process that looks like a worker's."""
+    code = "import time; print('up', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", code, "model_service_worker.py"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        yield process.pid
+        process.kill()
 
 
-def test_memory_of_a_worker(proc: Path) -> None:
-    assert process_memory(7, proc) == 300 * 1024
+@pytest.mark.parametrize("refused", [False, True], ids=["ours", "another user's"])
+def test_memory_of_a_worker(worker: int, monkeypatch: pytest.MonkeyPatch, refused: bool) -> None:
+    def refuse(process: psutil.Process) -> None:
+        raise psutil.AccessDenied(process.pid)
+
+    if refused:
+        monkeypatch.setattr(psutil.Process, "memory_full_info", refuse)
+    assert 2**20 < (process_memory(worker) or 0) < 2**30
 
 
-def test_memory_of_another_users_worker(proc: Path) -> None:
-    (proc / "7" / "smaps_rollup").unlink()
-    assert process_memory(7, proc) == 500 * 1024
-
-
-def test_no_memory_of_what_is_no_worker_here(proc: Path) -> None:
-    assert process_memory(8, proc) is None
-    (proc / "7" / "cmdline").write_bytes(b"bash\0")
-    assert process_memory(7, proc) is None
+@pytest.mark.parametrize("pid", [-1, 2**30, os.getpid()])
+def test_no_memory_of_what_is_no_worker_here(pid: int) -> None:
+    assert process_memory(pid) is None

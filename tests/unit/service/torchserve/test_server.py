@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from handler.errors import SetupError
-from service.ports import check_ports
+from service.ports import check_ports, free_ports
 from service.torchserve import server as torchserve
 from service.torchserve.config import CONFIG, ServerConfig
 from service.torchserve.java import JAVA_CDS, find_java, memory_bounds
@@ -24,16 +24,9 @@ from service.torchserve.server import Served, TorchServe
 # --- Ports
 
 
-@pytest.fixture
-def free_ports() -> list[int]:
-    with socket.socket() as one, socket.socket() as other:
-        for held in (one, other):
-            held.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1], other.getsockname()[1]]
-
-
-def test_free_ports_pass(free_ports: list[int]) -> None:
-    check_ports({"a": ("127.0.0.1", free_ports[0]), "b": ("0.0.0.0", free_ports[1])})
+def test_free_ports_pass() -> None:
+    one, other = free_ports(2)
+    check_ports({"a": ("127.0.0.1", one), "b": ("0.0.0.0", other)})
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "localhost"])
@@ -45,7 +38,7 @@ def test_taken_port_is_named_with_its_purpose(silent_port: int, host: str) -> No
     assert "in use" in message
 
 
-def test_port_just_left_is_free(silent_port: int, free_ports: list[int]) -> None:
+def test_port_just_left_is_free() -> None:
     """After a restart the old connections still wait for their end."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -56,24 +49,23 @@ def test_port_just_left_is_free(silent_port: int, free_ports: list[int]) -> None
     check_ports({"a": ("127.0.0.1", port)})
 
 
-def test_one_port_for_two_is_refused(free_ports: list[int]) -> None:
-    port = free_ports[0]
+def test_one_port_for_two_is_refused() -> None:
+    (port,) = free_ports(1)
     with pytest.raises(SetupError) as refused:
         check_ports({"metrics": ("127.0.0.1", port), "gRPC": ("127.0.0.1", port)})
     assert str(refused.value) == f"port {port} is given twice, for metrics and for gRPC"
 
 
-@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+@pytest.mark.parametrize("port", [0, 65536])
 def test_port_out_of_range_is_refused(port: int) -> None:
     with pytest.raises(SetupError, match=f"port {port} for metrics is out of range"):
         check_ports({"metrics": ("127.0.0.1", port)})
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "a" * 70, "exa mple"])
-def test_host_that_is_not_ours_is_refused(free_ports: list[int], host: str) -> None:
-    with pytest.raises(SetupError) as refused:
-        check_ports({"predictions": (host, free_ports[0])})
-    assert f"{host}:{free_ports[0]} for predictions cannot be used: " in str(refused.value)
+def test_host_that_is_not_ours_is_refused(host: str) -> None:
+    with pytest.raises(SetupError, match=rf"{host}:\d+ for predictions cannot be used: "):
+        check_ports({"predictions": (host, free_ports(1)[0])})
 
 
 # --- Java
@@ -92,26 +84,22 @@ def test_java_of_java_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert find_java() == java
 
 
-@pytest.mark.parametrize("kind", ["no folder", "no java", "not executable"])
-def test_java_home_without_java(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
-    home = tmp_path / "java"
-    if kind != "no folder":
-        home.mkdir()
-    if kind == "not executable":
-        script(home / "bin" / "java", "").chmod(0o644)
-    monkeypatch.setenv("JAVA_HOME", str(home))
+@pytest.mark.parametrize("mode", [None, 0o644], ids=["no java", "not executable"])
+def test_java_home_without_java(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int | None
+) -> None:
+    if mode:
+        script(tmp_path / "bin" / "java", "").chmod(mode)
+    monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(SetupError) as refused:
         find_java()
-    assert str(refused.value) == f"JAVA_HOME is {home}, and there is no bin/java in it"
+    assert str(refused.value) == f"JAVA_HOME is {tmp_path}, and there is no bin/java in it"
 
 
-@pytest.mark.parametrize("home", [None, ""])
-def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
-    monkeypatch.delenv("JAVA_HOME", raising=False)
-    if home is not None:
-        monkeypatch.setenv("JAVA_HOME", home)
+def test_java_without_java_home_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JAVA_HOME", "")
     done = subprocess.run([find_java(), "-version"], capture_output=True, text=True, check=True)
-    assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe wants 17
+    assert re.search(r'version "(1[7-9]|[2-9]\d)', done.stderr)  # TorchServe needs 17
 
 
 # --- Java's memory

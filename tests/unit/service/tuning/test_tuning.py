@@ -66,9 +66,6 @@ def bench(tmp_path: Path) -> Bench:
         ),
         facts=Facts(
             slo_p99_ms=SLO_MS,
-            throughput_rps=None,
-            p99_ms=None,
-            concurrency=None,
             date="2026-11-23T05:33:12+00:00",
             cpu=cpu_model(),
             cores=available_cores(),
@@ -106,30 +103,27 @@ def test_an_int8_model_is_made_only_for_who_serves_it(bench: Bench) -> None:
     assert not any(word.startswith(("--calibration", "--workers=3")) for word in words)
 
 
-def test_nothing_is_written_if_none_meets_the_slo(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+MISSED = "No configuration meets p99 100 ms; nothing is written. Closest: openvino"
+
+
+@pytest.mark.parametrize(
+    ("found", "ending", "status", "words"),
+    [
+        (trial(10, 101), "out of time", 1, ["The time was up", MISSED]),
+        (Trial(START, failure="no such engine"), "finished", 1, [f"{START}: no such engine"]),
+        (surface(START), "interrupted", 130, ["Interrupted", "Best: openvino fp32"]),
+    ],
+)
+def test_nothing_is_written_without_a_winner_or_if_it_is_interrupted(
+    bench: Bench,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    found: Trial,
+    ending: Ending,
+    status: int,
+    words: list[str],
 ) -> None:
-    assert conclude([trial(10, 101)], bench, tmp_path / FILE, "out of time") == 1
+    assert conclude([found], bench, tmp_path / FILE, ending) == status
     printed = capsys.readouterr().out
-    assert "The time was up" in printed
-    assert "No configuration meets p99 100 ms; nothing is written. Closest: openvino" in printed
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_is_written_if_everything_fails(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    failed = [Trial(START, failure="no such engine")]
-    assert conclude(failed, bench, tmp_path / FILE, "finished") == 1
-    assert f"{START}: no such engine" in capsys.readouterr().out
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nothing_is_written_if_it_is_interrupted(
-    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert conclude([surface(START)], bench, tmp_path / FILE, "interrupted") == 130
-    printed = capsys.readouterr().out
-    assert "Interrupted" in printed
-    assert "Best: openvino fp32" in printed
+    assert all(word in printed for word in words)
     assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Trials that were never measured."""
 
+from dataclasses import replace
 from typing import Any
 
 from service.tuning.search import Configuration, Point, Trial
@@ -15,8 +16,8 @@ START = Configuration(
     max_forward=4,
 )
 ENGINES = [("openvino", "fp32"), ("openvino", "int8"), ("torch", "fp32")]
-BEST = Configuration(
-    engine="openvino",
+BEST = replace(
+    START,
     precision="int8",
     workers=2,
     threads=2,
@@ -27,9 +28,8 @@ BEST = Configuration(
 
 
 def trial(throughput: float, p99: float | None, bad: int = 0, **changes: Any) -> Trial:
-    configuration = Configuration(**vars(START) | changes)
     point = Point(concurrency=1, throughput_rps=throughput, p50_ms=p99, p99_ms=p99, bad=bad)
-    return Trial(configuration, (point,))
+    return Trial(replace(START, **changes), (point,))
 
 
 def surface(configuration: Configuration) -> Trial:

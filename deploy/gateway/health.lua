@@ -1,0 +1,140 @@
+-- /health, /info and /metrics: from the answers of several replicas.
+local cjson = require "cjson.safe"
+local places = require "places"
+local replicas = require "replicas"
+local settings = require "settings"
+
+local MAKE_SECONDS = 10 -- after which another request tries to make the answer
+
+local health = {}
+
+-- Send the answer that `make` gave a moment ago. While one request makes a new one, the others get the
+-- last, or wait. In memory, so that a full disk does not make a healthy service look unhealthy.
+local function answer(name, seconds, make)
+    local answers = ngx.shared.answers
+    local text, status = answers:get(name)
+    while not text and not answers:add(name .. " is made", true, MAKE_SECONDS) do
+        text, status = answers:get(name .. " before")
+        if not text then
+            ngx.sleep(0.02)
+            text, status = answers:get(name)
+        end
+    end
+    if not text then
+        local made
+        made, status, text = pcall(make)
+        if not made then -- whatever a replica has said
+            ngx.log(ngx.ERR, status)
+            status, text = 503, cjson.encode { status = "unhealthy" }
+        end
+        answers:set(name, text, status == 200 and seconds or 1, status)
+        answers:set(name .. " before", text, 60, status)
+        answers:delete(name .. " is made")
+    end
+    ngx.status = status
+    ngx.header["Content-Type"] = "application/json"
+    ngx.print(text, "\n")
+end
+
+local function decoded(reply)
+    local content = reply.status == 200 and cjson.decode(reply.body)
+    return type(content) == "table" and type(content[1]) == "table" and content[1] or {}
+end
+
+local function is_ready(reply)
+    local workers = decoded(reply).workers
+    for _, worker in ipairs(type(workers) == "table" and workers or {}) do
+        if type(worker) == "table" and worker.status == "READY" then
+            return true
+        end
+    end
+    return false
+end
+
+-- 200 if every model has a READY worker on some replica, and some replica answers predictions; else
+-- 503 with what is missing.
+local function make_health()
+    local asked = {}
+    for replica = 0, settings.management - 1 do
+        for _, target in ipairs(settings.targets) do
+            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
+        end
+    end
+    local replies = { ngx.location.capture_multi(asked) }
+    local missing, whole, found = {}, 0, {}
+    for replica = 0, settings.management - 1 do
+        local all = true
+        for i, target in ipairs(settings.targets) do
+            local ready = is_ready(replies[replica * #settings.targets + i])
+            found[target] = found[target] or ready
+            all = all and ready
+        end
+        whole = whole + (all and 1 or 0)
+    end
+    for _, target in ipairs(settings.targets) do
+        if not found[target] then
+            missing[#missing + 1] = target .. ": no replica has a READY worker"
+        end
+    end
+    local silent = {}
+    for _, replica in ipairs(settings.replicas) do
+        local why = replicas.left_out(replica)
+        silent[#silent + 1] = why and replica.address .. ": " .. why
+    end
+    local answering = #settings.replicas - #silent
+    if answering == 0 then
+        missing[#missing + 1] = "no replica answers a prediction"
+    end
+    return #missing > 0 and 503 or 200, cjson.encode {
+        status = #missing > 0 and "unhealthy" or "healthy",
+        model = settings.targets[1]:match "[^/]+",
+        replicas = { ready = math.min(whole, answering), total = settings.management },
+        missing = #missing > 0 and missing or nil,
+        left_out = #silent > 0 and silent or nil,
+    }
+end
+
+function health.health()
+    answer("health", 1, make_health)
+end
+
+-- The handler's own description of the model, verbatim, from the first replica that gives one.
+function health.info()
+    if not places.take() then
+        return ngx.exit(429)
+    end
+    local target = ngx.var.described
+    answer("info " .. target, 10, function()
+        for replica = 0, settings.management - 1 do
+            local reply = ngx.location.capture(("/_describe/%d/%s"):format(replica, target))
+            local text = reply.status == 200 and reply.body:match '"customizedMetadata":%s*(%b{})'
+            local facts = text and cjson.decode(text)
+            if facts and facts.model then
+                return 200, text
+            end
+        end
+        return 503, cjson.encode {
+            status = "error",
+            code = 503,
+            type = "Unavailable",
+            message = "no replica describes " .. target,
+        }
+    end)
+end
+
+function health.metrics()
+    ngx.header["Content-Type"] = "text/plain"
+    ngx.print "# HELP gateway_connections Connections of clients by state\n# TYPE gateway_connections gauge\n"
+    for _, state in ipairs { "reading", "writing", "waiting" } do
+        local connections = ngx.var["connections_" .. state]
+        ngx.print(('gateway_connections{state="%s"} %s\n'):format(state, connections))
+    end
+    ngx.print "# HELP gateway_replica_in_use Whether a replica answers, so that it gets requests\n"
+    ngx.print "# TYPE gateway_replica_in_use gauge\n"
+    for _, replica in ipairs(settings.replicas) do
+        local in_use = replicas.left_out(replica) and 0 or 1
+        ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica.address, in_use))
+    end
+end
+
+return health

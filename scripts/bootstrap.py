@@ -1,0 +1,57 @@
+"""Set up what a command needs, then run it in .venv; start.sh runs this with any Python."""
+
+from __future__ import annotations  # so that an old Python gets as far as the message for it
+
+import os
+import platform
+import subprocess
+import sys
+
+from service.bootstrap import PYTHON, ROOT, set_up
+
+REQUIREMENTS = {  # of the commands that need more than requirements.txt
+    "test": "requirements-dev.txt",
+    "benchmark": "requirements-benchmark.txt",
+    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
+    "tune": "requirements-benchmark.txt",
+}
+
+
+def main(argv: list[str]) -> int:
+    if sys.version_info < (3, 10):
+        return _fail(
+            f"Python 3.10 or newer is needed, {sys.executable} is {platform.python_version()}; "
+            "name another with PYTHON=/path/to/python3"
+        )
+    command, *rest = argv
+    torch_build = "auto"
+    if command in ("serve", "package"):  # their mistakes and --help need no set-up
+        from service import options  # after the version check: newer syntax
+
+        if command == "serve":
+            torch_build = options.parse_serve(rest).torch
+        else:
+            options.parse_package(rest)
+    requirements = [REQUIREMENTS.get(command, "requirements.txt")]
+    if any(word.partition("=")[0] == "--calibration" for word in rest):
+        requirements.append("requirements-int8.txt")
+    try:
+        set_up(requirements, torch_build)
+    except subprocess.CalledProcessError as exc:
+        return _fail(f"the set-up failed: {' '.join(map(str, exc.cmd))}")
+    except OSError as exc:
+        return _fail(f"the set-up failed: {exc}")
+    except KeyboardInterrupt:
+        return 130
+    if command != "test":
+        os.execv(PYTHON, [str(PYTHON), str(ROOT / "scripts" / f"{command}.py"), *rest])
+    return 0
+
+
+def _fail(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -107,6 +107,6 @@ def test_memory_of_a_worker(worker: int, monkeypatch: pytest.MonkeyPatch, refuse
     assert 2**20 < (process_memory(worker) or 0) < 2**30
 
 
-@pytest.mark.parametrize("pid", [-1, 2**30, os.getpid()])
+@pytest.mark.parametrize("pid", [-1, 2**30, os.getpid()], ids=["starting", "gone", "no worker"])
 def test_no_memory_of_what_is_no_worker_here(pid: int) -> None:
     assert process_memory(pid) is None

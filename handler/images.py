@@ -121,18 +121,11 @@ def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
     return Picture(resize_and_crop(pixels, transform), (width, height))
 
 
-def decode_image(data: bytes, settings: Settings) -> Pixels:
-    """JPEG, PNG, WebP, GIF or BMP bytes to uint8 RGB [H, W, 3], upright; the first of many frames.
-
-    Raises NoImage, ImageTooLarge, TooManyPixels, UnsupportedFormat or UnreadableImage.
-    """
-    return decode(open_image(data, settings))
-
-
 def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
     """Read an image's header, check it against the limits, and subtract its pixels from the budget.
 
-    Without a budget it is the only image of its request. Raises as `decode_image` does.
+    Without a budget it is the only image of its request. Raises NoImage, ImageTooLarge,
+    TooManyPixels, UnsupportedFormat or UnreadableImage.
     """
     if not data:
         raise NoImage("the image is empty (0 bytes)")

@@ -80,7 +80,7 @@ def _install_torch(build: str) -> str:
         _pip("install", "--index-url", CPU_INDEX, *pins)
         return "cpu"
     if build == "cuda" or platform.system() != "Linux":
-        reason = "as asked" if build == "cuda" else "the only one on this system"
+        reason = "as chosen" if build == "cuda" else "the only one on this system"
     elif has_gpu():
         reason = "there is a GPU"
     elif cpu_index_answers():

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
+from tests import skip
 
 SOURCE = """
 int cuDriverGetVersion(int *version) { *version = VERSION; return 0; }
@@ -18,7 +18,7 @@ def make_driver(folder: Path, *, version: int, init: int, count: int) -> Path:
     """libcuda.so.1 in `folder`; skips the test if nothing compiles it."""
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
-        pytest.skip("no compiler to make a driver with")
+        skip("no compiler to make a driver with")
     source, library = folder / "driver.c", folder / "libcuda.so.1"
     source.write_text(SOURCE)
     values = (f"-DVERSION={version}", f"-DINIT={init}", f"-DCOUNT={count}")

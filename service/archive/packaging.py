@@ -139,13 +139,14 @@ def choose_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
         if plan.weights:
             raise
         _warn(str(exc))
-        _warn(f"{plan.name} is served UNTRAINED: it answers, but its answers mean nothing")
         source = find_weights("untrained", recipe, plan.name)
     if not source.facts.trained and not plan.settings.allow_untrained:
         raise InvalidSettings(
             f"{plan.name} would be untrained, and allow_untrained is false (CLASSIFIER_ENV is "
             f"{plan.settings.env}); give --weights FILE or let pretrained weights be downloaded"
         )
+    if not source.facts.trained and not plan.weights:
+        _warn(f"{plan.name} is UNTRAINED: it answers, but its answers mean nothing")
     return source
 
 

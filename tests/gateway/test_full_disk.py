@@ -12,6 +12,7 @@ import psutil
 import pytest
 import requests
 
+from tests import skip
 from tests.gateway.clients import TIMEOUT
 from tests.gateway.conftest import Served, serving_with_gateway
 from tests.gateway.running import running, settings
@@ -63,7 +64,7 @@ def test_a_full_disk(tmp_path: Path, folder: Path, colours: list[str], store: Pa
     """Of ./scripts/serve and all that it starts; a worker that dies comes back, too."""
     under = ["unshare", "--mount", "sh", "-c", MOUNT, str(folder)]
     if os.geteuid() or subprocess.run([*under, "true"], check=False).returncode:
-        pytest.skip("no file system can be mounted here")
+        skip("no file system can be mounted here")
     started = serving_with_gateway(tmp_path, colours, store, under, TMPDIR=str(folder))
     with started as served:
         url, server = served.url, served.server

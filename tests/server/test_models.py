@@ -91,7 +91,7 @@ def test_untrained_is_said_everywhere(offline: Server, model: str) -> None:
     assert info["weights"] == info["weights"] | {"name": "untrained", "trained": False}
     ready = [line for line in offline.log("model_ready") if line["model"] == model]
     assert [(line["weights"], line["level"]) for line in ready] == [("untrained", "WARNING")]
-    assert f"{model} is served UNTRAINED" in offline.text()
+    assert f"{model} is UNTRAINED" in offline.text()
 
 
 @pytest.mark.precision("fp32")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, skip
 
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
 # As the README says them: glibc 2.28 or 2.35, macOS 14.
@@ -73,9 +73,7 @@ def resolve(
         env=kept | {"MACOSX_DEPLOYMENT_TARGET": MACOS, "UV_PYTHON_DOWNLOADS": "never"},
     )
     if done.returncode != 0 and "error sending request" in done.stderr:
-        if os.environ.get("REQUIRE_EVERYTHING"):
-            pytest.fail(f"no package registry answers: {done.stderr}")
-        pytest.skip("no package registry answers")
+        skip(f"no package registry answers: {done.stderr}")
     return done
 
 

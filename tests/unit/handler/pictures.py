@@ -3,20 +3,27 @@
 import struct
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.models import get_weight
 
+from handler import images
 from handler.errors import RequestError
-from handler.images import Picture, decode_image, read_picture
+from handler.images import Picture, read_picture
 from handler.networks import input_transform
 from handler.settings import Settings
 
 TRANSFORM = input_transform(get_weight("MobileNet_V2_Weights.IMAGENET1K_V2"))
 
 
+def pixels_of(data: bytes, **settings: Any) -> NDArray[np.uint8]:
+    return images.decode(images.open_image(data, Settings(**settings)))
+
+
 def decode(data: bytes, **settings: Any) -> Image.Image:
-    return Image.fromarray(decode_image(data, Settings(**settings)))
+    return Image.fromarray(pixels_of(data, **settings))
 
 
 def refusal(data: bytes, **settings: int) -> RequestError:

@@ -7,10 +7,8 @@ import pytest
 from PIL import Image
 
 from handler.errors import UnreadableImage, UnsupportedFormat
-from handler.images import decode_image
-from handler.settings import Settings
 from tests.drawing import QUARTERS, RED, encode, noise, plain, png_chunk, quarters, with_exif
-from tests.unit.handler.pictures import corners, decode, near, refusal, tiff
+from tests.unit.handler.pictures import corners, decode, near, pixels_of, refusal, tiff
 
 # --- Decoration: browsers show the pixels, whatever else is in the file
 
@@ -200,7 +198,7 @@ def test_a_jpeg_that_lacks_only_its_end_marker_is_decoded(kind: str) -> None:
     whole = ENDINGS[kind]
     assert whole.endswith(b"\xff\xd9")
     for cut in (1, 2):
-        assert (decode_image(whole[:-cut], Settings()) == decode_image(whole, Settings())).all()
+        assert (pixels_of(whole[:-cut]) == pixels_of(whole)).all()
 
 
 @pytest.mark.parametrize("kind", ENDINGS)

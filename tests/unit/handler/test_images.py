@@ -10,7 +10,7 @@ import simplejpeg
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from handler.images import FORMATS, decode_image, read_picture, to_rgb
+from handler.images import FORMATS, read_picture, to_rgb
 from handler.settings import Settings
 from tests.drawing import (
     BLUE,
@@ -25,7 +25,7 @@ from tests.drawing import (
     turned,
     with_exif,
 )
-from tests.unit.handler.pictures import TRANSFORM, corners, decode, near, tiff
+from tests.unit.handler.pictures import TRANSFORM, corners, decode, near, pixels_of, tiff
 
 LOSSLESS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 100, "subsampling": 0},
@@ -225,7 +225,7 @@ def test_damaged_exif_turns_nothing(exif: bytes) -> None:
 @pytest.mark.parametrize("size", [(500, 375), (33, 57), (8, 8), (17, 1)], ids=str)
 def test_jpeg_pixels_are_pillows(options: dict[str, Any], size: tuple[int, int]) -> None:
     data = encode(noise(size), "JPEG", **options)
-    ours = decode_image(data, Settings())
+    ours = pixels_of(data)
     assert (ours == np.asarray(Image.open(BytesIO(data)))).all()
 
 
@@ -233,7 +233,7 @@ def test_sound_jpegs_go_past_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
     images = [encode(noise().convert(mode), "JPEG") for mode in ("RGB", "L", "CMYK")]
     monkeypatch.setattr(JpegImageFile, "load", lambda _: pytest.fail("Pillow decodes"))
     for data in images:
-        assert decode_image(data, Settings()).shape == (48, 64, 3)
+        assert pixels_of(data).shape == (48, 64, 3)
 
 
 @pytest.mark.parametrize("transform", [0, 2], ids=["CMYK", "YCCK"])

@@ -270,7 +270,7 @@ def test_without_a_network_untrained_weights_are_taken_loudly_and_lose_no_traine
     assert aside.read_bytes() == before
     warnings = capsys.readouterr().err
     assert f"warning: {RECIPE.url} cannot be downloaded: " in warnings
-    assert "is served UNTRAINED: it answers, but its answers mean nothing" in warnings
+    assert "is UNTRAINED: it answers, but its answers mean nothing" in warnings
     assert f"birds.pth is kept as {aside}" in warnings
     card = read_card(archive)
     assert card is not None

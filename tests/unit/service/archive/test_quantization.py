@@ -1,6 +1,5 @@
 """int8: what is measured, which layers stay in floating point, and what is refused."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -15,9 +14,6 @@ from service.archive import quantization
 from service.archive.quantization import divergence, quantize, rank_layers
 from service.archive.saturation import Int8Layer, _errors, _least_error, fit_ranges, int8_layers
 
-needs_nncf = pytest.mark.skipif(
-    importlib.util.find_spec("nncf") is None, reason="requirements-int8.txt is not installed"
-)
 SIDE = 16
 CLASSES = 4
 
@@ -65,7 +61,6 @@ def answers(model: ov.Model, images: list[NDArray[np.uint8]]) -> NDArray[np.floa
     return quantization.measure(model, images, ov.Core()).probabilities
 
 
-@needs_nncf
 @pytest.mark.precision("int8")
 def test_quantizes_and_reports(tmp_path: Path) -> None:
     images = pictures(110)
@@ -89,14 +84,12 @@ def test_quantizes_and_reports(tmp_path: Path) -> None:
     assert np.allclose(answers(saved, images[1::2]), actual, atol=1e-3)
 
 
-@needs_nncf
 def test_a_model_that_does_not_agree_is_refused_with_its_figures() -> None:
     figures = r"int8 agrees with fp32 on [01]\.\d{3} of 50 images, .*; the minimum is 1\.1$"
     with pytest.raises(InvalidModel, match=figures):
         quantize(tiny_model(), pictures(100), minimum_agreement=1.1)  # which nothing can reach
 
 
-@needs_nncf
 def test_the_most_harmful_layer_is_ranked_first() -> None:
     images, model = pictures(20), tiny_model()
     int8 = with_stem(0, model, images)
@@ -104,7 +97,6 @@ def test_the_most_harmful_layer_is_ranked_first() -> None:
     assert [name for name, _ in ranking] == ["stem", "classifier"]
 
 
-@needs_nncf
 def test_ranges_are_fitted_where_pairs_would_be_clipped() -> None:
     images, model = pictures(20), tiny_model()
     int8 = with_stem(127, model, images)
@@ -138,7 +130,6 @@ def test_too_few_images_or_labels_are_refused() -> None:
         quantize(tiny_model(), pictures(100), [0, 1, 2])
 
 
-@needs_nncf
 def test_a_label_beyond_the_classes_is_refused() -> None:
     with pytest.raises(InvalidModel, match="a label is class 4, the model has 4 classes"):
         quantize(tiny_model(), pictures(100), [CLASSES] * 100)

@@ -2,9 +2,10 @@
 
 import logging
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from time import time
+from typing import Any
 
 import psutil
 
@@ -13,7 +14,7 @@ from handler.batch import Row
 from handler.cache import Result
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
-from handler.logs import log_line
+from handler.logs import log_lines
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest
@@ -73,16 +74,27 @@ def count_row(counts: Metrics, row: Row, arrival: float) -> None:
         counts.observe(metrics.CONFIDENCE, best["confidence"])
 
 
-def log_row(row: Row, identity: Mapping[str, str], arrival: float, batch: int) -> None:
-    """Write the line of a finished request that shared its batch with `batch` - 1 others."""
-    if is_probe(row.headers):
-        return
+def log_rows(rows: Sequence[Row], identity: Mapping[str, str], arrival: float) -> None:
+    """Write the lines of a batch's finished requests, without those of health checks."""
+    log_lines(
+        "request",
+        (
+            (
+                logging.ERROR if row.status >= 500 else logging.INFO,
+                _describe(row, identity, arrival, batch=len(rows)),
+            )
+            for row in rows
+            if not is_probe(row.headers)
+        ),
+    )
+
+
+def _describe(row: Row, identity: Mapping[str, str], arrival: float, batch: int) -> dict[str, Any]:
+    """What a request's line says."""
     queue = read_queue_seconds(row.headers, arrival)
     best = next(iter(row.best), {})
     errors = row.errors
-    log_line(
-        logging.ERROR if row.status >= 500 else logging.INFO,
-        "request",
+    return dict(
         request_id=row.request_id,
         traceparent=read_traceparent(row.headers),
         **identity,

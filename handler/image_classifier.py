@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from handler import metrics
-from handler.accounting import count_row, describe_worker, log_row, milliseconds
+from handler.accounting import count_row, describe_worker, log_rows, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row
@@ -28,7 +28,7 @@ from handler.errors import MalformedRequest, ModelFailed, OutOfResources, Reques
 from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
-from handler.logs import log_line, set_level
+from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
@@ -71,9 +71,7 @@ class ImageClassifier(BaseHandler):
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
         self.pulse.start()
-        # TorchServe writes a line for each batch through the root logger itself; its errors stay,
-        # and so does whatever comes through any other logger, the metrics above all.
-        logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
+        quiet_torchserve()
         self.initialized = True
         log_line(
             logging.INFO if self.card.weights.trained else logging.WARNING,
@@ -137,8 +135,8 @@ class ImageClassifier(BaseHandler):
         for row in rows:
             row.seconds["total"] = total
             count_row(self.metrics, row, arrival)
-            if self.settings.log_requests:
-                log_row(row, self.identity, arrival, batch=len(rows))
+        if self.settings.log_requests:
+            log_rows(rows, self.identity, arrival)
         return answers
 
     def _is_info(self, data: list[Mapping[str, Any]]) -> bool:

@@ -49,8 +49,18 @@ class Row:
     request: ImageRequest | RequestError  # an error: refused as a whole, and without images
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
+    image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
     status: int = 0  # HTTP status of the answer
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+    def release(self) -> None:
+        """Let go of the images, once they are answered: what is left is for the accounts."""
+        if isinstance(self.request, ImageRequest):
+            sent = self.request.images
+            self.image_bytes = [len(data) for data in sent if isinstance(data, bytes)]
+            sent.clear()
+        for image in self.images:
+            image.data, image.decoding = b"", None
 
     @property
     def errors(self) -> list[RequestError]:

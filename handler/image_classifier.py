@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from handler import metrics
-from handler.accounting import count_row, describe_worker, log_rows, milliseconds
+from handler.accounting import Accounts, describe_worker, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row
@@ -70,6 +70,7 @@ class ImageClassifier(BaseHandler):
         describe_worker(self.metrics, self.card, self.engine)
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
+        self.accounts.start()
         self.pulse.start()
         quiet_torchserve()
         self.initialized = True
@@ -104,7 +105,8 @@ class ImageClassifier(BaseHandler):
             "version": self.version,
             "weights": self.card.weights.name,
         }
-        self.failures = Failures(self.identity, lambda: self.metrics.flush())
+        self.accounts = Accounts(self.metrics, self.identity, self.settings.log_requests)
+        self.failures = Failures(self.identity, self._hand_over)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self.decoder, reason = choose_decoder(
@@ -120,6 +122,11 @@ class ImageClassifier(BaseHandler):
         self.metrics.set(metrics.WARM_UP, perf_counter() - started)
         self.pulse = Pulse(model_dir, pass_seconds)
 
+    def _hand_over(self) -> None:
+        """Write what was counted and not yet written: the process is about to end."""
+        self.accounts.settle()
+        self.metrics.flush()
+
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever happens to its neighbours."""
         self.context = context
@@ -129,14 +136,7 @@ class ImageClassifier(BaseHandler):
         with self.pulse.batch():
             rows = self.inference(self.preprocess(data))
             answers = self.postprocess(rows)
-        total = perf_counter() - started
-        self.metrics.add(metrics.BUSY, total)
-        self.metrics.observe(metrics.BATCH, len(rows))
-        for row in rows:
-            row.seconds["total"] = total
-            count_row(self.metrics, row, arrival)
-        if self.settings.log_requests:
-            log_rows(rows, self.identity, arrival)
+        self.accounts.add(rows, perf_counter() - started, arrival)
         return answers
 
     def _is_info(self, data: list[Mapping[str, Any]]) -> bool:

@@ -2,12 +2,10 @@
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from datetime import datetime, timezone
-from typing import Any
-
-from ts.metrics import caching_metric
-from ts.service import PREDICTION_METRIC
+from time import time
+from typing import Any, NamedTuple
 
 # Its level is the setting log_level; TorchServe's root logger is at INFO whatever that says.
 _logger = logging.getLogger("classifier")
@@ -18,6 +16,14 @@ def set_level(name: str) -> None:
     _logger.setLevel(name.upper())
 
 
+class Line(NamedTuple):
+    """What a line says."""
+
+    time: float  # Unix
+    level: int
+    facts: dict[str, Any]
+
+
 def quiet_torchserve() -> None:
     """Leave of what TorchServe's worker writes for each batch nothing but errors.
 
@@ -25,9 +31,9 @@ def quiet_torchserve() -> None:
     the handler's own, how long it took, which its frontend has no use for.
     """
     logging.getLogger().setLevel(logging.WARNING)
-    metrics = logging.getLogger(caching_metric.__name__)
+    metrics = logging.getLogger("ts.metrics.caching_metric")
     metrics.setLevel(logging.INFO)
-    metrics.addFilter(lambda record: f"]{PREDICTION_METRIC}." not in record.msg)
+    metrics.addFilter(lambda record: "]PredictionTime." not in record.msg)
 
 
 def log_line(level: int, event: str, **facts: Any) -> None:
@@ -35,16 +41,18 @@ def log_line(level: int, event: str, **facts: Any) -> None:
 
     ASCII only: TorchServe's reader would break a line at U+2028.
     """
-    log_lines(event, [(level, facts)])
+    log_lines(event, [Line(time(), level, facts)])
 
 
-def log_lines(event: str, lines: Iterable[tuple[int, Mapping[str, Any]]]) -> None:
-    """As many lines of an event, each with its level and facts, in one write."""
-    allowed = [(level, facts) for level, facts in lines if _logger.isEnabledFor(level)]
+def log_lines(event: str, lines: Iterable[Line]) -> None:
+    """As many lines of an event, in one write."""
+    allowed = [line for line in lines if _logger.isEnabledFor(line.level)]
     if allowed:
-        time = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        texts = (
-            json.dumps({"time": time, "level": logging.getLevelName(level), "event": event} | facts)
-            for level, facts in allowed
-        )
-        _logger.log(max(level for level, _ in allowed), "\n".join(texts))
+        text = "\n".join(_encode(event, line) for line in allowed)
+        _logger.log(max(line.level for line in allowed), text)
+
+
+def _encode(event: str, line: Line) -> str:
+    when = datetime.fromtimestamp(line.time, timezone.utc).isoformat(timespec="milliseconds")
+    head = {"time": when, "level": logging.getLevelName(line.level), "event": event}
+    return json.dumps(head | line.facts)

@@ -34,6 +34,7 @@ from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
+from handler.receiving import read_ahead
 from handler.settings import Settings
 from handler.slots import claim_slot
 
@@ -73,6 +74,7 @@ class ImageClassifier(BaseHandler):
         self.accounts.start()
         self.pulse.start()
         quiet_torchserve()
+        read_ahead()
         self.initialized = True
         log_line(
             logging.INFO if self.card.weights.trained else logging.WARNING,

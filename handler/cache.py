@@ -19,6 +19,7 @@ class Result:
 
     size: tuple[int, int]  # width and height
     probabilities: Tensor  # float32 [C]
+    decode: str = "exact"  # or "fast", as Picture has it
 
 
 class ResultCache:

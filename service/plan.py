@@ -1,7 +1,7 @@
 """What a start is going to do, decided once: options, environment, files -> one ServicePlan.
 
 Precedence, from the lowest: handler/configs/default.yaml, gpu.yaml, the model's own file there, the
-file of `--tuned`, the options. The environment goes over the handler's settings, as in every worker.
+file of `--tuned`, the options. The environment goes over the handler's settings, as in all workers.
 Nothing after this module reads options, and nothing here needs torch.
 """
 

@@ -9,8 +9,16 @@ Data = Mapping[str, Any]
 
 def values(subject: Data, clients: int, name: str) -> list[float]:
     """A figure of a subject at one concurrency, of each round that has it."""
-    found = [run[name] for run in subject["runs"] if run["concurrency"] == clients]
+    found = [figure(run, name) for run in subject["runs"] if run["concurrency"] == clients]
     return [value for value in found if value is not None]
+
+
+def figure(run: Data, name: str) -> float | None:
+    """A figure of one run; `cpu_ms` of all parts together, None if nothing was answered."""
+    value = run[name]
+    if name == "cpu_ms":
+        return sum(value.values()) if value else None
+    return None if value is None else float(value)
 
 
 def median_of(subject: Data, clients: int, name: str) -> float | None:
@@ -26,6 +34,12 @@ def best_throughput(subject: Data) -> float:
     """The best concurrency's median, good answers a second; 0 of nothing."""
     found = [median_of(subject, clients, "throughput_rps") for clients in concurrencies(subject)]
     return max((value for value in found if value is not None), default=0.0)
+
+
+def best_concurrency(subject: Data) -> int:
+    """The number of clients with the best median of throughput; 0 of nothing."""
+    rates = {count: median_of(subject, count, "throughput_rps") for count in concurrencies(subject)}
+    return max(rates, key=lambda count: rates[count] or 0.0, default=0)
 
 
 def spread(found: Sequence[float], digits: int = 1) -> str:

@@ -3,8 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
+from benchmarks.bars import BASELINE, answered, bars, right_peers
+from benchmarks.costs import cpu_time, memory, pairs
 from benchmarks.figures import (
     Data,
     best_throughput,
@@ -15,6 +17,7 @@ from benchmarks.figures import (
     spread,
     values,
 )
+from benchmarks.overload import SLICE_SECONDS
 from benchmarks.plots import plot_latency, plot_throughput
 from service.tables import Row, markdown_table
 
@@ -22,7 +25,6 @@ JSON_FILE = "report.json"
 MARKDOWN_FILE = "REPORT.md"
 THROUGHPUT_PLOT = "throughput.png"
 LATENCY_PLOT = "latency.png"
-BASELINE = "stock-omp1"
 EMPTY = "empty"
 
 INTRODUCTION = """\
@@ -66,12 +68,15 @@ def render(data: Data) -> str:
     sections = [
         INTRODUCTION,
         section("Conditions", conditions(data)),
+        section("Bars", bars(data)),
         section("Throughput", throughput(data), f"![throughput]({THROUGHPUT_PLOT})"),
         section("Latency", latency(data), f"![latency against throughput]({LATENCY_PLOT})"),
+        section("CPU time a request", cpu_time(data)),
         section("Losses", losses(data)),
         section("The limits", limits(data)),
         section("One client", one_client(data)),
         section("Overload", overload(data)),
+        section("Gateway, metrics and logs", pairs(data)),
         section("Accuracy", accuracy(data)),
         section("Memory", memory(data)),
         section("What failed", failures(data)),
@@ -128,13 +133,13 @@ def throughput(data: Data) -> list[str]:
     clients = data["conditions"]["concurrency"]
     baseline = best_throughput(data["subjects"].get(BASELINE, {"runs": []}))
     rows = []
-    for name, subject in measured(data, "ours", "peer").items():
+    for name, subject in measured(data, "ours", "gateway", "peer").items():
         cells = [spread(values(subject, count, "throughput_rps")) for count in clients]
         ratio = f"{best_throughput(subject) / baseline:.2f}" if baseline else "-"
         cpu = max(run["generator_cpu_percent"] for run in subject["runs"])
         failed = sum(run["failed"] for run in subject["runs"])
         refused = sum(run["refused"] for run in subject["runs"])
-        title = f"**{name}**" if subject["kind"] == "ours" else name
+        title = f"**{name}**" if subject["kind"] in ("ours", "gateway") else name
         rows.append([f"{title}: {subject['what']}", *cells, ratio, failed, refused, f"{cpu:.0f}%"])
     heads = [f"{count} client{'s' if count > 1 else ''}" for count in clients]
     legend = (
@@ -147,29 +152,37 @@ def throughput(data: Data) -> list[str]:
 
 def latency(data: Data) -> list[str]:
     rows = []
-    for name, subject in measured(data, "ours", "peer", "limit").items():
+    for name, subject in measured(data, "ours", "gateway", "peer", "limit").items():
         for count in concurrencies(subject):
             cells = [spread(values(subject, count, key)) for key in ("p50_ms", "p95_ms", "p99_ms")]
             rows.append([name, count, *cells])
     return table(["server", "clients", "p50 ms", "p95 ms", "p99 ms"], rows)
 
 
-COMPARED = {"throughput_rps": "throughput", "p50_ms": "p50", "p95_ms": "p95", "p99_ms": "p99"}
+COMPARED = {
+    "throughput_rps": "throughput",
+    "p50_ms": "p50",
+    "p95_ms": "p95",
+    "p99_ms": "p99",
+    "cpu_ms": "CPU time",
+}
 
 
 def losses(data: Data) -> list[str]:
     """Every figure in which a peer is better than ours.
 
-    A peer that answered wrongly is not compared: how fast it was says nothing.
+    A peer that answered wrongly is not compared: how fast it was says nothing. Nor is one that has
+    our engine in another precision.
     """
-    every = measured(data, "peer")
-    peers = {n: s for n, s in every.items() if not any(run["failed"] for run in s["runs"])}
-    wrong = sorted(set(every) - set(peers))
+    right = right_peers(data)
+    wrong = sorted(set(measured(data, "peer")) - set(right))
     lines = (
         [f"Not compared, because some answers were wrong: {', '.join(wrong)}.\n"] if wrong else []
     )
     for name, subject in measured(data, "ours").items():
         rows = []
+        same = (None, subject["precision"])
+        peers = {n: peer for n, peer in right.items() if peer["precision"] in same}
         for count in concurrencies(subject):
             for key, title in COMPARED.items():
                 more_is_better = key == "throughput_rps"
@@ -226,20 +239,39 @@ def one_client(data: Data) -> list[str]:
 
 
 def overload(data: Data) -> list[str]:
-    rows = []
-    for name, run in data["overload"].items():
-        if "requests" not in run:
-            continue
-        kinds = ", ".join(f"{count} x {kind}" for kind, count in run["failures"].items())
-        answered = run["throughput_rps"]
-        rates = (f"{run['rate']:.0f}", answered, f"{100 * answered / run['best_rps']:.0f}%")
-        times = ("p50_ms", "p99_ms", "refused", "refused_p50_ms", "refused_p99_ms")
-        figures = [run[key] for key in times]
-        rows.append([name, *rates, *figures, kinds or "0", run["start_lag_p99_ms"]])
-    headings = ["server", "sent /s", "answered /s", "of the best", "p50 ms", "p99 ms"]
-    headings += ["503s", "503 p50 ms", "503 p99 ms", "failed", "generator late p99 ms"]
-    legend = "An open loop: requests by the clock, latency from the moment each was due."
-    return table(headings, rows, legend)
+    rows, after = [], []
+    for name, found in data["overload"].items():
+        for run in found["runs"]:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in run["failures"].items())
+            allowed, raw = (f"{100 * rate / run['best_rps']:.0f}%" for rate in answered(data, run))
+            start = [f"{name}, {run['times']} times", f"{run['rate']:.0f}", run["throughput_rps"]]
+            keys = ("p50_ms", "p99_ms", "refused", "refused_p50_ms", "refused_p99_ms")
+            generator = [f"{run['generator_cpu_percent']:.0f}%", run["start_lag_p99_ms"]]
+            figures = [run[key] for key in keys]
+            rows.append([*start, raw, allowed, *figures, kinds or "0", *generator])
+            shares = [100 * rate / run["best_rps"] for rate in seconds_of(run["after_rps"])]
+            after.append([*start[:1], run["full_speed_seconds"], *(f"{s:.0f}%" for s in shares)])
+    if not rows:
+        return []
+    headings = ["server", "sent /s", "answered /s", "of the best", "of the best, allowing"]
+    headings += ["p50 ms", "p99 ms", "refused", "refused p50 ms", "refused p99 ms", "failed"]
+    headings += ["generator", "generator late p99 ms"]
+    legend = (
+        "An open loop: requests by the clock, latency from the moment each was due. The best rate "
+        "was measured right before, in a closed loop. The generator runs on the same cores: "
+        "*allowing* is the share if the server had had the CPU time that the generator took more "
+        "than it did for the best rate. TorchServe refuses with 503, the gateway with 429."
+    )
+    seconds = [f"second {number + 1}" for number in range(max(map(len, after)) - 2)]
+    then = "The seconds after the overload, in a closed loop again, of the best rate:"
+    lines = [*table(headings, rows, legend), "", then, ""]
+    return [*lines, *markdown_table(["server", "full speed after, s", *seconds], after, digits=2)]
+
+
+def seconds_of(rates: Sequence[float]) -> list[float]:
+    """The means of whole seconds, of rates in shorter slices."""
+    width = round(1 / SLICE_SECONDS)
+    return [mean(rates[index : index + width]) for index in range(0, len(rates), width)]
 
 
 def accuracy(data: Data) -> list[str]:
@@ -258,37 +290,10 @@ def accuracy(data: Data) -> list[str]:
     )
 
 
-def memory(data: Data) -> list[str]:
-    """PSS of all processes, after the last load of a round."""
-    rows = []
-    for name, subject in measured(data, "ours", "peer", "limit").items():
-        totals = [
-            sum(process["pss_mib"] for process in sample["processes"])
-            for sample in subject["memory"]
-        ]
-        if totals:
-            count = len(subject["memory"][-1]["processes"])
-            rows.append([name, spread(totals, 0), count])
-    lines = table(["server", "MiB", "processes"], rows)
-    for name, subject in measured(data, "ours").items():
-        if subject["memory"]:
-            processes = subject["memory"][-1]["processes"]
-            weighed = [[p["process"], p["pss_mib"]] for p in processes]
-            lines += ["", f"**{name}**, in the last round:", ""]
-            lines += markdown_table(["process", "MiB"], weighed, digits=0)
-    if lines:
-        lines += ["", "Proportional set size: a page that processes share is divided among them."]
-    return lines
-
-
 def failures(data: Data) -> list[str]:
     reasons = [(name, subject["failed"]) for name, subject in data["subjects"].items()]
     reasons += [(f"inprocess {name}", run["failed"]) for name, run in data["inprocess"].items()]
-    reasons += [
-        (f"overload of {name}", run["failed"])
-        for name, run in data["overload"].items()
-        if "requests" not in run
-    ]
+    reasons += [(f"overload of {name}", run["failed"]) for name, run in data["overload"].items()]
     reasons += [
         (f"a start of {name}, tried again", reason)
         for name, subject in data["subjects"].items()

@@ -21,8 +21,10 @@ from typing import Any
 from benchmarks import report
 from benchmarks.conditions import conditions, now
 from benchmarks.environments import SetupFailed, prepare
-from benchmarks.figures import best_throughput
+from benchmarks.figures import best_concurrency
 from benchmarks.images import load_rgb, read_labels
+from benchmarks.overload import measure_overload
+from benchmarks.pairs import measure_pair, without_gateway, without_metrics
 from benchmarks.servers import (
     Servers,
     Started,
@@ -33,18 +35,22 @@ from benchmarks.servers import (
     say,
 )
 from benchmarks.subjects import PEERS, Subject, all_subjects
+from benchmarks.usage import Meter, memory
 from handler.machine import available_cores
+from handler.selection import Hardware, select
+from handler.settings import Settings
 from service.load.answers import Expectations
 from service.load.generator import send_once
 from service.load.images import ImageRequest, as_form
 from service.load.measurement import Load, Measurement
-from service.load.processes import memory
 
 FOLDER = Path(__file__).parent
 SETTLE_CLIENTS = 8
 CHECK_CLIENTS = 4
+AUTO = "auto"
 INPROCESS = "inprocess"  # no server, and measured beside them
-OVERLOAD = 3  # times the best rate
+GATEWAY_CLIENTS = (1, 8)  # with which the gateway's cost is measured
+METRICS_CLIENTS = (8,)  # and that of metrics and logs
 
 
 class Run:
@@ -70,7 +76,7 @@ class Run:
             "subjects": {
                 s.name: {"what": s.what, "kind": s.kind, "precision": s.precision, "failed": None}
                 | {"failed_starts": [], "start_seconds": [], "runs": [], "memory": []}
-                | {"accuracy": None}
+                | {"pairs": [], "accuracy": None}
                 for s in self.subjects
             },
             "reference": None,
@@ -96,8 +102,9 @@ class Run:
             if self.inprocess:
                 self.measure_inprocess(number)
         for subject in self.subjects:
-            if subject.kind == "ours" and self.data["subjects"][subject.name]["runs"]:
+            if subject.is_ours and subject.precision == self.servers.precision:
                 self.overload(subject, pythons[subject.name])
+                self.save()
         self.data["conditions"]["finished"] = now()
 
     def set_up(self, subject: Subject) -> Path | None:
@@ -149,13 +156,30 @@ class Run:
                     result["accuracy"] = self.accuracy(target, images)
                 for clients in self.args.concurrency:
                     load = Load(concurrency=clients, seconds=self.args.seconds, warmup_seconds=1.0)
-                    run = target.measure(images, load)
-                    result["runs"].append({"round": number, **asdict(run)})
-                    say(f"  {clients:3} clients {run.throughput_rps:8.1f} req/s{_trouble(run)}")
+                    meter = Meter(target.server)
+                    run = target.measure(images, load, meter)
+                    cpu_ms = meter.ms_per_request(run)
+                    result["runs"].append({"round": number, **asdict(run), "cpu_ms": cpu_ms})
+                    used = f"{sum(cpu_ms.values()):6.2f} ms CPU{_trouble(run)}"
+                    say(f"  {clients:3} clients {run.throughput_rps:8.1f} req/s {used}")
+                result["pairs"] += [
+                    {"round": number, **pair} for pair in self.pairs(subject, target)
+                ]
                 result["memory"].append({"round": number, "processes": memory(target.server)})
         except StartFailed as exc:
             result["failed"] = f"round {number}: {exc}"
             say(f"  failed: {exc}")
+
+    def pairs(self, subject: Subject, target: Started) -> list[dict[str, Any]]:
+        """What the gateway costs, or metrics and logs."""
+        counts: tuple[int, ...] = ()
+        bare = target
+        if subject.kind == "gateway":
+            bare, counts = without_gateway(target), GATEWAY_CLIENTS
+        elif subject.kind == "ours" and subject.precision == self.servers.precision:
+            bare, counts = without_metrics(target), METRICS_CLIENTS
+        seconds = self.args.seconds
+        return [measure_pair(target, bare, self.images, clients, seconds) for clients in counts]
 
     def accuracy(self, target: Started, images: Sequence[ImageRequest]) -> dict[str, int]:
         """How many labelled images are classified as their labels and the reference say."""
@@ -174,21 +198,21 @@ class Run:
         }
 
     def overload(self, subject: Subject, python: Path) -> None:
-        """An open loop at several times the best rate: what is answered, and how fast is a 503?"""
+        """Multiples of the best rate, at the concurrency that had it, on a fresh server."""
         result = self.data["subjects"][subject.name]
-        best = best_throughput(result)
-        say(f"overload: {subject.name} at {OVERLOAD} x {best:.0f} req/s")
-        load = Load(rate=OVERLOAD * best, seconds=self.args.seconds, warmup_seconds=2.0)
-        images = self.images
-        started = self.servers.started(subject, python, images[0], result["failed_starts"])
+        clients = best_concurrency(result)
+        if not clients:
+            return
+        say(f"overload: {subject.name}")
+        found: dict[str, Any] = {"failed": None, "clients": clients, "runs": []}
+        self.data["overload"][subject.name] = found
+        started = self.servers.started(subject, python, self.images[0], result["failed_starts"])
         try:
             with started as target:
-                target.measure(images, self.settling)
-                run = target.measure(images, load)
+                target.measure(self.images, self.settling)
+                found["runs"] = measure_overload(target, self.images, clients, self.args.seconds)
         except StartFailed as exc:
-            self.data["overload"][subject.name] = {"failed": str(exc)}
-        else:
-            self.data["overload"][subject.name] = {"best_rps": best, **asdict(run)}
+            found["failed"] = str(exc)
 
     def measure_inprocess(self, number: int) -> None:
         for precision in self.args.precisions:
@@ -223,7 +247,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     description = "Measure the service, its peers and the limits of this machine."
     parser = make_parser("run", description, "mobilenet_v2", FOLDER)
     add = parser.add_argument
-    add("--precisions", default="fp32,int8", help="of ours; peers use the engine of the first")
+    add(
+        "--precisions",
+        default=f"{AUTO},int8",
+        help=f"of ours; {AUTO} is what the service takes here without int8; peers that use our "
+        "engine, and the gateway, have the first",
+    )
     add("--calibration", type=absolute, metavar="DIR", help="passed on for int8")
     add("--only", metavar="NAME,…", help="some subjects; --list names them")
     add("--list", action="store_true", help="name the subjects and end")
@@ -233,7 +262,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of the order of the subjects")
     add("--from-json", action="store_true", help="only draw the report again")
     args = parser.parse_args(argv)
-    args.precisions = args.precisions.split(",")
+    if args.from_json:
+        return args
+    names = [chosen_precision() if name == AUTO else name for name in args.precisions.split(",")]
+    args.precisions = list(dict.fromkeys(names))
     args.names = [s.name for s in all_subjects(args.model, dict.fromkeys(args.precisions, ()))]
     args.names.append(INPROCESS)
     if args.only is not None:
@@ -242,6 +274,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if unknown:
             parser.error(f"no subject {', '.join(sorted(unknown))}; --list names them")
     return args
+
+
+def chosen_precision() -> str:
+    """What `auto` takes on this machine's CPU for an archive without an int8 model."""
+    from handler.openvino_engine import has_bf16  # imports torch, which takes seconds
+
+    hardware = Hardware(cpu_bf16=has_bf16())
+    return select(Settings(device="cpu"), hardware, converted=True, int8=False).precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ import yaml
 
 from benchmarks.environments import SetupFailed
 from benchmarks.subjects import PEERS, ROOT, Subject
+from benchmarks.usage import Meter
 from service.load.answers import Expectations
 from service.load.generator import measure, send_once
 from service.load.images import ImageRequest
@@ -32,7 +33,14 @@ from service.tables import text_table
 START_SECONDS = 180
 START_ATTEMPTS = 3
 ANSWER_SECONDS = 30
-DROPPED = ("CLASSIFIER_", "TS_", "BENCHMARK_", "PYTHONPATH", "OMP_")  # settings of the user's
+DROPPED = (
+    "CLASSIFIER_",
+    "GATEWAY_",
+    "TS_",
+    "BENCHMARK_",
+    "PYTHONPATH",
+    "OMP_",
+)  # settings of the user's
 
 
 class StartFailed(Exception):
@@ -45,14 +53,24 @@ class Started:
 
     server: Server
     url: str
+    direct_url: str  # of the same service without its gateway; "" if it has none
     seconds: float  # until it did so
     headers: Mapping[str, str]
     expectations: Expectations = field(default_factory=Expectations)
 
-    def measure(self, images: Sequence[ImageRequest], load: Load) -> Measurement:
-        return asyncio.run(
-            measure(self.url, images, load, headers=self.headers, expectations=self.expectations)
+    def measure(
+        self, images: Sequence[ImageRequest], load: Load, meter: Meter | None = None
+    ) -> Measurement:
+        """`meter` is read at the begin and at the end of the measured seconds."""
+        measuring = measure(
+            self.url,
+            images,
+            load,
+            headers=self.headers,
+            expectations=self.expectations,
+            mark=meter.read if meter else lambda: None,
         )
+        return asyncio.run(measuring)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +171,10 @@ class Servers:
                     failed_starts.append(str(exc))
                     say(f"  start {attempt} failed: {exc}")
                     continue
-                yield Started(server, url, time.monotonic() - began, subject.headers)
+                direct = subject.direct_port.format_map(ports(port))
+                direct_url = f"http://127.0.0.1:{direct}{subject.path}" if direct else ""
+                seconds = time.monotonic() - began
+                yield Started(server, url, direct_url, seconds, subject.headers)
                 return
 
     def _start(
@@ -163,15 +184,13 @@ class Servers:
         places = {
             "python": python,
             "bin": python.parent,
-            "port": port,
-            "port+1": port + 1,
-            "port+2": port + 2,
+            **ports(port),
             "workers": self.workers,
             "libpython": sysconfig.get_config_var("LIBDIR"),
         }
         environ = self.environ(subject.precision or self.precision)
         environ |= {name: value.format_map(places) for name, value in subject.environ.items()}
-        if subject.kind == "ours":
+        if subject.is_ours:
             # Started as people start it: with the repository's code, not an unpacked archive's.
             environ["PYTHONPATH"] = str(ROOT)
         else:
@@ -244,6 +263,11 @@ def make_parser(name: str, description: str, model: str, out: Path) -> argparse.
     return parser
 
 
+def ports(port: int) -> dict[str, int]:
+    """What "{port}" to "{port+3}" stand for."""
+    return {"port": port} | {f"port+{offset}": port + offset for offset in (1, 2, 3)}
+
+
 def absolute(text: str) -> Path:
     """An argparse type: servers run in other folders."""
     return Path(text).resolve()
@@ -255,7 +279,7 @@ def wait_until_right(subject: Subject, server: Server, url: str, image: ImageReq
 
     def is_over() -> bool:
         nonlocal outcome
-        if subject.kind != "ours" or server.events("ready"):
+        if not subject.is_ours or server.events("ready"):
             sending = send_once(
                 url, [image], headers=subject.headers, timeout_seconds=ANSWER_SECONDS
             )

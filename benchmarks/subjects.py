@@ -17,8 +17,8 @@ class Subject:
 
     name: str
     what: str  # for the report
-    kind: str  # "ours", "peer" or "limit"
-    precision: str | None = None  # of ours; None: the first
+    kind: str  # "ours", "gateway" (ours behind it), "peer" or "limit"
+    precision: str | None = None  # of our engine; None: it has another, or none
     environment: str | None = None  # benchmarks/.envs/NAME; None: our own
     command: Sequence[object]
     path: str = "/predict"
@@ -27,6 +27,12 @@ class Subject:
     headers: Mapping[str, str] = field(default_factory=dict)
     environ: Mapping[str, str] = field(default_factory=dict)
     accuracy: bool = True  # whether to classify the labelled images with it
+    direct_port: str = ""  # of the same service without its gateway, such as "{port+1}"
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is started with ./scripts/serve."""
+        return self.kind in ("ours", "gateway")
 
 
 def ours(model: str, precision: str, model_options: Sequence[object]) -> Subject:
@@ -41,9 +47,28 @@ def ours(model: str, precision: str, model_options: Sequence[object]) -> Subject
     )
 
 
-def peers(engine: str) -> list[Subject]:
-    """Every peer with an engine: "eager", or the one of this service ("ours")."""
-    job = "PIL, torchvision, eager torch" if engine == "eager" else "our decoding and engine"
+def gateway(model: str, precision: str, model_options: Sequence[object]) -> Subject:
+    """Ours behind its gateway, which may take any number of requests from its one client."""
+    return Subject(
+        name=f"ours-gateway-{precision}",
+        what=f"this service behind its gateway, {precision}",
+        kind="gateway",
+        precision=precision,
+        command=[
+            *("{python}", ROOT / "scripts" / "serve.py", *model_options, "--gateway"),
+            *("--gateway-port", "{port}", "--port", "{port+1}"),
+            *("--management-port", "{port+2}", "--metrics-port", "{port+3}"),
+        ],
+        path=f"/predictions/{model}",
+        environ={"GATEWAY_RATE": "0"},
+        direct_port="{port+1}",
+    )
+
+
+def peers(engine: str, precision: str) -> list[Subject]:
+    """Every peer with an engine: "eager", or the one of this service ("ours") in a precision."""
+    is_eager = engine == "eager"
+    job = "PIL, torchvision, eager torch" if is_eager else f"our decoding and engine, {precision}"
     modules = "benchmarks.peers."
 
     def peer(name: str, what: str, *command: object, **more: Any) -> Subject:
@@ -52,6 +77,7 @@ def peers(engine: str) -> list[Subject]:
             name=f"{name}-{engine}",
             what=f"{what}; {job}",
             kind="peer",
+            precision=None if is_eager else precision,
             environment=name,
             command=command,
             environ=environ,
@@ -125,11 +151,16 @@ def empty() -> Subject:
 
 
 def all_subjects(model: str, model_options: Mapping[str, Sequence[object]]) -> list[Subject]:
-    """`model_options`: for each precision of ours, the options of scripts/serve.py."""
+    """`model_options`: for each precision of ours, the options of scripts/serve.py.
+
+    The gateway and the peers have the first precision.
+    """
+    first, options = next(iter(model_options.items()))
     return [
         *(ours(model, precision, options) for precision, options in model_options.items()),
+        gateway(model, first, options),
         stock("as-is"),
         stock("omp1"),
-        *(subject for engine in ENGINES for subject in peers(engine)),
+        *(subject for engine in ENGINES for subject in peers(engine, first)),
         empty(),
     ]

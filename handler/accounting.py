@@ -1,10 +1,15 @@
 """What the metrics and the log say about a worker and its requests."""
 
+import atexit
 import logging
 import platform
-from collections.abc import Mapping
+import traceback
+from collections import deque
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
-from time import time
+from threading import Lock, Thread
+from time import sleep, time
+from typing import NamedTuple
 
 import psutil
 
@@ -13,11 +18,11 @@ from handler.batch import Row
 from handler.cache import Result
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
-from handler.logs import log_line
+from handler.logs import Line, log_line, log_lines
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
-from handler.payloads import ImageRequest
 
+SETTLE_SECONDS = 0.25
 LOGGED_STAGES = ("preprocess", "inference", "postprocess", "total")
 
 
@@ -43,6 +48,63 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
     counts.set(metrics.BUILD_INFO, 1, card.inputs_sha256[:12], *libraries, python)
 
 
+class Accounts:
+    """Counts and logs finished requests, those of a quarter of a second together.
+
+    One by one they would add half a millisecond to each batch: after a forward pass, none of this
+    code is in the CPU's caches.
+    """
+
+    def __init__(self, counts: Metrics, identity: Mapping[str, str], log_requests: bool) -> None:
+        """`identity` goes into every line of the log."""
+        self.counts = counts
+        self._identity = identity
+        self._log_requests = log_requests
+        self._batches: deque[_Batch] = deque()
+        self._settling = Lock()
+
+    def add(self, rows: Sequence[Row], seconds: float, arrival: float) -> None:
+        """A finished batch, which took some seconds from its arrival (a Unix time)."""
+        for row in rows:
+            row.release()
+        self._batches.append(_Batch(rows, seconds, arrival))
+
+    def settle(self) -> None:
+        """Count and log what was added."""
+        with self._settling:
+            lines = []
+            while self._batches:
+                batch = self._batches.popleft()
+                self.counts.add(metrics.BUSY, batch.seconds)
+                self.counts.observe(metrics.BATCH, len(batch.rows))
+                for row in batch.rows:
+                    row.seconds["total"] = batch.seconds
+                    count_row(self.counts, row, batch.arrival)
+                    if self._log_requests and not is_probe(row.headers):
+                        lines.append(_line(row, self._identity, batch))
+            log_lines("request", lines)
+
+    def start(self) -> None:
+        """Settle regularly, from a thread that ends with the process, and at an orderly exit."""
+
+        def run() -> None:
+            while True:
+                sleep(SETTLE_SECONDS)
+                try:
+                    self.settle()
+                except Exception:
+                    log_line(logging.ERROR, "accounts_failed", cause=traceback.format_exc())
+
+        atexit.register(self.settle)
+        Thread(target=run, name="accounts", daemon=True).start()
+
+
+class _Batch(NamedTuple):
+    rows: Sequence[Row]
+    seconds: float
+    arrival: float  # Unix time
+
+
 def count_row(counts: Metrics, row: Row, arrival: float) -> None:
     """Count a finished request and its images; `arrival` is a Unix time."""
     if is_probe(row.headers):
@@ -57,10 +119,8 @@ def count_row(counts: Metrics, row: Row, arrival: float) -> None:
     counts.observe(metrics.STAGE, row.seconds["total"] + (queue or 0), "response")
     for error in row.errors:
         counts.add(metrics.IMAGES, 1, type(error).__name__)
-    if isinstance(row.request, ImageRequest):
-        for data in row.request.images:
-            if isinstance(data, bytes):
-                counts.observe(metrics.IMAGE_BYTES, len(data))
+    for size in row.image_bytes:
+        counts.observe(metrics.IMAGE_BYTES, size)
     for image in row.images:
         if isinstance(image.outcome, Result):
             width, height = image.outcome.size
@@ -73,26 +133,24 @@ def count_row(counts: Metrics, row: Row, arrival: float) -> None:
         counts.observe(metrics.CONFIDENCE, best["confidence"])
 
 
-def log_row(row: Row, identity: Mapping[str, str], arrival: float, batch: int) -> None:
-    """Write the line of a finished request that shared its batch with `batch` - 1 others."""
-    if is_probe(row.headers):
-        return
-    queue = read_queue_seconds(row.headers, arrival)
+def _line(row: Row, identity: Mapping[str, str], batch: _Batch) -> Line:
+    """The log's line of a request."""
+    queue = read_queue_seconds(row.headers, batch.arrival)
     best = next(iter(row.best), {})
     errors = row.errors
-    log_line(
-        logging.ERROR if row.status >= 500 else logging.INFO,
-        "request",
+    facts = dict(
         request_id=row.request_id,
         traceparent=read_traceparent(row.headers),
         **identity,
         status=row.status,
         images=len(row.images),
         cached=sum(image.cached for image in row.images),
-        batch=batch,
+        batch=len(batch.rows),
         queue_ms=None if queue is None else milliseconds(queue),
         **{f"{stage}_ms": milliseconds(row.seconds.get(stage, 0)) for stage in LOGGED_STAGES},
         top_class=best.get("class"),
         confidence=best.get("confidence"),
         error=type(errors[0]).__name__ if errors else None,
     )
+    level = logging.ERROR if row.status >= 500 else logging.INFO
+    return Line(batch.arrival + batch.seconds, level, facts)

@@ -3,23 +3,28 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import orjson
-from torch import Tensor
+from numpy.typing import NDArray
 
 from handler.errors import RequestError
 
 Answer = dict[str, Any]
 
 
-def best_classes(probabilities: Tensor, top_k: int, labels: Sequence[str]) -> list[Answer]:
+def best_classes(
+    probabilities: NDArray[np.float32], top_k: int, labels: Sequence[str]
+) -> list[Answer]:
     """Finite float32 [C] -> the `top_k` likeliest classes, best first."""
     # Stable, so that classes of equal probability keep their order whatever top_k is.
-    confidences, classes = probabilities.sort(descending=True, stable=True)
+    classes = (-probabilities).argsort(kind="stable")[:top_k]
     return [
-        {"class": labels[class_id], "class_id": class_id, "confidence": round(confidence, 6)}
-        for class_id, confidence in zip(
-            classes[:top_k].tolist(), confidences[:top_k].tolist(), strict=True
-        )
+        {
+            "class": labels[class_id],
+            "class_id": class_id,
+            "confidence": round(float(probabilities[class_id]), 6),
+        }
+        for class_id in classes.tolist()
     ]
 
 

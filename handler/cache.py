@@ -7,8 +7,9 @@ other weights. It holds all probabilities, so that any top_k can be answered fro
 import hashlib
 from dataclasses import dataclass, replace
 
+import numpy as np
 from cachetools import LRUCache
-from torch import Tensor
+from numpy.typing import NDArray
 
 OVERHEAD_BYTES = 1100  # of an entry: its objects, those of Python as tracemalloc counts them
 
@@ -18,7 +19,7 @@ class Result:
     """What is kept of an image."""
 
     size: tuple[int, int]  # width and height
-    probabilities: Tensor  # float32 [C]
+    probabilities: NDArray[np.float32]  # [C]
 
 
 class ResultCache:
@@ -38,8 +39,8 @@ class ResultCache:
     def put(self, key: bytes, result: Result) -> None:
         """Keep a result, unless it alone is larger than the cache."""
         if _size(result) <= self._results.maxsize:
-            # A copy, because a row of a batch's tensor would keep the whole batch alive.
-            self._results[key] = replace(result, probabilities=result.probabilities.clone())
+            # A copy, because a row of a batch's array would keep the whole batch alive.
+            self._results[key] = replace(result, probabilities=result.probabilities.copy())
 
 
 def _size(result: Result) -> int:

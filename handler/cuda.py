@@ -10,7 +10,9 @@ tested without a GPU.
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 from torch.fx.experimental.optimization import fuse
 
@@ -98,10 +100,10 @@ class Cuda(Engine):
 
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] -> float32 [B, C] on the CPU."""
-        return self.launch(list(images))()
+        return torch.from_numpy(self.launch(list(images))())
 
     @torch.inference_mode()
-    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
         """Images may lie on the CPU or on the GPU; the caller goes on while the pass runs."""
         count = len(images)
         size = next(size for size in self.sizes if size >= count)
@@ -119,14 +121,14 @@ class Cuda(Engine):
         result = torch.empty(output.shape, dtype=output.dtype, pin_memory=self._on_gpu)
         result.copy_(output, non_blocking=True)
         if not self._on_gpu:
-            return lambda: result
+            return result.numpy
         # A blocking event sleeps while it waits: decoding needs the core.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record()
 
-        def wait() -> Tensor:
+        def wait() -> NDArray[np.float32]:
             done.synchronize()
-            return result
+            return result.numpy()
 
         return wait
 

@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -26,13 +28,13 @@ class Engine(ABC):
         B is 1 to `max_forward`.
         """
 
-    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
         """Begin a forward pass of images [3, H, W]; what is returned waits for `probabilities`.
 
         An engine that computes on the CPU begins when it is waited for, because until then the
         caller needs the cores itself.
         """
-        return lambda: self.probabilities(torch.stack(list(images)))
+        return lambda: self.probabilities(torch.stack(list(images))).numpy()
 
     def is_lost(self) -> bool:
         """Whether nothing will ever run here again, asked after a failure."""

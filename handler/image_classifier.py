@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from handler import metrics
-from handler.accounting import count_row, describe_worker, log_row, milliseconds
+from handler.accounting import Accounts, describe_worker, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row
@@ -28,12 +28,13 @@ from handler.errors import MalformedRequest, ModelFailed, OutOfResources, Reques
 from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
-from handler.logs import log_line, set_level
+from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
+from handler.receiving import read_ahead
 from handler.settings import Settings
 from handler.slots import claim_slot
 
@@ -70,10 +71,10 @@ class ImageClassifier(BaseHandler):
         describe_worker(self.metrics, self.card, self.engine)
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
+        self.accounts.start()
         self.pulse.start()
-        # TorchServe writes a line for each batch through the root logger itself; its errors stay,
-        # and so does whatever comes through any other logger, the metrics above all.
-        logging.getLogger().addFilter(lambda record: record.levelno > logging.INFO)
+        quiet_torchserve()
+        read_ahead()
         self.initialized = True
         log_line(
             logging.INFO if self.card.weights.trained else logging.WARNING,
@@ -106,7 +107,8 @@ class ImageClassifier(BaseHandler):
             "version": self.version,
             "weights": self.card.weights.name,
         }
-        self.failures = Failures(self.identity, lambda: self.metrics.flush())
+        self.accounts = Accounts(self.metrics, self.identity, self.settings.log_requests)
+        self.failures = Failures(self.identity, self._hand_over)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self.decoder, reason = choose_decoder(
@@ -122,6 +124,11 @@ class ImageClassifier(BaseHandler):
         self.metrics.set(metrics.WARM_UP, perf_counter() - started)
         self.pulse = Pulse(model_dir, pass_seconds)
 
+    def _hand_over(self) -> None:
+        """Write what was counted and not yet written: the process is about to end."""
+        self.accounts.settle()
+        self.metrics.flush()
+
     def handle(self, data: list[Mapping[str, Any]], context: Any) -> list[bytes]:
         """Answer a batch: one answer for each row, in order, whatever happens to its neighbours."""
         self.context = context
@@ -131,14 +138,7 @@ class ImageClassifier(BaseHandler):
         with self.pulse.batch():
             rows = self.inference(self.preprocess(data))
             answers = self.postprocess(rows)
-        total = perf_counter() - started
-        self.metrics.add(metrics.BUSY, total)
-        self.metrics.observe(metrics.BATCH, len(rows))
-        for row in rows:
-            row.seconds["total"] = total
-            count_row(self.metrics, row, arrival)
-            if self.settings.log_requests:
-                log_row(row, self.identity, arrival, batch=len(rows))
+        self.accounts.add(rows, perf_counter() - started, arrival)
         return answers
 
     def _is_info(self, data: list[Mapping[str, Any]]) -> bool:

@@ -4,7 +4,7 @@ TorchServe reads metrics as lines on a worker's stdout. It adds up counters in t
 they outlive the worker, and keeps the last value of gauges. Its own histograms have fixed buckets;
 a histogram here is therefore the three counters that Prometheus makes of one anyway: `_bucket`,
 `_sum` and `_count`. Each line costs the frontend a regular expression, so increments are collected
-and handed over once a second.
+and handed over every five seconds.
 """
 
 import atexit
@@ -29,8 +29,8 @@ from handler.errors import RequestError
 from handler.gpus import MEMORY_TOTAL, MEMORY_USED, UTILIZATION
 from handler.logs import log_line
 
-FLUSH_SECONDS = 1.0
-SLOW_FLUSHES = 15  # metrics with many series are handed over in every 15th flush
+FLUSH_SECONDS = 5.0
+SLOW_FLUSHES = 3  # metrics with many series are handed over in every third flush
 
 MODEL = ("model", "version")
 WORKER = (*MODEL, "worker")
@@ -54,7 +54,7 @@ class Family:
     note: str = ""  # what docs/metrics.md says besides
     values: tuple[str, ...] = ()  # of the last label, if they are known beforehand
     bounds: tuple[float, ...] = ()  # upper bounds of a histogram's buckets
-    slow: bool = False  # handed over in every 15th flush only
+    slow: bool = False  # handed over in every third flush only
 
     def series(self, name: str) -> dict[str, tuple[str, tuple[str, ...]]]:
         """Each name on Prometheus' page -> its type there and its labels."""
@@ -216,7 +216,7 @@ LAST_FLUSH = _gauge(
     "classifier_worker_last_flush_timestamp_seconds",
     WORKER,
     "seconds since 1970 when a worker last handed its metrics over",
-    "Each worker does so every second.",
+    "Each worker does so every five seconds.",
 )
 _gauge(
     MEMORY_USED,
@@ -319,7 +319,7 @@ class Metrics:
                 self._send(name, increment, (*labels, bound), f"{name}_bucket")
 
     def start(self) -> None:
-        """Flush every second from a thread that ends with the process, and at an orderly exit."""
+        """Flush regularly, from a thread that ends with the process, and at an orderly exit."""
         process = psutil.Process()
         cpu_seconds = 0.0
 

@@ -5,9 +5,10 @@ from io import BytesIO
 from itertools import islice
 from time import perf_counter
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from handler.decoders import Decoding
 from handler.engine import Engine
@@ -34,7 +35,7 @@ class Timed(Iterator[Decoding]):
 
 def classify(
     decodings: Iterable[Decoding], engine: Engine
-) -> Iterator[tuple[list[Decoding], Tensor | Exception]]:
+) -> Iterator[tuple[list[Decoding], NDArray[np.float32] | Exception]]:
     """Each forward pass: its images, and their probabilities float32 [B, C] or what it raised.
 
     A pass is launched once as many images are decoded as it takes. Images that could not be decoded

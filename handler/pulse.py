@@ -32,8 +32,10 @@ class Pulse:
         self._patience = float("inf")
         if pass_seconds is not None:
             self._patience = max(MIN_PATIENCE_SECONDS, 10 * pass_seconds)
-        # When the current step began, by the clock and in CPU time; None without a batch.
-        self._began: tuple[float, float] | None = None
+        self._steps = 0  # of all batches; a step is over when the next begins
+        self._busy = False  # with a batch
+        # The step that `is_stuck` saw last, and when it did so first: by the clock, in CPU time.
+        self._seen = 0, 0.0, 0.0
         self._thread = 0  # the one that works on the batch
 
     @contextmanager
@@ -41,23 +43,28 @@ class Pulse:
         """A batch is being answered. Waiting for readers of the log is no part of it."""
         self._thread = threading.get_ident()
         self.step()
+        self._busy = True
         try:
             yield
         finally:
-            self._began = None
+            self._busy = False
 
     def step(self) -> None:
         """The batch makes progress: an image is decoded, or a forward pass done."""
-        self._began = monotonic(), process_time()
+        self._steps += 1
 
     def is_stuck(self) -> bool:
         """Whether the step takes too long, and not because the machine starves this process.
 
-        A starving process computes, and has not yet had its share of a core.
+        To be called every second: a step counts from the first call that sees it, so that steps
+        themselves, of which each image has some, need no clock. A starving process computes, and
+        has not yet had its share of a core.
         """
-        if (began := self._began) is None:
+        steps, clock, cpu_clock = self._steps, monotonic(), process_time()
+        if not self._busy or steps != self._seen[0]:
+            self._seen = steps, clock, cpu_clock
             return False
-        seconds, cpu_seconds = monotonic() - began[0], process_time() - began[1]
+        seconds, cpu_seconds = clock - self._seen[1], cpu_clock - self._seen[2]
         starving = IDLE_SHARE * seconds < cpu_seconds < self._patience
         return seconds > self._patience and not starving
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from handler.engine import Engine
@@ -52,9 +54,9 @@ class TorchEager(Engine):
         exact_fp32(device)
         self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
 
-    def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+    def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
         """Images may lie on the CPU or on the GPU."""
-        return lambda: self.probabilities(torch.stack([image.to(self.device) for image in images]))
+        return super().launch([image.to(self.device) for image in images])
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:

@@ -88,4 +88,5 @@ class Classifier:
         from handler.answers import best_classes
 
         labels = self._engine.labels
-        return [best_classes(row, TOP_K, labels) for row in self._engine.probabilities(jpegs)]
+        rows = self._engine.probabilities(jpegs).numpy()
+        return [best_classes(row, TOP_K, labels) for row in rows]

@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 
 import aiohttp
@@ -19,6 +19,10 @@ from service.load.images import ImageRequest
 from service.load.measurement import Load, Measurement, Sample, summarise
 
 TIMEOUT_SECONDS = 60
+REFUSALS = (503, 429)  # TorchServe's, whose queue is full, and the gateway's
+
+Reply = tuple[int, Mapping[str, str], bytes]  # status, headers, content
+Post = Callable[[ImageRequest], Awaitable[Reply]]
 
 
 async def measure(
@@ -29,13 +33,18 @@ async def measure(
     headers: Mapping[str, str] | None = None,
     expectations: Expectations | None = None,
     timeout_seconds: float = TIMEOUT_SECONDS,
+    mark: Callable[[], object] = lambda: None,
 ) -> Measurement:
-    """Warm up and measure without a pause in between."""
+    """Warm up and measure without a pause in between.
+
+    `mark` is called at the begin and at the end of the measured seconds.
+    """
     async with _session(headers, timeout_seconds) as session:
-        generator = Generator(session, url, cycle(images), expectations or Expectations())
+        post = poster(session, url)
+        generator = Generator(post, cycle(images), expectations or Expectations())
         start = time.perf_counter()
         begin, end = start + load.warmup_seconds, start + load.warmup_seconds + load.seconds
-        cpu = asyncio.create_task(_cpu_percent(begin, end))
+        cpu = asyncio.create_task(cpu_percent(begin, end, mark))
         if load.rate:
             await generator.open_loop(load.rate, start, end)
         else:
@@ -54,7 +63,7 @@ async def send_once(
 ) -> list[Sample]:
     """Send each image once; what became of each, in the order in which they were sent."""
     async with _session(headers, timeout_seconds) as session:
-        generator = Generator(session, url, images, expectations or Expectations())
+        generator = Generator(poster(session, url), images, expectations or Expectations())
         await generator.closed_loop(clients, math.inf)
         return generator.samples
 
@@ -68,18 +77,24 @@ def _session(headers: Mapping[str, str] | None, timeout_seconds: float) -> aioht
     )
 
 
+def poster(session: aiohttp.ClientSession, url: str) -> Post:
+    """How a Generator sends an image with aiohttp."""
+
+    async def post(image: ImageRequest) -> Reply:
+        headers = {"Content-Type": image.content_type}
+        async with session.post(url, data=image.body, headers=headers) as response:
+            return response.status, response.headers, await response.read()
+
+    return post
+
+
 class Generator:
     """Sends images to one URL, one after the other, and keeps a Sample of each request."""
 
     def __init__(
-        self,
-        session: aiohttp.ClientSession,
-        url: str,
-        images: Iterable[ImageRequest],
-        expectations: Expectations,
+        self, post: Post, images: Iterable[ImageRequest], expectations: Expectations
     ) -> None:
-        self._session = session
-        self._url = url
+        self._post = post
         self._images = iter(images)
         self._expectations = expectations
         self.samples: list[Sample] = []
@@ -106,19 +121,16 @@ class Generator:
         sample = Sample(due, time.perf_counter(), sent=len(image.body))
         self.samples.append(sample)
         try:
-            async with self._session.post(
-                self._url, data=image.body, headers={"Content-Type": image.content_type}
-            ) as response:
-                content = await response.read()
+            status, headers, content = await self._post(image)
             sample.received = len(content)
-            content = without_tensor_header(content, response.headers)
-            sample.outcome = self._judge(image.name, response.status, content, sample)
+            content = without_tensor_header(content, headers)
+            sample.outcome = self._judge(image.name, status, content, sample)
         except (aiohttp.ClientError, asyncio.TimeoutError, OSError) as exc:
             sample.outcome = type(exc).__name__
         sample.ended = time.perf_counter()
 
     def _judge(self, name: str, status: int, content: bytes, sample: Sample) -> str:
-        if status == 503:
+        if status in REFUSALS:
             return "refused"
         if status != 200:
             return f"HTTP {status}"
@@ -137,9 +149,11 @@ def due_times(begin: float, end: float, rate: float) -> Iterator[float]:
     return (begin + index / rate for index in range(math.ceil((end - begin) * rate)))
 
 
-async def _cpu_percent(begin: float, end: float) -> float:
-    """CPU time of this process between two moments, in percent of one core."""
+async def cpu_percent(begin: float, end: float, mark: Callable[[], object] = lambda: None) -> float:
+    """CPU time of this process between two moments, in percent of one core; `mark` at each."""
     await asyncio.sleep(begin - time.perf_counter())
+    mark()
     wall, cpu = time.perf_counter(), time.process_time()
     await asyncio.sleep(end - time.perf_counter())
+    mark()
     return 100 * (time.process_time() - cpu) / (time.perf_counter() - wall)

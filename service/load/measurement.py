@@ -36,7 +36,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One load on one server. `refused` are 503s, and are not among `failed`."""
+    """One load on one server. `refused` are 503s and 429s, and are not among `failed`."""
 
     concurrency: int
     rate: float

@@ -114,33 +114,15 @@ def end(server: Server) -> None:
     psutil.wait_procs(family, timeout=5)
 
 
-def memory(server: Server) -> list[dict[str, Any]]:
-    """Name and PSS of every process of a server, largest first; on Linux alone."""
-    rows: list[tuple[int, str]] = []
-    for process in server.family():
-        with suppress(psutil.Error):
-            rows.append((process.memory_full_info().pss, describe(process)))
-    return [{"process": name, "pss_mib": size / 2**20} for size, name in sorted(rows)[::-1]]
-
-
-def describe(process: psutil.Process) -> str:
-    """A process in a few words: its program, and the script or module it runs."""
-    words = process.cmdline() or [process.name()]
-    program = Path(words[0].split()[0] if words[0] else process.name()).name
-    if program == "java":
-        return "java (TorchServe's frontend)"
-    script = next((word for word in words[1:] if word.endswith(".py")), None)
-    if script is None and "-m" in words[:-1]:
-        script = words[words.index("-m") + 1]
-    return f"{program} {Path(script).name}" if script else program
-
-
 def free_base_port() -> int:
-    """A port that is free with the two above it, and with TorchServe's gRPC ports 1010 below."""
+    """A port that is free with the three above it, and with TorchServe's gRPC ports 1010 below.
+
+    TorchServe listens there, or on those above it if the port itself is a gateway's.
+    """
     for _ in range(200):
         base = random.randint(20_000, 30_000)  # noqa: S311 no secret
         with ExitStack() as held, suppress(OSError):
-            for offset in (0, 1, 2, -1010, -1009):
+            for offset in (0, 1, 2, 3, -1010, -1009, -1008):
                 probe = held.enter_context(socket.socket())
                 probe.bind(("127.0.0.1", base + offset))
             return base

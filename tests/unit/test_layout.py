@@ -17,6 +17,7 @@ PATHS = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for folder in LAYERS
     for path in (ROOT / folder).rglob("*.py")
+    if ".envs" not in path.parts  # the peers' packages
 }
 TREES = {module: ast.parse(path.read_text("utf-8")) for module, path in PATHS.items()}
 

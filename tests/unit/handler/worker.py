@@ -92,6 +92,7 @@ def ask(
     context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
     context.request_processor = [RequestProcessor(dict(one)) for one in each]
     bodies = classifier.handle(list(rows), context)
+    classifier.accounts.settle()
     assert len(bodies) == len(rows)
     return [
         Reply(status, phrase, context.get_response_content_type(index), json.loads(body))
@@ -106,8 +107,8 @@ def b64(data: bytes) -> str:
 
 def log(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, Any]]:
     messages = [record.getMessage() for record in caplog.records if record.name == "classifier"]
-    assert not any("\n" in message for message in messages)
-    return [line for line in map(json.loads, messages) if line["event"] == event]
+    lines = map(json.loads, "\n".join(messages).splitlines())
+    return [line for line in lines if line["event"] == event]
 
 
 def without_times(answer: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Counted(dict[tuple[str, ...], float]):
             if increment:
                 self[(name.removeprefix("classifier_"), *labels[2:])] = increment
 
-        self._metrics = classifier.metrics = Metrics(emit, "birds", "1.0")
+        self._metrics = classifier.accounts.counts = Metrics(emit, "birds", "1.0")
 
     def read(self, name: str) -> dict[str, float]:
         """Values of the series of a name by their last label."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.load.processes import NotReady, memory, read_events, running
+from service.load.processes import NotReady, read_events, running
 from tests.processes import alive
 
 CHILD = "import time; print('up', flush=True); time.sleep(60)"
@@ -25,9 +25,7 @@ def test_a_server_ends_with_its_daemons(tmp_path: Path) -> None:
         while server.log.read_text().count("up") < 2 and time.monotonic() < deadline:
             time.sleep(0.02)
         family = server.family()
-        sizes = memory(server)
-    assert len(family) == len(sizes) == 2
-    assert all(1 < row["pss_mib"] < 100 for row in sizes)
+    assert len(family) == 2
     assert not alive(family)
 
 

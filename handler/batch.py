@@ -163,6 +163,7 @@ class Batch:
             message = "the model gave no finite probabilities"
             image.outcome = self.failures.report(message, image.request_ids)
         elif image.decoding and image.decoding.picture:
-            image.outcome = Result(image.decoding.picture.size, probabilities)
+            picture = image.decoding.picture
+            image.outcome = Result(picture.size, probabilities, picture.decode)
             if self.cache and image.key:
                 self.cache.put(image.key, image.outcome)

@@ -20,6 +20,7 @@ class Result:
 
     size: tuple[int, int]  # width and height
     probabilities: NDArray[np.float32]  # [C]
+    decode: str = "exact"  # or "fast", as Picture has it
 
 
 class ResultCache:

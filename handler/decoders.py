@@ -16,13 +16,12 @@ from torch import Tensor
 
 from handler.errors import InvalidSettings, RequestError
 from handler.images import (
-    UPRIGHT,
     Encoded,
     Picture,
     decode_picture,
     open_image,
-    orientation,
     read_picture,
+    upright,
 )
 from handler.model_card import InputTransform
 from handler.resize import needs_pillow_resize, resize_and_crop_batch
@@ -164,10 +163,10 @@ class GpuDecoder(Decoder):
         for place, (image, pixels) in enumerate(decoded):
             if (*pixels.shape,) != (3, image.header.height, image.header.width):
                 raise ValueError(f"nvJPEG gave {[*pixels.shape]} for {image.header.size}")
-            flipped, swapped = UPRIGHT.get(orientation(image.header), ((), False))
-            upright = pixels.flip([axis + 1 for axis in flipped])
-            upright = upright.transpose(1, 2) if swapped else upright
-            by_shape.setdefault(upright.shape, {})[place] = upright
+            flipped, swapped = upright(image.header)
+            turned = pixels.flip([axis + 1 for axis in flipped])
+            turned = turned.transpose(1, 2) if swapped else turned
+            by_shape.setdefault(turned.shape, {})[place] = turned
         pictures: dict[int, Picture] = {}
         for (_, height, width), same in by_shape.items():
             inputs = resize_and_crop_batch(torch.stack([*same.values()]), self.transform)

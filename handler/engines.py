@@ -16,7 +16,7 @@ from handler.torch_engine import TorchEager
 
 # Images in one forward pass if the settings do not say. On a CPU a few images run some percent
 # faster together than one by one, and more leave its caches again.
-MAX_FORWARD = {"cpu": 4, "cuda": 64}
+MAX_FORWARD = {"cpu": 2, "cuda": 64}
 LARGE_MODEL = 64 * 2**20  # bytes: a second compiled copy takes as much again, and gains nothing
 
 

@@ -230,6 +230,7 @@ class ImageClassifier(BaseHandler):
                 "device": self.engine.device,
                 "engine": self.engine.name,
                 "image_size": outcome.size,
+                "decode": outcome.decode,
                 "cached": image.cached,
                 "request_id": row.request_id,
             }

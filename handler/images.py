@@ -16,6 +16,7 @@ from handler.containers import (
     JPEG,
     JPEG_END,
     PNG,
+    count_scans,
     jpeg_precision,
     lacks_only_its_end,
     without_decoration,
@@ -30,6 +31,11 @@ MAX_SCANS = 100  # of a progressive JPEG; libjpeg writes 10, and each costs a pa
 MAX_COMMENTS = 1000  # of a GIF, which Pillow joins one by one
 MAX_EXIF_BYTES = 65536  # what a JPEG can hold; a PNG may hold a structure that expands without end
 GREY_LEVELS = {"L;2": 4, "L;4": 16, "L": 256}  # of a PNG, by Pillow's name for how it is stored
+
+# How libjpeg may scale a JPEG down while it decodes: to a half, a quarter or an eighth. Its other
+# steps, such as 5/8, have no vector code: they take longer than the whole image.
+DIVISORS = (8, 4, 2)
+FAST_MARGIN = 2  # with `decode: fast`, each side stays at least this times the resize size
 
 # Pillow's own limit holds for the whole process; ours is a setting, and is checked before decoding.
 Image.MAX_IMAGE_PIXELS = None
@@ -78,6 +84,7 @@ class Encoded:
 
     data: bytes
     header: Image.Image  # Pillow's, opened and not loaded
+    fast: bool = False  # the setting `decode`: whether libjpeg may scale it down
 
 
 @dataclass(frozen=True)
@@ -86,6 +93,7 @@ class Picture:
 
     pixels: Tensor  # uint8 RGB [3, H, W], H x W as the model takes it
     size: tuple[int, int]  # width and height of the image as people see it
+    decode: str = "exact"  # "fast" if libjpeg has scaled it down
 
 
 class PixelBudget:
@@ -116,9 +124,12 @@ def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> 
 
 def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
     """The slow half of `read_picture`: decode, resize and crop. Raises UnreadableImage."""
-    pixels = decode(encoded)
-    height, width, _ = pixels.shape
-    return Picture(resize_and_crop(pixels, transform), (width, height))
+    pixels = decode(encoded, FAST_MARGIN * transform.resize_size if encoded.fast else None)
+    width, height = encoded.header.size
+    if upright(encoded.header)[1]:
+        width, height = height, width
+    how = "exact" if pixels.shape[:2] == (height, width) else "fast"
+    return Picture(resize_and_crop(pixels, transform), (width, height), how)
 
 
 def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = None) -> Encoded:
@@ -146,7 +157,7 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
             ) from exc
         raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
     (budget or PixelBudget(settings.max_image_pixels)).spend(*image.size)
-    return Encoded(data, image)
+    return Encoded(data, image, settings.decode == "fast")
 
 
 def _open(data: bytes) -> Image.Image:
@@ -170,20 +181,25 @@ def _open(data: bytes) -> Image.Image:
         return Image.open(BytesIO(plain), formats=FORMATS)
 
 
-def decode(encoded: Encoded) -> Pixels:
-    """uint8 RGB [H, W, 3], upright. Raises UnreadableImage."""
+def decode(encoded: Encoded, shortest: int | None = None) -> Pixels:
+    """uint8 RGB [H, W, 3], upright. Raises UnreadableImage.
+
+    With `shortest`, a JPEG is scaled down to a half, a quarter or an eighth, if no side is then
+    shorter than that.
+    """
     data, image = encoded.data, encoded.header
     try:
-        pixels = _decode_jpeg(image, data)
+        pixels = _decode_jpeg(image, data, shortest)
         if pixels is None:
             pixels = _decode_transparent_rgb16(image, data)
         if pixels is None:
             image.load()
             pixels = np.array(to_rgb(image))
-        flipped, swapped = UPRIGHT.get(orientation(image), ((), False))
+        flipped, swapped = upright(image)
         if flipped or swapped:
-            pixels = np.flip(pixels, flipped)
-            pixels = np.ascontiguousarray(pixels.swapaxes(0, 1) if swapped else pixels)
+            whole = np.flip(pixels.view("V3"), flipped)  # numpy copies a pixel as fast as a byte
+            whole = np.ascontiguousarray(whole.swapaxes(0, 1) if swapped else whole)
+            pixels = whole.view(np.uint8)
         return pixels
     except MemoryError:
         raise
@@ -193,7 +209,7 @@ def decode(encoded: Encoded) -> Pixels:
         ) from exc
 
 
-def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
+def _decode_jpeg(image: Image.Image, data: bytes, shortest: int | None) -> Pixels | None:
     """The pixels of a sound JPEG, which may lack its end marker; None for what is Pillow's.
 
     simplejpeg uses the same libjpeg-turbo as Pillow, so values are equal, and makes fewer copies.
@@ -203,20 +219,34 @@ def _decode_jpeg(image: Image.Image, data: bytes) -> Pixels | None:
     if not data.endswith(JPEG_END) and lacks_only_its_end(data):
         data += JPEG_END
     colours, channels = ("CMYK", 4) if image.mode == "CMYK" else ("RGB", 3)
+    divisor = _divisor(image.size, shortest)
+    width, height = (-(-side // divisor) for side in image.size)  # rounded up, as libjpeg does
     try:
         # Pillow reads the header and simplejpeg the pixels: with a buffer of the header's size,
         # simplejpeg cannot take more memory than the budget allowed.
-        buffer = np.empty((image.height, image.width, channels), np.uint8)
         pixels = simplejpeg.decode_jpeg(
-            data, colours, fastdct=False, fastupsample=False, buffer=buffer
+            data,
+            colours,
+            fastdct=False,
+            fastupsample=False,
+            min_height=height,
+            min_width=width,
+            buffer=np.empty((height, width, channels), np.uint8),
         )
     except ValueError:  # simplejpeg refuses oddities; Pillow tells them from damage
         return None
-    if pixels.shape[1::-1] != image.size:
+    if pixels.shape[:2] != (height, width):
         return None
     if colours == "CMYK":  # inverted, as Adobe has it
-        return np.array(to_rgb(Image.frombytes("CMYK", image.size, pixels, "raw", "CMYK;I")))
+        return np.array(to_rgb(Image.frombytes("CMYK", (width, height), pixels, "raw", "CMYK;I")))
     return pixels
+
+
+def _divisor(size: tuple[int, int], shortest: int | None) -> int:
+    """The largest of DIVISORS that leaves each side at least `shortest`; 1 if none does."""
+    if shortest is None:
+        return 1
+    return next((divisor for divisor in DIVISORS if min(size) >= divisor * shortest), 1)
 
 
 def _scale_transparent(image: PngImageFile) -> None:
@@ -251,7 +281,7 @@ def _decode_transparent_rgb16(image: Image.Image, data: bytes) -> Pixels | None:
 
 def _refuse_slow(image: Image.Image, data: bytes) -> None:
     """Raise UnsupportedFormat for small files that would keep a decoder busy for a minute."""
-    if isinstance(image, JpegImageFile) and data.count(b"\xff\xda") > MAX_SCANS:
+    if isinstance(image, JpegImageFile) and count_scans(data) > MAX_SCANS:
         raise UnsupportedFormat(f"the JPEG has more than {MAX_SCANS} scans, and is not served")
     if image.format == "GIF" and data.count(b"\x21\xfe") > MAX_COMMENTS:
         raise UnsupportedFormat(f"the GIF has more than {MAX_COMMENTS} comments, and is not served")
@@ -266,6 +296,11 @@ def foreign_format(data: bytes) -> str | None:
         return f"{bits}-bit JPEG" if bits in (12, 16) else None
     head = bytes(data[:1024])
     return next((name for name, rule in _FOREIGN if re.match(rule, head, re.DOTALL)), None)
+
+
+def upright(image: Image.Image) -> tuple[tuple[int, ...], bool]:
+    """What turns an image's stored pixels upright, as in UPRIGHT; nothing for most."""
+    return UPRIGHT.get(orientation(image), ((), False))
 
 
 def orientation(image: Image.Image) -> int:

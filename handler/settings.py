@@ -54,6 +54,11 @@ class Settings:
         "where JPEGs are decoded; `auto`: on the GPU if its pixels are those of the CPU",
         choices=("auto", "cpu", "gpu"),
     )
+    decode: str = setting(
+        "exact",
+        "`fast`: libjpeg itself scales large JPEGs down, to no less than twice the resize size",
+        choices=("exact", "fast"),
+    )
     max_forward: int = setting(
         0,
         "images in one forward pass; 0: 4 on a CPU (1 for models over 64 MB), 64 on a GPU",

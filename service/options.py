@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 DEFAULT_MODEL = "mobilenet_v2"
 DEFAULT_VERSION = "1.0"
-RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (1, 10_000)}
+RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (0, 10_000)}
 
 
 # --- Types of argparse
@@ -169,7 +169,8 @@ class ModelOptions:
         type=number(*RANGES["batch_size"]),
     )
     max_batch_delay_ms: int | None = _option(
-        "how long a batch waits for more requests (default: as in handler/configs)",
+        "how long a batch waits for more requests; 0: not at all, and two make a batch "
+        "(default: as in handler/configs)",
         "MS",
         type=number(*RANGES["max_batch_delay_ms"]),
     )

@@ -1,7 +1,7 @@
 """What a start is going to do, decided once: options, environment, files -> one ServicePlan.
 
-Precedence, from the lowest: handler/configs/default.yaml, the model's own file there, the file of
-`--tuned`, the options. The environment goes over the handler's settings, as in every worker.
+Precedence, from the lowest: handler/configs/default.yaml, gpu.yaml, the model's own file there, the
+file of `--tuned`, the options. The environment goes over the handler's settings, as in all workers.
 Nothing after this module reads options, and nothing here needs torch.
 """
 
@@ -31,11 +31,13 @@ CONFIGS = ROOT / "handler" / "configs"
 # Not workers and device, which are options, nor clientTimeoutInMills, which leaves clients without
 # an answer, nor what is for other kinds of models. TorchServe does not read `handler`: it is ours.
 MODEL_CONFIG = dict.fromkeys(
-    """
-    batchSize maxBatchDelay responseTimeout startupTimeout maxRetryTimeoutInSec jobQueueSize
-    """.split(),
-    Rule(type=int, low=1),  # TorchServe takes maxBatchDelay 0 for 100 ms
-) | {"deviceIds": Rule(type=list[int]), "handler": Rule(type=dict | None)}
+    "batchSize responseTimeout startupTimeout maxRetryTimeoutInSec jobQueueSize".split(),
+    Rule(type=int, low=1),
+) | {
+    "maxBatchDelay": Rule(type=int, low=0),
+    "deviceIds": Rule(type=list[int]),
+    "handler": Rule(type=dict | None),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +142,9 @@ def plan_service(options: ServeOptions) -> ServicePlan:
 
 def plan_package(name: str, options: ModelOptions, server: ServerConfig) -> PackagePlan:
     """Decide how an archive is made and served. Raises InvalidSettings."""
-    config = _read_configs(name)
+    device = os.environ.get("CLASSIFIER_DEVICE", options.device)
+    gpu = device != "cpu" and server.usable_gpus() > 0
+    config = _read_configs("default", *["gpu"] * gpu, name)
     asked, notes = options, []
     if found := find_tuned(name, options.tuned, server.model_store):
         path, tuned = found
@@ -234,7 +238,7 @@ def _under_options(
     config, handler = dict(config), dict(config["handler"])
     if options.batch_size:
         config["batchSize"] = options.batch_size
-    if options.max_batch_delay_ms:
+    if options.max_batch_delay_ms is not None:
         config["maxBatchDelay"] = options.max_batch_delay_ms
     if options.device != "auto":
         config["deviceType"] = "gpu" if options.device == "cuda" else "cpu"
@@ -281,11 +285,11 @@ def check_device_ids(config: Mapping[str, Any], gpus: int) -> None:
             raise InvalidSettings(f"deviceIds must be 0 to {gpus - 1}, the GPUs here, got {number}")
 
 
-def _read_configs(model: str) -> dict[str, Any]:
-    """default.yaml with the model's own file over it. Raises InvalidSettings."""
+def _read_configs(*names: str) -> dict[str, Any]:
+    """Files of handler/configs, each over those before it. Raises InvalidSettings."""
     config: dict[str, Any] = {}
     handler: dict[str, Any] = {}
-    for name in ("default", model):
+    for name in names:
         path = CONFIGS / f"{name}.yaml"
         if path.exists():
             content = _read_yaml(path)

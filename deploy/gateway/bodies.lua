@@ -10,29 +10,29 @@ local LEAST_BYTES = 65536 -- that each connection counts for
 
 local bodies = {}
 
--- Requests of this nginx worker whose bodies are still on their way, by their ids, and the memory
--- that they may take.
+-- Requests of this nginx worker whose bodies are still on their way, by their connections, and
+-- the memory that they may take.
 local arriving = {}
 local arriving_bytes = 0
 
 -- The body of a request has arrived, or never will. Returns its entry, if it has one.
-function bodies.forget(id)
-    local entry = arriving[id]
+function bodies.forget(connection)
+    local entry = arriving[connection]
     if entry then
-        arriving[id] = nil
+        arriving[connection] = nil
         arriving_bytes = arriving_bytes - entry.bytes
     end
     return entry
 end
 
--- The arriving bytes of each client, the client with most, and the id of its oldest request.
+-- The arriving bytes of each client, the client with most, and the connection of its oldest request.
 local function heaviest()
     local bytes, oldest, most = {}, {}, nil
-    for id, entry in pairs(arriving) do
+    for connection, entry in pairs(arriving) do
         local client = entry.client
         bytes[client] = (bytes[client] or 0) + entry.bytes
         if not oldest[client] or entry.since < arriving[oldest[client]].since then
-            oldest[client] = id
+            oldest[client] = connection
         end
         if not most or bytes[client] > bytes[most] then
             most = client
@@ -66,9 +66,9 @@ function bodies.receive()
     if not make_room(client, bytes) then
         return ngx.exit(429)
     end
-    local id = ngx.var.request_id
+    local connection = ngx.var.connection
     local entry = { client = client, bytes = bytes, since = ngx.now(), leave = semaphore.new() }
-    arriving[id] = entry
+    arriving[connection] = entry
     arriving_bytes = arriving_bytes + bytes
     local watch = ngx.thread.spawn(function()
         entry.leave:wait(settings.body_seconds) -- until it is posted, or time is up
@@ -78,14 +78,14 @@ function bodies.receive()
     end)
     ngx.req.read_body()
     ngx.thread.kill(watch)
-    bodies.forget(id)
+    bodies.forget(connection)
     return ngx.exec "@predict"
 end
 
 -- Gives nginx's refusal of a request, perhaps while its body was arriving, the form of the handler's
 -- errors. In a filter and not by error_page, which would take the request away from its own threads.
 function bodies.refuse()
-    local entry = bodies.forget(ngx.var.request_id)
+    local entry = bodies.forget(ngx.var.connection)
     if entry then
         entry.is_refused = true
     end

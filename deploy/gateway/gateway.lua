@@ -17,6 +17,9 @@ local gateway = {}
 -- a client nothing by how long it takes: that depends on the digest, and whoever could choose
 -- digests at will would have broken sha256.
 function gateway.key_hash()
+    if ngx.is_subrequest then -- of a request whose key has been looked at
+        return ngx.var.key_hash
+    end
     local key = (ngx.var.http_authorization or ""):match "^[Bb][Ee][Aa][Rr][Ee][Rr] +(%S+)$"
     key = key or ngx.var.http_x_api_key
     if not key or key == "" then
@@ -28,47 +31,46 @@ function gateway.key_hash()
     end))
 end
 
-local function append(name, value)
-    local before = ngx.var[name]
-    ngx.var[name] = before == "" and value or before .. " : " .. value
-end
-
 local function ask(location, replica)
-    local id = ngx.var.request_id
-    replicas.enter(id, replica)
-    local seen = {}
+    local connection = ngx.var.connection
+    replicas.enter(connection, replica)
+    local since = ngx.now()
     local reply = ngx.location.capture(location .. replica.name .. ngx.var.target, {
         method = ngx.HTTP_POST,
         args = ngx.var.args,
         always_forward_body = true,
-        ctx = seen,
     })
-    replicas.leave(id)
+    replicas.leave(connection)
+    local logged = {
+        address = replica.address,
+        status = reply.status,
+        seconds = ("%.3f"):format(ngx.now() - since),
+    }
     if reply.truncated and reply.status < 500 then -- its connection broke off
         reply = { status = 502, header = {}, body = "" }
     end
+    reply.logged = logged
     reply.by_handler = reply.header["X-Model-Version"] ~= nil
     if reply.by_handler and reply.status < 500 then
         replicas.has_answered(replica)
     end
-    append("tried_addresses", replica.address)
-    append("tried_statuses", seen.status or "")
-    append("tried_seconds", seen.seconds or "")
     return reply
 end
 
--- In the subrequest: keep for the request itself what nginx knows of the upstream.
-function gateway.note()
-    ngx.ctx.status = ngx.var.upstream_status
-    ngx.ctx.seconds = ngx.var.upstream_header_time
+-- For the log: what one try has of this name, or both.
+local function tried(name, first, second)
+    if second then
+        return first.logged[name] .. " : " .. second.logged[name]
+    end
+    return first.logged[name]
 end
 
 -- A request has ended, perhaps before its body or its answer was complete.
 function gateway.leave()
-    local id = ngx.var.request_id
-    bodies.forget(id)
-    replicas.leave(id)
-    places.leave(id)
+    local connection = ngx.var.connection
+    bodies.forget(connection)
+    replicas.leave(connection)
+    places.leave(connection)
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
@@ -90,11 +92,13 @@ function gateway.predict()
         return ngx.exit(429)
     end
     local replica = replicas.first()
-    local reply = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica)
-    local other = try_again_at(reply, replica)
-    if other then
-        reply = ask("/_second/", other)
-    end
+    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica)
+    local other = try_again_at(first, replica)
+    local second = other and ask("/_second/", other)
+    local reply = second or first
+    ngx.var.tried_addresses = tried("address", first, second)
+    ngx.var.tried_statuses = tried("status", first, second)
+    ngx.var.tried_seconds = tried("seconds", first, second)
     ngx.var.torchserve_id = reply.header["x-request-id"] or ""
     ngx.var.version_answered = reply.header["X-Model-Version"] or ""
     if reply.status >= 400 and not reply.by_handler then

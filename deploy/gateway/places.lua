@@ -7,7 +7,7 @@ ffi.cdef "int kill(int process, int signal);"
 local counts, workers = ngx.shared.places, ngx.shared.workers
 local own = "" -- this worker's process id, a part of its keys
 local living, looked = {}, 0 -- nginx's workers, and when that was
-local placed = {} -- the client whose place a request has, by the request's id
+local placed = {} -- the client whose place a request has, by its connection
 
 local places = {}
 
@@ -55,16 +55,16 @@ function places.take()
     end
     change("all", 1)
     change(client, 1)
-    placed[ngx.var.request_id] = client
+    placed[ngx.var.connection] = client
     return true
 end
 
 -- The request has ended.
-function places.leave(id)
-    if placed[id] then
+function places.leave(connection)
+    if placed[connection] then
         change("all", -1)
-        change(placed[id], -1)
-        placed[id] = nil
+        change(placed[connection], -1)
+        placed[connection] = nil
     end
 end
 

@@ -8,7 +8,7 @@ local replicas = {}
 
 -- Requests that this nginx worker has under way at each replica, and the turn among equal replicas.
 local under_way = {}
-local asked = {} -- the replica that has a request, by the request's id
+local asked = {} -- the replica that has a request, by the request's connection
 local turn = 0
 
 -- Why a replica gets no requests, or nil. One that answers clients gets them, even if the check of
@@ -55,16 +55,16 @@ function replicas.another_than(replica)
 end
 
 -- A request is under way at a replica, until it leaves.
-function replicas.enter(id, replica)
+function replicas.enter(connection, replica)
     under_way[replica.name] = (under_way[replica.name] or 0) + 1
-    asked[id] = replica
+    asked[connection] = replica
 end
 
-function replicas.leave(id)
-    local replica = asked[id]
+function replicas.leave(connection)
+    local replica = asked[connection]
     if replica then
         under_way[replica.name] = under_way[replica.name] - 1
-        asked[id] = nil
+        asked[connection] = nil
     end
 end
 

@@ -1,7 +1,7 @@
 """The folder of --calibration: images, and their labels if it has a labels.csv."""
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,11 @@ class CalibrationSet:
 
 
 def read_calibration(folder: Path, transform: InputTransform, settings: Settings) -> CalibrationSet:
-    """The images of a folder, decoded as a request's are, and the labels beside them.
+    """The images of a folder, decoded exactly, and the labels beside them.
 
-    The folder holds images and, optionally, labels.csv with the columns file and class_id; hidden
-    files are skipped. Raises InvalidModel, with the file's name, for anything else.
+    Exactly, because an archive outlives the setting `decode`. The folder holds images and,
+    optionally, labels.csv with the columns file and class_id; hidden files are skipped.
+    Raises InvalidModel, with the file's name, for anything else.
     """
     if not folder.is_dir():
         raise InvalidModel(f"--calibration {folder}: there is no such folder")
@@ -41,8 +42,9 @@ def read_calibration(folder: Path, transform: InputTransform, settings: Settings
     if len(paths) > MAXIMUM_IMAGES:
         chosen = np.linspace(0, len(paths) - 1, MAXIMUM_IMAGES).round().astype(int)
         paths = [paths[index] for index in chosen]
+    exactly = replace(settings, decode="exact")
     return CalibrationSet(
-        tuple(_read_image(path, transform, settings) for path in paths),
+        tuple(_read_image(path, transform, exactly) for path in paths),
         None if labels is None else tuple(labels[path.name] for path in paths),
     )
 

@@ -14,6 +14,7 @@ from handler.errors import InvalidModel, SetupError
 from handler.model_card import CARD_FILE, ModelCard
 
 CONFIG_FILE = "model-config.yaml"
+DELAY = "maxBatchDelayOfServe"
 
 
 def read_card(archive: Path) -> ModelCard | None:
@@ -41,12 +42,24 @@ def read_target(archive: Path) -> tuple[str, str]:
 def read_config(archive: Path) -> dict[str, Any]:
     """The model configuration in an archive whose card could be read."""
     with zipfile.ZipFile(archive) as content:
-        return dict(yaml.safe_load(content.read(CONFIG_FILE)))
+        return parse_config(content.read(CONFIG_FILE))
+
+
+def parse_config(text: str | bytes) -> dict[str, Any]:
+    """What `dump_config` made a text of."""
+    config = dict(yaml.safe_load(text))
+    delay = config.pop(DELAY, None)
+    return config if delay is None else config | {"maxBatchDelay": delay}
 
 
 def dump_config(config: Mapping[str, Any]) -> str:
-    """A model configuration as the YAML that an archive holds."""
-    return str(yaml.safe_dump(dict(config), sort_keys=False))
+    """A model configuration as the YAML that an archive holds.
+
+    TorchServe takes a maxBatchDelay of 0 for 100 ms. So it finds the least that it reads, and the 0
+    stands beside it for ./scripts/serve, under a name that TorchServe ignores.
+    """
+    own = {"maxBatchDelay": 1, DELAY: 0} if config.get("maxBatchDelay") == 0 else {}
+    return str(yaml.safe_dump({**config, **own}, sort_keys=False))
 
 
 def configure(archive: Path, config: Mapping[str, Any]) -> None:

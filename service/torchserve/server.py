@@ -14,7 +14,7 @@ from threading import Thread
 from typing import IO, Any
 
 from handler.errors import SetupError
-from handler.machine import available_memory
+from handler.machine import available_cores, available_memory
 from service.archive.mar import unpack
 from service.processes import Guardian, end
 from service.torchserve.config import CONFIG, ServerConfig
@@ -26,6 +26,7 @@ from service.torchserve.java import (
     server_command,
     utf8_locale,
 )
+from service.torchserve.snapshot import make_snapshot
 from service.torchserve.watchdog import Hung, Watchdog
 
 STOP_SECONDS = 15
@@ -40,6 +41,15 @@ class Served:
     archive: Path
     config: Mapping[str, Any] | None = None  # the model configuration; None: the one in the archive
     digest: str | None = None  # what the checked archive was made from: another is refused
+
+
+def _pool_options() -> list[str]:
+    """TorchServe's workers hand each batch to Java's common pool.
+
+    On one or two cores that has one thread, which Java replaces by a new thread for each task.
+    """
+    few = available_cores() <= 2
+    return ["-Djava.util.concurrent.ForkJoinPool.common.parallelism=2"] if few else []
 
 
 def make_folder() -> str:
@@ -100,14 +110,14 @@ class TorchServe:
             "-XX:-UsePerfData",  # a file in /tmp, which kill -9 would leave there
             *MEMORY_OPTIONS,
             *memory_bounds(available_memory()),
+            *_pool_options(),
             *self._config.vmargs,
         ]
-        command = [
-            *server_command(
-                self._java, options, Path(self._folder), CONFIG, self._config.plugins_path
-            ),
-            *("-m", *(model.name for model in models)),  # served under the names in them
-        ]
+        config = Path(self._folder, CONFIG.name)
+        config.write_text(CONFIG.read_text("utf-8") + make_snapshot(models), "utf-8")
+        command = server_command(
+            self._java, options, Path(self._folder), config, self._config.plugins_path
+        )
         ours = dict.fromkeys(("TEMP", "TMPDIR", "LOG_LOCATION", "METRICS_LOCATION"), self._folder)
         ours |= {
             "TS_MODEL_STORE": str(store),

@@ -20,7 +20,7 @@ CANDIDATES = (  # engines and precisions, the likely winner first
     ("torch", "fp32"),
 )
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-DELAYS_MS = (1, 2, 5, 10)
+DELAYS_MS = (0, 1, 2, 5, 10)
 FORWARDS = (1, 2, 4, 8, 16, 32)
 
 

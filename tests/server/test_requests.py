@@ -68,6 +68,7 @@ def test_answer_has_the_documented_form(server: Server) -> None:
         "device": "cpu",
         "engine": "openvino-bf16" if has_bf16() else "openvino-fp32",  # what `auto` takes
         "image_size": [200, 100],
+        "decode": "exact",
         "cached": False,
     }
 

@@ -101,6 +101,7 @@ def test_answer_of_one_image(classifier: ImageClassifier) -> None:
         "device": "cpu",
         "engine": "torch-fp32",
         "image_size": [300, 200],
+        "decode": "exact",
         "cached": False,
         "request_id": "id-0",
     }

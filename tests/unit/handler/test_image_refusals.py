@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from handler.containers import count_scans
 from handler.errors import (
     ImageTooLarge,
     RequestError,
@@ -181,6 +182,18 @@ def test_a_jpeg_of_many_scans_is_refused() -> None:
     scan = data[data.index(b"\xff\xda") : -2]
     assert isinstance(outcome(data), Picture)
     assert isinstance(outcome(data[:-2] + scan * 101 + data[-2:]), UnsupportedFormat)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"\xff\xda", b"\xff\xda\0", b"\xff\xff\xda\0\x0c" * 3]
+)
+def test_every_scan_is_counted(data: bytes) -> None:
+    assert count_scans(data) == data.count(b"\xff\xda\0")
+
+
+def test_what_only_looks_like_scans_is_no_reason_to_refuse() -> None:
+    """Phones append videos, in whose bytes any two occur once in 65,536."""
+    assert isinstance(outcome(encode(noise(), "JPEG") + b"\xff\xda\x01" * 200), Picture)
 
 
 def test_many_scans_do_not_hide_in_a_jpeg_of_several_pictures() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import simplejpeg
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 
 from handler.images import FORMATS, read_picture, to_rgb
@@ -180,6 +180,13 @@ def test_exif_orientation_is_applied(format: str, orientation: int) -> None:
     decoded = decode(data)
     assert decoded.size == (96, 64)
     assert all(map(near, corners(decoded), QUARTERS))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_pixels_are_pillows(orientation: int) -> None:
+    data = turned(noise((33, 57)), orientation, "JPEG")
+    expected = ImageOps.exif_transpose(Image.open(BytesIO(data)))
+    assert (pixels_of(data) == np.asarray(expected)).all()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")

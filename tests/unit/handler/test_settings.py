@@ -26,6 +26,7 @@ CHOICES = [
     ("engine", ["auto", "openvino", "cuda", "torch"]),
     ("precision", ["auto", "fp32", "bf16", "fp16", "int8"]),
     ("decoder", ["auto", "cpu", "gpu"]),
+    ("decode", ["exact", "fast"]),
     ("log_level", ["info", "warning", "error"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]

@@ -118,7 +118,7 @@ def test_packaging_knows_no_server(option: str, capsys: pytest.CaptureFixture[st
     [
         ("--port", 1, 65535),
         ("--batch-size", 1, 1024),
-        ("--max-batch-delay-ms", 1, 10_000),
+        ("--max-batch-delay-ms", 0, 10_000),
         ("--workers", 1, 1024),
     ],
 )

@@ -11,6 +11,7 @@ from handler.networks import input_transform
 from handler.settings import Settings
 from service.archive import calibration
 from service.archive.calibration import CalibrationSet, read_calibration
+from tests.drawing import noise
 from tests.unit.tiny import RECIPE
 
 TRANSFORM = input_transform(RECIPE)
@@ -34,6 +35,13 @@ def test_images_in_order_of_their_names(folder: Path) -> None:
     assert [image.shape for image in content.images] == [(3, 224, 224)] * 3
     assert all(image.dtype == np.uint8 for image in content.images)
     assert [round(image[0].mean(), -1) for image in content.images] == [0, 80, 160]
+
+
+def test_an_int8_model_does_not_depend_on_how_requests_are_decoded(folder: Path) -> None:
+    noise((1100, 1030)).save(folder / "large.jpg")
+    [*_, exact] = read(folder).images
+    [*_, fast] = read_calibration(folder, TRANSFORM, Settings(decode="fast")).images
+    assert (exact == fast).all()
 
 
 def test_labels_go_with_their_files(folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Ports, Java, and the process that is TorchServe's."""
 
+import json
 import os
 import re
 import select
@@ -17,7 +18,7 @@ import pytest
 from handler.errors import SetupError
 from service.ports import check_ports, free_ports
 from service.torchserve import server as torchserve
-from service.torchserve.config import CONFIG, ServerConfig
+from service.torchserve.config import ServerConfig
 from service.torchserve.java import JAVA_CDS, find_java, memory_bounds
 from service.torchserve.server import Served, TorchServe
 
@@ -197,7 +198,8 @@ def server_of(
     served = [Served(folder / "birds.mar", {"batchSize": 3}), Served(folder / "fish.mar")]
     for one in served:
         with zipfile.ZipFile(one.archive, "w") as content:
-            content.writestr("MAR-INF/MANIFEST.json", "{}")
+            manifest = {"model": {"modelName": one.archive.stem, "modelVersion": "1.0"}}
+            content.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
             content.writestr("model-config.yaml", "batchSize: 1\n")
     java_file = script(folder / "java", java)
     return TorchServe(java_file, config or ServerConfig.load(), served, environ)
@@ -214,10 +216,10 @@ def test_java_is_asked_to_serve_the_archives(tmp_path: Path, pipe: Pipe) -> None
     assert re.search(r" -Xmx\d+m -XX:MaxDirectMemorySize=\d+m .*-Xmx1g", command), "the last counts"
     assert f" -XX:SharedArchiveFile={JAVA_CDS} " in command
     assert re.search(r" -cp \S+/ts/frontend/\*:/plugins org\.pytorch\.serve\.ModelServer ", command)
-    assert f" -f {CONFIG} " in command
+    assert re.search(r" -f \S+/torchserve-\w+/config\.properties ", command)
     assert re.search(r" -s \S+/torchserve-\w+/store ", command)
-    assert " -ncs " in command
-    assert command.endswith(" -m 0-birds 1-fish\n")
+    assert command.endswith(" -ncs\n")
+    assert " -m " not in command  # the snapshot in config.properties names what is served
 
 
 def test_shared_classes_of_another_java_are_ignored_in_silence(

@@ -99,7 +99,7 @@ REFUSALS = [
     ("handler", "top_k", 1, "handler.top_k is unknown"),
     ("options", "workers", 0, "options.workers must be 1 to 1024, got 0"),
     ("options", "workers", True, "options.workers must be a whole number, got True"),
-    ("options", "max_batch_delay_ms", 10_001, "options.max_batch_delay_ms must be 1 to 10000"),
+    ("options", "max_batch_delay_ms", 10_001, "options.max_batch_delay_ms must be 0 to 10000"),
     ("options", "precision", "fp8", "precision must be one of"),
     ("handler", "engine", "onnx", "engine must be one of"),
     ("handler", "threads", -1, "threads must be 0 to 1024"),

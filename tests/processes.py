@@ -2,7 +2,7 @@
 
 import json
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -36,15 +36,20 @@ def events(log: str, event: str) -> list[dict[str, Any]]:
     return [facts for facts in map(json.loads, lines) if facts["event"] == event]
 
 
-def line_of(request_id: str, lines: Callable[[], list[dict[str, Any]]]) -> dict[str, Any]:
-    """The line of one request, which is written when its answer has been sent."""
+def lines_of(
+    request_ids: Collection[str], lines: Callable[[], list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """The lines of some requests, which are written a moment after their answers are sent."""
 
     def found() -> list[dict[str, Any]]:
-        return [line for line in lines() if line["request_id"] == request_id]
+        return [line for line in lines() if line["request_id"] in request_ids]
 
-    wait_for(found, 10, lambda: f"no line of {request_id} in the log")
-    [line] = found()
-    return line
+    def missing() -> set[str]:
+        return set(request_ids) - {line["request_id"] for line in found()}
+
+    wait_for(lambda: not missing(), 10, lambda: f"no line of {missing()} in the log")
+    assert len(found()) == len(request_ids)
+    return found()
 
 
 def free_port() -> int:

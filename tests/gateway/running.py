@@ -12,7 +12,7 @@ from typing import Any
 
 from tests import ROOT
 from tests.gateway.upstreams import torchserve_that
-from tests.processes import events, free_port, line_of, wait_for
+from tests.processes import events, free_port, lines_of, wait_for
 from tests.server.serving import Server, environment, run_script
 
 COMMAND = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
@@ -39,7 +39,8 @@ class Gateway:
         return events(self.stdout.read_text("utf-8"), event)
 
     def line(self, request_id: str) -> dict[str, Any]:
-        return line_of(request_id, self.lines)
+        [line] = lines_of([request_id], self.lines)
+        return line
 
     def has_started(self) -> bool:
         said = self.stderr.read_text()

@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ import psutil
 import requests
 
 from tests import ROOT
-from tests.processes import events, free_ports, line_of, wait_for
+from tests.processes import events, free_ports, lines_of, wait_for
 
 SERVE = [sys.executable, str(ROOT / "scripts" / "serve.py")]
 READY_SECONDS = 180
@@ -96,7 +96,11 @@ class Server:
         return events(self.text(), event)
 
     def request_line(self, request_id: str) -> dict[str, Any]:
-        return line_of(request_id, lambda: self.log("request"))
+        [line] = self.request_lines([request_id])
+        return line
+
+    def request_lines(self, request_ids: Collection[str]) -> list[dict[str, Any]]:
+        return lines_of(request_ids, lambda: self.log("request"))
 
     def java(self) -> psutil.Process:
         """TorchServe's own process."""

@@ -67,7 +67,7 @@ def test_healthcheck(server: Server, tmp_path: Path) -> None:
     done = run_script("healthcheck", tmp_path, "--management", "http://127.0.0.1:9")
     assert done.returncode == 1
     counted = re.compile(r'^classifier_probes_total\{.*status="200".*\} [1-9]', re.MULTILINE)
-    metrics = f"{server.metrics}/metrics"  # workers hand over their counts once a second
+    metrics = f"{server.metrics}/metrics"  # workers hand over their counts every 5 s
     wait_for(lambda: counted.search(requests.get(metrics, timeout=30).text), 30)
 
 

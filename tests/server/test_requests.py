@@ -287,24 +287,24 @@ def test_unknown_model_is_404(server: Server) -> None:
 def test_concurrent_good_and_bad_requests(server: Server) -> None:
     """64 at once, a quarter of them garbage: each gets its own answer, and no worker restarts."""
     before = server.worker_pids()
-    seen = len(server.log("request"))
     garbage = [(b"not an image", 400), (b"%PDF-1.7", 415), (HUGE, 413), (RED[:-200], 400)]
     jobs: list[tuple[bytes, int | str]] = []
     for i in range(16):
         jobs += [(encoded(LABELS[(i + j) % 3]), LABELS[(i + j) % 3]) for j in range(3)]
         jobs.append(garbage[i % len(garbage)])
 
-    def ask(job: tuple[bytes, int | str]) -> None:
-        """A label is that of an answer, a number the code of an error."""
+    def ask(job: tuple[bytes, int | str]) -> str:
+        """A label is that of an answer, a number the code of an error; gives the request's id."""
         body, expected = job
-        answer = post(server, data=body).json()
+        response = post(server, data=body)
+        answer = response.json()
         assert expected == (best(answer) if "predictions" in answer else answer["code"])
+        return str(response.headers["x-request-id"])
 
     with ThreadPoolExecutor(64) as pool:
-        assert len(list(pool.map(ask, jobs))) == 64
-    assert server.worker_pids() == before
-    lines = server.log("request")[seen:]
+        lines = server.request_lines(set(pool.map(ask, jobs)))
     assert len(lines) == 64
+    assert server.worker_pids() == before
     assert max(line["batch"] for line in lines) > 1, "no batch formed, so none was tested"
     mixed = [line for line in lines if line["batch"] > 1 and line["status"] != 200]
     assert mixed, "no refused request shared a batch with others"

@@ -48,6 +48,12 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
     counts.set(metrics.BUILD_INFO, 1, card.inputs_sha256[:12], *libraries, python)
 
 
+class _Batch(NamedTuple):
+    rows: Sequence[Row]
+    seconds: float
+    arrival: float  # Unix time
+
+
 class Accounts:
     """Counts and logs finished requests, those of a quarter of a second together.
 
@@ -70,19 +76,25 @@ class Accounts:
         self._batches.append(_Batch(rows, seconds, arrival))
 
     def settle(self) -> None:
-        """Count and log what was added."""
+        """Count and log what was added. A batch that raises is reported, and the others go on."""
         with self._settling:
-            lines = []
+            lines: list[Line] = []
             while self._batches:
-                batch = self._batches.popleft()
-                self.counts.add(metrics.BUSY, batch.seconds)
-                self.counts.observe(metrics.BATCH, len(batch.rows))
-                for row in batch.rows:
-                    row.seconds["total"] = batch.seconds
-                    count_row(self.counts, row, batch.arrival)
-                    if self._log_requests and not is_probe(row.headers):
-                        lines.append(_line(row, self._identity, batch))
+                try:
+                    lines += self._count(self._batches.popleft())
+                except Exception:
+                    log_line(logging.ERROR, "accounts_failed", cause=traceback.format_exc())
             log_lines("request", lines)
+
+    def _count(self, batch: _Batch) -> list[Line]:
+        """Count a batch; the lines are those of its requests."""
+        self.counts.add(metrics.BUSY, batch.seconds)
+        self.counts.observe(metrics.BATCH, len(batch.rows))
+        for row in batch.rows:
+            row.seconds["total"] = batch.seconds
+            count_row(self.counts, row, batch.arrival)
+        logged = [row for row in batch.rows if self._log_requests and not is_probe(row.headers)]
+        return [_line(row, self._identity, batch) for row in logged]
 
     def start(self) -> None:
         """Settle regularly, from a thread that ends with the process, and at an orderly exit."""
@@ -90,19 +102,10 @@ class Accounts:
         def run() -> None:
             while True:
                 sleep(SETTLE_SECONDS)
-                try:
-                    self.settle()
-                except Exception:
-                    log_line(logging.ERROR, "accounts_failed", cause=traceback.format_exc())
+                self.settle()
 
         atexit.register(self.settle)
         Thread(target=run, name="accounts", daemon=True).start()
-
-
-class _Batch(NamedTuple):
-    rows: Sequence[Row]
-    seconds: float
-    arrival: float  # Unix time
 
 
 def count_row(counts: Metrics, row: Row, arrival: float) -> None:

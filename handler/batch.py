@@ -61,6 +61,8 @@ class Row:
             sent.clear()
         for image in self.images:
             image.data, image.decoding = b"", None
+        for error in self.errors:  # the frames of a traceback hold the images
+            error.__traceback__ = error.__cause__ = error.__context__ = None
 
     @property
     def errors(self) -> list[RequestError]:

@@ -71,7 +71,7 @@ class ImageClassifier(BaseHandler):
         describe_worker(self.metrics, self.card, self.engine)
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
-        self.accounts.start()
+        self.accounts.start()  # after the metrics, because at the exit the last comes first
         self.pulse.start()
         quiet_torchserve()
         if context.metrics:

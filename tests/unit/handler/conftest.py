@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ts.protocol import otf_message_handler
 
+from handler.accounting import Accounts
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from tests.unit.handler.worker import start
@@ -20,16 +22,21 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def isolation(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> Iterator[list[Metrics]]:
-    """No flushing threads, and the root logger as it was; gives what would have been started."""
-    started: list[Metrics] = []
+) -> Iterator[list[object]]:
+    """No flushing threads, and TorchServe as it was; gives what would have been started."""
+    started: list[object] = []
     monkeypatch.setattr(Metrics, "start", lambda metrics: started.append(metrics))
+    monkeypatch.setattr(Accounts, "start", lambda accounts: started.append(accounts))
+    read = otf_message_handler._retrieve_buffer
+    monkeypatch.setattr(otf_message_handler, "_retrieve_buffer", read)  # put back in the end
     caplog.set_level(logging.INFO)
-    filters = list(logging.getLogger().filters)
+    logger = logging.getLogger("ts.metrics.caching_metric")
+    caplog.set_level(logging.INFO, logger.name)
+    filters = list(logger.filters)
     yield started
-    logging.getLogger().filters[:] = filters
+    logger.filters[:] = filters
 
 
 @pytest.fixture
-def classifier(model_dir: Path, isolation: list[Metrics]) -> ImageClassifier:
+def classifier(model_dir: Path, isolation: list[object]) -> ImageClassifier:
     return start(model_dir)

@@ -1,9 +1,10 @@
 """Probabilities and errors to the JSON that clients read."""
 
 import json
+import random
 
+import numpy as np
 import pytest
-import torch
 
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.errors import RequestError, TooManyPixels
@@ -26,15 +27,24 @@ STATUSES = {
 
 def test_best_classes_come_first() -> None:
     """Classes of one name stay two, and those of equal probability stay in order."""
-    assert best_classes(torch.tensor([0.05, 0.375, 0.375, 0.2]), 3, LABELS) == [
+    assert best_classes(np.array([0.05, 0.375, 0.375, 0.2], np.float32), 3, LABELS) == [
         {"class": "crane", "class_id": 1, "confidence": 0.375},
         {"class": "crane", "class_id": 2, "confidence": 0.375},
         {"class": "owl", "class_id": 3, "confidence": 0.2},
     ]
 
 
+def test_the_order_is_the_same_whatever_top_k_is() -> None:
+    """Best first, then in the order of the classes, of which most have an equal here."""
+    values = random.Random(0).choices([0.0, 0.125, 0.25, 0.5], k=1000)
+    expected = sorted(range(1000), key=lambda class_id: (-values[class_id], class_id))
+    for top_k in (1, 5, 300, 1000):
+        best = best_classes(np.array(values, np.float32), top_k, ["owl"] * 1000)
+        assert [one["class_id"] for one in best] == expected[:top_k]
+
+
 def test_confidence_is_a_plain_rounded_number() -> None:
-    [answer] = best_classes(torch.tensor([2 / 3]), 1, LABELS)
+    [answer] = best_classes(np.array([2 / 3], np.float32), 1, LABELS)
     assert answer["confidence"] == 0.666667
     assert type(answer["confidence"]) is float
     assert type(answer["class_id"]) is int

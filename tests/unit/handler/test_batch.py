@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from torch import Tensor
 
 import handler.decoders
@@ -119,6 +121,17 @@ def test_identical_images_of_a_batch_are_computed_once(classifier: ImageClassifi
     assert best == [0, 1, 0]
     assert [one["predictions"][0]["class_id"] for one in replies[2].body["results"]] == [0, 0]
     assert not replies[3].body["metadata"]["cached"]
+
+
+def test_images_that_only_seem_equal_are_not_confused(classifier: ImageClassifier) -> None:
+    """Files of one length that end in the same bytes."""
+    classifier.engine = Fake()
+    colours = [RED, GREEN, BLUE]
+    files = [encode(plain(colour), compress_level=0) + bytes(100) for colour in colours]
+    assert len({(len(file), file[-100:]) for file in files}) == 1
+    order = [0, 1, 0, 2, 1, 1, 0]
+    replies = ask(classifier, *[{"body": files[index]} for index in order])
+    assert [reply.body["predictions"][0]["class_id"] for reply in replies] == order
 
 
 # --- Cache
@@ -269,7 +282,7 @@ def test_passes_begin_before_the_last_image_is_decoded(
     last = encode(plain(RED, (9, 5)))
 
     class Asynchronous(Fake):
-        def launch(self, images: Sequence[Tensor]) -> Callable[[], Tensor]:
+        def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
             begun.set()
             return super().launch(images)
 

@@ -117,13 +117,29 @@ def test_openvino_gives_torchvisions_probabilities(
         assert (given - expected).abs().max() > 1e-4
 
 
-def test_openvinos_answers_are_not_overwritten_by_the_next(converted: Path) -> None:
+@pytest.mark.parametrize("max_forward", [1, 4])
+def test_openvino_launches_any_number_of_images(converted: Path, max_forward: int) -> None:
+    """As many as one pass takes, and not: each row is that of its own image."""
+    engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=max_forward)
+    images = pixels(tiny_card().transform)[[0, 1, 2, 3, 4, 3, 1, 0, 2]]
+    expected = eager().probabilities(images)
+    for count in range(1, 10):
+        given = engine.launch(list(images[:count]))()
+        assert given.dtype == np.float32
+        assert np.array_equal(given, engine.probabilities(images[:count]).numpy())
+        torch.testing.assert_close(torch.from_numpy(given), expected[:count], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_openvinos_answers_are_not_overwritten_by_the_next(converted: Path, count: int) -> None:
     engine = OpenVino(converted / OPENVINO_FILE, "fp32", max_forward=2)
     images = pixels(tiny_card().transform)
-    first = engine.probabilities(images[:2])
-    kept = first.clone()
-    engine.probabilities(images[2:4])
-    assert torch.equal(first, kept)
+    called, launched = engine.probabilities(images[:count]), engine.launch(list(images[:count]))()
+    kept = launched.copy()
+    engine.probabilities(images[2 : 2 + count])
+    engine.launch(list(images[3 : 3 + count]))()
+    assert np.array_equal(launched, kept)
+    assert np.array_equal(called.numpy(), kept)
 
 
 def test_a_file_that_is_no_model_is_refused(tmp_path: Path) -> None:
@@ -271,7 +287,7 @@ def test_the_gpu_of_a_worker(gpu_id: int | None) -> None:
 def test_a_launch_is_the_same_as_a_call() -> None:
     engine, images = eager(), pixels()
     wait = engine.launch(list(images))
-    assert torch.equal(wait(), engine.probabilities(images))
+    assert np.array_equal(wait(), engine.probabilities(images).numpy())
     assert not engine.is_lost()
 
 

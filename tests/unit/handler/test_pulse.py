@@ -104,12 +104,40 @@ def test_a_process_that_starves_is_not_stuck(
     cpu_seconds: float,
     stuck: bool,
 ) -> None:
+    now, cpu_now = [0.0], [0.0]
+    monkeypatch.setattr(pulse, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pulse, "process_time", lambda: cpu_now[0])
     worker = Pulse(tmp_path, 0.1)
     with worker.batch():
-        began, cpu_began = time.monotonic(), time.process_time()
-        monkeypatch.setattr(pulse, "monotonic", lambda: began + seconds)
-        monkeypatch.setattr(pulse, "process_time", lambda: cpu_began + cpu_seconds)
+        assert not worker.is_stuck()
+        now[0], cpu_now[0] = seconds, cpu_seconds
         assert worker.is_stuck() is stuck
+
+
+def test_a_step_counts_from_the_first_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(pulse, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pulse, "process_time", lambda: 0)
+    worker = Pulse(tmp_path, 0.1)
+
+    def look(seconds: float) -> bool:
+        now[0] += seconds
+        return worker.is_stuck()
+
+    with worker.batch():
+        assert not look(100)
+        assert not look(15)
+        assert look(15)
+        worker.step()
+        assert not look(15)
+        assert not look(15)
+        assert look(15)
+    assert not look(100)
+    with worker.batch():
+        assert not look(100)
+        assert look(30)
 
 
 @pytest.mark.parametrize(("pass_seconds", "stuck"), [(2, True), (3, False), (None, False)])
@@ -119,6 +147,7 @@ def test_a_slow_model_has_patience(
     """Ten times what its largest forward pass takes; for ever without a warm-up."""
     worker = Pulse(tmp_path, pass_seconds)
     with worker.batch():
+        assert not worker.is_stuck()
         end = time.monotonic() + 25
         monkeypatch.setattr(pulse, "monotonic", lambda: end)
         monkeypatch.setattr(pulse, "process_time", lambda: time.process_time() + 25)

@@ -85,14 +85,19 @@ def ask(
     classifier: ImageClassifier,
     *rows: Mapping[str, Any],
     headers: Mapping[str, Any] | Sequence[Mapping[str, Any]] = (),
+    settle: bool = True,
 ) -> list[Reply]:
-    """Hand over a batch as TorchServe does; `headers` are for all rows, or one for each."""
+    """Hand over a batch as TorchServe does; `headers` are for all rows, or one for each.
+
+    Unless it is to `settle`, the batch is not yet counted and logged.
+    """
     each = [headers] * len(rows) if isinstance(headers, Mapping) else headers or [{}] * len(rows)
     context = classifier.context
     context.request_ids = {index: f"id-{index}" for index in range(len(rows))}
     context.request_processor = [RequestProcessor(dict(one)) for one in each]
     bodies = classifier.handle(list(rows), context)
-    classifier.accounts.settle()
+    if settle:
+        classifier.accounts.settle()
     assert len(bodies) == len(rows)
     return [
         Reply(status, phrase, context.get_response_content_type(index), json.loads(body))

@@ -29,7 +29,7 @@ from handler.failures import GPU_FAILED, Failures
 from handler.gpus import open_gauges
 from handler.headers import is_probe
 from handler.logs import log_line, quiet_torchserve, set_level
-from handler.metrics import Metrics, torchserve_emit
+from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, read_request
 from handler.pipeline import warm_up
@@ -74,6 +74,8 @@ class ImageClassifier(BaseHandler):
         self.accounts.start()  # after the metrics, because at the exit the last comes first
         self.pulse.start()
         quiet_torchserve()
+        if context.metrics:
+            leave_out_prediction_time(context.metrics)
         read_ahead()
         self.initialized = True
         log_line(

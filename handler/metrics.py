@@ -23,11 +23,14 @@ from typing import Any
 
 import psutil
 from ts.metrics.caching_metric import CachingMetric
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
 from handler.errors import RequestError
 from handler.gpus import MEMORY_TOTAL, MEMORY_USED, UTILIZATION
 from handler.logs import log_line
+
+PREDICTION_TIME = "PredictionTime"  # ts/service.py
 
 FLUSH_SECONDS = 5.0
 SLOW_FLUSHES = 3  # metrics with many series are handed over in every third flush
@@ -352,6 +355,19 @@ def label_value(text: str) -> str:
     ASCII is kept, because TorchServe also breaks lines at U+2028.
     """
     return re.sub(r"[^ -~]|[|,:]", "_", text).strip() or "_"
+
+
+class _Unsent(CachingMetric):
+    """A metric of TorchServe's own that goes nowhere."""
+
+    def add_or_update(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def leave_out_prediction_time(cache: MetricsCacheYamlImpl) -> None:
+    """TorchServe's worker sends its PredictionTime with each batch, and the frontend drops it."""
+    gauges = cache.cache.setdefault(MetricTypes.GAUGE, {})
+    gauges[PREDICTION_TIME] = _Unsent(PREDICTION_TIME, "ms", [], MetricTypes.GAUGE)
 
 
 def torchserve_emit() -> Emit:

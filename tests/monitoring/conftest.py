@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import pytest
 import requests
 import yaml
 
+from handler.accounting import SETTLE_SECONDS
+from handler.metrics import FLUSH_SECONDS, LAST_FLUSH, SLOW_FLUSHES
 from tests import ROOT, skip
 from tests.processes import free_port, wait_for
 from tests.server.serving import Server, serving
@@ -43,6 +46,11 @@ class Prometheus:
     def wait(self, expr: str, seconds: float = 60) -> None:
         """Until a query has a result."""
         wait_for(lambda: self.query(expr), seconds, lambda: f"{expr} has no result")
+
+    def wait_for_counts(self) -> None:
+        """Until both workers have handed over what they have counted so far, slow metrics too."""
+        whole = time.time() + SETTLE_SECONDS + FLUSH_SECONDS * SLOW_FLUSHES
+        self.wait(f"count({LAST_FLUSH} > {whole}) == 2", 60)
 
 
 def binary(name: str) -> str:

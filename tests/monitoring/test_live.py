@@ -26,7 +26,7 @@ TRACE = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 BOUNDS = FAMILIES[STAGE].bounds
 CLIENTS = 2
 BODY = encode(noise((1600, 1200)), "JPEG")  # large: the work outweighs the way there
-LOAD_SECONDS = 15
+LOAD_SECONDS = 30
 
 # Named in rules and panels, and not on the page of a machine without a GPU.
 GPU_METRICS = {
@@ -52,8 +52,7 @@ def load(service: Server, prometheus: Prometheus) -> Load:
         broken = requests.post(service.predictions, data=b"%zz=%", headers=form, timeout=30)
         assert broken.status_code == 500
         time.sleep(1.2)
-    prometheus.wait("classifier_top_class_total", 60)  # in every 15th flush
-    time.sleep(3)
+    prometheus.wait_for_counts()
     return load
 
 
@@ -113,11 +112,11 @@ def test_counts_are_those_of_the_clients(prometheus: Prometheus, load: Load) -> 
 
 
 def test_rates_are_those_of_the_clients(prometheus: Prometheus, load: Load) -> None:
-    """Over the seconds in which all of them asked."""
+    """Over the seconds in which all of them asked; a worker's counts come in steps of 5 s."""
     ends = [answer.end for answer in load.answers]
-    seconds = 8
-    until = max(ends) - 3
-    seen = sum(until - seconds - 1 < end <= until - 1 for end in ends) / seconds
+    seconds = 20
+    until = max(ends)
+    seen = sum(until - seconds - 3 < end <= until - 3 for end in ends) / seconds
     expr = f'sum(rate(classifier_requests_total{{status="200"}}[{seconds}s]))'
     found = prometheus.ask("query", query=expr, time=until)["result"]
     assert float(found[0]["value"][1]) == pytest.approx(seen, rel=0.35)
@@ -230,34 +229,35 @@ def test_every_panel_shows_something(prometheus: Prometheus, load: Load) -> None
 def test_counters_survive_a_killed_worker(
     service: Server, prometheus: Prometheus, load: Load
 ) -> None:
-    """At most its last second is lost; nothing is counted twice, falls, or changes its label."""
+    """At most its last five seconds are lost; nothing is counted twice, falls, or is renamed."""
     before = prometheus.value('classifier_requests_total{status="200"}')
     starts = prometheus.value("sum(classifier_worker_starts_total)")
     logged_before = len(service.log("request"))
     victim = min(service.worker_pids())
     with Load(service.predictions, BODY, CLIENTS) as more:
-        time.sleep(4)
+        time.sleep(10)
         os.kill(victim, signal.SIGKILL)
         time.sleep(4)
     prometheus.wait(f"sum(classifier_worker_starts_total) == {starts + 1}", 60)
     prometheus.wait("classifier:workers:fresh == 2", 60)
-    time.sleep(3)
+    prometheus.wait_for_counts()
     after = prometheus.value('classifier_requests_total{status="200"}')
     good = [answer for answer in more.answers if answer.status == 200]
     assert set(more.statuses) <= {0, 200, 500, 507}  # 500 closes the connection
     logged = [line for line in service.log("request")[logged_before:] if line["status"] == 200]
-    assert len(logged) >= len(good)
     killed = max(
         (answer.end for answer in more.answers if answer.status != 200),
         default=more.answers[len(more.answers) // 2].end,
     )
-    at_risk = sum(killed - 3 < answer.end < killed + 1 for answer in good)
-    assert len(good) - at_risk <= after - before <= len(logged)
+    at_risk = sum(killed - 7 < answer.end < killed + 1 for answer in good)
+    unlogged = sum(killed - 2 < answer.end < killed + 1 for answer in good)
+    assert len(good) - unlogged <= len(logged)
+    assert 0 < len(good) - at_risk <= after - before <= len(logged)
     for name, family in FAMILIES.items():
         for series, (kind, _) in family.series(name).items():
             if kind == "counter":
                 assert prometheus.value(f"max(resets({series}[10m]))") == 0, series
-    rates = "min_over_time(sum(rate(classifier_requests_total[5s]))[10m:1s])"
+    rates = "min_over_time(sum(rate(classifier_requests_total[20s]))[10m:1s])"
     assert prometheus.value(rates) >= 0
     most = prometheus.value(rates.replace("min_", "max_"))
     assert most <= 3 * max(1, len(load.answers) / LOAD_SECONDS), "no spike"

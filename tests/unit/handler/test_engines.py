@@ -167,11 +167,11 @@ def test_engine_and_precision_of_the_settings(
     engine = load(converted, **settings)
     assert engine.name == name
     assert engine.precision == name.partition("-")[2]
-    assert (engine.device, engine.max_forward) == ("cpu", 4)
+    assert (engine.device, engine.max_forward) == ("cpu", 2)
 
 
 def test_max_forward_of_the_settings(converted: Path) -> None:
-    assert load(converted, max_forward=2).max_forward == 2
+    assert load(converted, max_forward=3).max_forward == 3
 
 
 def test_int8_is_taken_if_the_archive_has_it(converted: Path, tmp_path: Path) -> None:

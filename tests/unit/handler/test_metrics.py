@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
+from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
 from handler import metrics as metrics_module
 from handler.metrics import (
@@ -29,6 +30,7 @@ from handler.metrics import (
     Metrics,
     Reading,
     label_value,
+    leave_out_prediction_time,
 )
 from handler.metrics import torchserve_emit as emit_to_torchserve
 
@@ -321,3 +323,17 @@ def test_lines_are_what_torchserve_reads(caplog: pytest.LogCaptureFixture) -> No
 )
 def test_label_values(text: str, value: str) -> None:
     assert label_value(text) == value
+
+
+def test_torchserves_prediction_time_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
+    """Its worker adds it after each batch (ts/service.py)."""
+    caplog.set_level(logging.INFO)
+    config = Path(metrics_module.__file__).parent / "configs" / "metrics.yaml"
+    cache = MetricsCacheYamlImpl(str(config))
+    cache.initialize_cache()
+    cache.set_request_ids({0: "id-0"})
+    cache.model_name = "birds"
+    leave_out_prediction_time(cache)
+    for name in ("PredictionTime", "OtherTime"):
+        cache.add_time(name, 1.5)
+    assert re.findall(r"\[METRICS\](\w+)", caplog.text) == ["OtherTime"]

@@ -27,7 +27,7 @@ class Measurement:
 
 
 def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> ov.CompiledModel:
-    """The model in fp32 or int8 for single images [3, H, W], each of which takes one core."""
+    """The model, without bf16, for single images [3, H, W], each of which takes one core."""
     model = model.clone()
     model.reshape([1, *shape])
     streams = min(available_cores(), MAXIMUM_STREAMS)

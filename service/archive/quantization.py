@@ -3,8 +3,8 @@
 NNCF quantises; service/archive/saturation.py makes the result right on CPUs without VNNI. Depthwise
 convolutions stay in floating point: their few weights each carry the most error (MobileNetV2, mean
 divergence 0.007 instead of 0.030 nats), and memory bounds their speed, so that int8 would make the
-whole network only 7 to 14 % faster. The layers that cause most of the remaining error stay as well;
-the held-out images decide how many.
+whole network only 7 to 14 % faster. If the answers to the held-out images differ too often, the
+layers that cause most of the remaining error are given back to floating point as well.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from service.archive.saturation import (
 # about an agreement of 0.97 (its standard error is 2.4 points with 50).
 MINIMUM_IMAGES = 100
 MINIMUM_AGREEMENT = 0.97
-RANKING_IMAGES = 32
+RANKING_IMAGES = 16
 OUTLIER = 0.05  # layers with a larger share of the error are the first to be given back
 TRIES = 4  # after the one without layers in floating point
 METHOD = "NNCF post-training, per-channel weights, ranges fitted to 16-bit saturation"

@@ -11,6 +11,7 @@ from handler.errors import InvalidModel, RequestError
 from handler.images import read_picture
 from handler.model_card import InputTransform
 from handler.settings import Settings
+from service.archive.progress import stage
 
 LABELS_FILE = "labels.csv"
 MAXIMUM_IMAGES = 2000  # 300 MB as the model sees them; a larger folder is sampled evenly
@@ -43,8 +44,13 @@ def read_calibration(folder: Path, transform: InputTransform, settings: Settings
         chosen = np.linspace(0, len(paths) - 1, MAXIMUM_IMAGES).round().astype(int)
         paths = [paths[index] for index in chosen]
     exactly = replace(settings, decode="exact")
+    images = []
+    with stage("Reading images", len(paths), "image") as done:
+        for path in paths:
+            images.append(_read_image(path, transform, exactly))
+            done()
     return CalibrationSet(
-        tuple(_read_image(path, transform, exactly) for path in paths),
+        tuple(images),
         None if labels is None else tuple(labels[path.name] for path in paths),
     )
 

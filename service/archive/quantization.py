@@ -3,16 +3,16 @@
 NNCF quantises; service/archive/saturation.py makes the result right on CPUs without VNNI. Depthwise
 convolutions stay in floating point: their few weights each carry the most error (MobileNetV2, mean
 divergence 0.007 instead of 0.030 nats), and memory bounds their speed, so that int8 would make the
-whole network only 7 to 14 % faster. The layers that cause most of the remaining error stay as well;
-the held-out images decide how many.
+whole network only 7 to 14 % faster. If the answers to the held-out images differ too often, the
+layers that cause most of the remaining error are given back to floating point as well.
 """
 
 import contextlib
+import io
 import logging
 import os
 import platform
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,16 +22,14 @@ from typing import Any
 import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
-from openvino import opset13 as ops
-from tqdm import tqdm
 
 from handler.errors import InvalidModel, SetupError
+from service.archive.inference import Image, Measurement, measure
+from service.archive.progress import stage
+from service.archive.ranking import rank_layers
 from service.archive.saturation import (
-    Int8Layer,
-    compile_for_one,
     depthwise_layers,
     fit_ranges,
-    input_quantizer,
     int8_layers,
     weighted_layers,
 )
@@ -41,13 +39,10 @@ from service.archive.saturation import (
 MINIMUM_IMAGES = 100
 MINIMUM_AGREEMENT = 0.97
 RANKING_IMAGES = 32
-OUTLIER = 0.05  # a layer with a larger share of the error always stays in floating point
-TRIES = 5
+OUTLIER = 0.05  # layers with a larger share of the error are the first to be given back
+TRIES = 4  # after the one without layers in floating point
 METHOD = "NNCF post-training, per-channel weights, ranges fitted to 16-bit saturation"
 REQUIREMENTS = "requirements-int8.txt"
-
-Image = NDArray[np.uint8]  # RGB [3, H, W]
-Probabilities = NDArray[np.float32]  # [N, C]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +65,6 @@ class Int8Report:
     openvino: str
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A model's answers to images, and the processor time of one: others may use the machine."""
-
-    probabilities: Probabilities
-    milliseconds: float
-
-
 def quantize(
     model: ov.Model,
     images: Sequence[Image],
@@ -95,32 +82,31 @@ def quantize(
     core = ov.Core()
     calibration, held_out = images[0::2], images[1::2]
     truth = None if labels is None else np.asarray(labels[1::2])
-    fp32 = measure(model, held_out, core)
+    fp32 = _measure("fp32", model, held_out, core)
     if truth is not None and truth.max() >= (classes := fp32.probabilities.shape[1]):
         raise InvalidModel(f"a label is class {truth.max()}, the model has {classes} classes")
 
-    first = _quantize_once(nncf, model, calibration, (), core)
-    ranking = rank_layers(model, first, calibration[:RANKING_IMAGES], core)
-    best: tuple[ov.Model, Int8Report] | None = None
-    for count in _counts(ranking):
-        kept = tuple(name for name, _ in ranking[:count])
-        int8 = _quantize_once(nncf, model, calibration, kept, core) if kept else first
+    int8 = first = _quantize_once(nncf, model, calibration, (), core)
+    if not (layers := len(int8_layers(first))):
+        raise InvalidModel("int8: the model has no layer that can be int8")
+    reports = []
+    for kept in _choices(model, first, calibration, core):
+        if kept:
+            int8 = _quantize_once(nncf, model, calibration, kept, core)
         report = _report(
             fp32,
-            measure(int8, held_out, core),
+            _measure("int8", int8, held_out, core),
             truth,
             calibration_images=len(calibration),
-            layers=len(ranking),
+            layers=layers,
             kept=tuple(readable_names(model, kept)),
         )
         print(_line(report), file=sys.stderr, flush=True)
-        if best is None or report.agreement > best[1].agreement:
-            best = int8, report
         if report.agreement >= minimum_agreement:
             return int8, report
-    if best is None:
-        raise InvalidModel("int8: the model has no layer that can be int8")
-    raise InvalidModel(f"int8 is refused: {_line(best[1])}; the minimum is {minimum_agreement:g}")
+        reports.append(report)
+    best = max(reports, key=lambda report: report.agreement)
+    raise InvalidModel(f"int8 is refused: {_line(best)}; the minimum is {minimum_agreement:g}")
 
 
 def check_images(images: Sequence[Image], labels: Sequence[int] | None) -> None:
@@ -143,7 +129,8 @@ def import_nncf() -> Any:
         raise SetupError(
             f"int8 needs NNCF, which is not installed: pip install -r {REQUIREMENTS}"
         ) from exc
-    logging.getLogger("nncf").setLevel(logging.ERROR)
+    for name in ("nncf", "torch.utils.cpp_extension"):  # which warns that it finds no CUDA
+        logging.getLogger(name).setLevel(logging.ERROR)
     return nncf
 
 
@@ -158,10 +145,16 @@ def _quantize_once(
     parameters = nncf.AdvancedQuantizationParameters(
         overflow_fix=nncf.OverflowFix.DISABLE  # fit_ranges does it better
     )
-    with contextlib.redirect_stdout(sys.stderr):  # its progress bars
+
+    def give(image: Image) -> Any:
+        done()
+        return image[None]
+
+    silence = contextlib.redirect_stdout(io.StringIO())  # it has progress bars of its own
+    with stage("Calibrating int8", len(images), "image") as done, silence:
         int8 = nncf.quantize(
             model.clone(),
-            nncf.Dataset([image[None] for image in images]),
+            nncf.Dataset(images, give),
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(names=[*depthwise_layers(model), *floating_point]),
             advanced_parameters=parameters,
@@ -170,67 +163,38 @@ def _quantize_once(
     return int8
 
 
-def rank_layers(
-    fp32: ov.Model, int8: ov.Model, images: Sequence[Image], core: ov.Core
-) -> list[tuple[str, float]]:
-    """Names of the int8 layers and the harm of each, most harmful first.
+def _choices(
+    model: ov.Model, int8: ov.Model, images: Sequence[Image], core: ov.Core
+) -> Iterator[tuple[str, ...]]:
+    """Layers to keep in floating point: none, and if that does not do, the most harmful ones.
 
-    Harm: the Kullback-Leibler divergence of the probabilities, in nats per image, if this layer
-    alone is quantised.
+    `int8` is the model with none. Layers are ranked only if the second choice is asked for.
     """
-    expected = measure(fp32, images, core).probabilities
-    harms = []
-    for layer in tqdm(int8_layers(int8), desc="Ranking layers", unit="layer", file=sys.stderr):
-        alone = measure(_only(fp32, layer), images, core).probabilities
-        harms.append((layer.name, divergence(expected, alone)))
-    return sorted(harms, key=lambda entry: entry[1], reverse=True)
+    yield ()
+    ranking = rank_layers(model, int8, images[:: -(-len(images) // RANKING_IMAGES)], core)
+    for count in _counts([harm for _, harm in ranking]):
+        yield tuple(name for name, _ in ranking[:count])
 
 
-def _only(model: ov.Model, layer: Int8Layer) -> ov.Model:
-    """A copy of the model with the input and the weights of one layer quantised."""
-    copy = model.clone()
-    node = next(n for n in weighted_layers(copy) if n.get_friendly_name() == layer.name)
-    node.input(1).replace_source_output(ops.constant(layer.real_weights()).output(0))
-    quantizer = input_quantizer(layer.node)
-    if quantizer is not None:
-        bounds = [quantizer.input_value(port).get_node().data for port in range(1, 5)]
-        levels = quantizer.get_attributes()["levels"]
-        quantized = ops.fake_quantize(node.input_value(0), *map(ops.constant, bounds), levels)
-        node.input(0).replace_source_output(quantized.output(0))
-    return copy
+def _counts(harms: Sequence[float]) -> Iterator[int]:
+    """Numbers of layers to keep: the outliers, at least one, then more, at most a third.
 
-
-def _counts(ranking: Sequence[tuple[str, float]]) -> Iterator[int]:
-    """Numbers of layers to keep in floating point: the outliers, then more, at most a third."""
-    if not ranking:
-        return
-    total = sum(harm for _, harm in ranking)
-    outliers = sum(harm > OUTLIER * total for _, harm in ranking)
-    most = len(ranking) // 3
-    count = min(outliers, most)
+    Harms are those of all layers, the largest first.
+    """
+    most = len(harms) // 3
+    count = max(1, sum(harm > OUTLIER * sum(harms) for harm in harms))
     for _ in range(TRIES):
+        if (count := min(count, most)) == 0:
+            return
         yield count
         if count == most:
             return
-        count = min(max(1, 2 * count), most)
+        count *= 2
 
 
-def measure(model: ov.Model, images: Sequence[Image], core: ov.Core) -> Measurement:
-    """Answers to single images on one core."""
-    request = compile_for_one(model, images[0].shape, core)
-    answers, times = [], []
-    for image in images:
-        begin = time.process_time()
-        request.infer([image[None]], share_inputs=True)
-        times.append(time.process_time() - begin)
-        answers.append(np.array(request.get_output_tensor(0).data[0]))
-    return Measurement(np.stack(answers), 1000 * float(np.median(times)))
-
-
-def divergence(expected: Probabilities, actual: Probabilities) -> float:
-    """Mean Kullback-Leibler divergence of rows of probabilities, in nats."""
-    tiny = 1e-9
-    return float((expected * np.log((expected + tiny) / (actual + tiny))).sum(axis=1).mean())
+def _measure(what: str, model: ov.Model, images: Sequence[Image], core: ov.Core) -> Measurement:
+    with stage(f"Measuring {what}", len(images), "image") as done:
+        return measure(model, images, core, done)
 
 
 def readable_names(model: ov.Model, names: Sequence[str]) -> Iterator[str]:

@@ -7,7 +7,7 @@ Here each output channel gets the range with the least error on calibration imag
 included: most channels keep all 8 bits. docs/engines.md has both, measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ import numpy as np
 import openvino as ov
 from numpy.typing import NDArray
 from openvino import opset13 as ops
+
+from service.archive.inference import Image, compile_for_one, run_each
+from service.archive.progress import stage
 
 SHRINKS = (1.0, 1.06, 1.12, 1.2, 1.3, 1.45, 1.6, 1.8, 2.0)  # at 2 no pair can be clipped
 POSITIONS = 600  # of a layer's input, from all images together
@@ -118,26 +121,32 @@ def input_quantizer(node: Any) -> Any | None:
     return source if source.get_type_name() == "FakeQuantize" else None
 
 
-def fit_ranges(
-    int8: ov.Model, fp32: ov.Model, images: Sequence[NDArray[np.uint8]], core: ov.Core
-) -> None:
+def fit_ranges(int8: ov.Model, fp32: ov.Model, images: Sequence[Image], core: ov.Core) -> None:
     """Round the weights of `int8` again, in place, if sums of pairs would be clipped.
 
     `fp32` is the model that it was made from, for the activations of every layer.
     """
     layers = {layer.name: layer for layer in int8_layers(int8) if layer.pairs}
-    for name, inputs in _sample_inputs(fp32, set(layers), images, core).items():
-        quantizer = input_quantizer(layers[name].node)
-        if quantizer is None:  # then OpenVINO does not run this layer in int8
-            continue
-        low, high = (_constant(quantizer, port) for port in (1, 2))
-        step = (high.max() - low.min()) / 255
-        pixels = np.rint((inputs - low.min()) / step).clip(0, 255).astype(np.float32)
-        zero = np.rint(-low.min() / step)
-        rounded, shrinks = _least_error(pixels, float(zero), layers[name].grouped())
-        if (shrinks > 1).any():
-            layers[name].replace(rounded, shrinks)
+    samples = _sample_inputs(fp32, set(layers), images, core)
+    with stage("Fitting weights", len(samples), "layer") as done:
+        for name, inputs in samples.items():
+            _fit_layer(layers[name], inputs)
+            done()
     int8.validate_nodes_and_infer_types()
+
+
+def _fit_layer(layer: Int8Layer, inputs: NDArray[np.float32]) -> None:
+    """Round a layer's weights again for inputs [N, channels], if sums of pairs are clipped."""
+    quantizer = input_quantizer(layer.node)
+    if quantizer is None:  # then OpenVINO does not run this layer in int8
+        return
+    low, high = (_constant(quantizer, port) for port in (1, 2))
+    step = (high.max() - low.min()) / 255
+    pixels = np.rint((inputs - low.min()) / step).clip(0, 255).astype(np.float32)
+    zero = np.rint(-low.min() / step)
+    rounded, shrinks = _least_error(pixels, float(zero), layer.grouped())
+    if (shrinks > 1).any():
+        layer.replace(rounded, shrinks)
 
 
 def _constant(node: Any, port: int) -> NDArray[np.float32]:
@@ -145,7 +154,7 @@ def _constant(node: Any, port: int) -> NDArray[np.float32]:
 
 
 def _sample_inputs(
-    model: ov.Model, names: set[str], images: Sequence[NDArray[np.uint8]], core: ov.Core
+    model: ov.Model, names: set[str], images: Sequence[Image], core: ov.Core
 ) -> dict[str, NDArray[np.float32]]:
     """float32 [N, channels] by layer: positions of its input, as many from each image."""
     model = model.clone()
@@ -158,34 +167,30 @@ def _sample_inputs(
             tensors.setdefault(inputs[name], tensor)
     own = len(model.outputs)
     model.add_outputs(list(tensors.values()))
-    request = compile_for_one(model, images[0].shape, core)
-    rng = np.random.default_rng(0)
     each = -(-POSITIONS // len(images))
-    samples: dict[tuple[str, int], list[NDArray[np.float32]]] = {key: [] for key in tensors}
-    for image in images:
-        request.infer([image[None]], share_inputs=True)
-        for index, key in enumerate(tensors):
-            values = np.array(request.get_output_tensor(own + index).data)
+
+    def read(index: int, request: Any) -> list[NDArray[np.float32]]:
+        rng = np.random.default_rng(index)
+        found = []
+        for output in range(own, own + len(tensors)):
+            values = request.get_output_tensor(output).data
             if values.ndim == 4:  # [1, C, H, W] -> [H * W, C]
                 values = values[0].reshape(values.shape[1], -1).T
             values = values.reshape(-1, values.shape[-1])
             chosen = rng.choice(len(values), min(each, len(values)), replace=False)
-            samples[key].append(values[chosen].astype(np.float32))
-    joined = {key: np.concatenate(parts) for key, parts in samples.items()}
-    return {name: joined[key] for name, key in inputs.items()}
+            found.append(values[chosen].astype(np.float32))
+        return found
 
-
-def compile_for_one(model: ov.Model, shape: Sequence[int], core: ov.Core) -> Any:
-    """An inference request for single images [3, H, W] on one thread."""
-    model = model.clone()
-    model.reshape([1, *shape])
-    options = {
-        "INFERENCE_NUM_THREADS": 1,
-        "NUM_STREAMS": 1,
-        "ENABLE_CPU_PINNING": False,
-        "INFERENCE_PRECISION_HINT": "f32",
+    samples = []  # of each image, by tensor
+    with stage("Sampling activations", len(images), "image") as done:
+        for found in run_each(compile_for_one(model, images[0].shape, core), images, read):
+            samples.append(found)
+            done()
+    joined = {
+        key: np.concatenate(parts)
+        for key, parts in zip(tensors, zip(*samples, strict=True), strict=True)
     }
-    return core.compile_model(model, "CPU", options).create_infer_request()
+    return {name: joined[key] for name, key in inputs.items()}
 
 
 def _least_error(
@@ -229,13 +234,31 @@ def _errors(
     """
     error = np.zeros(len(exact), np.float32)
     clipped = np.zeros(len(exact), np.bool_)
+    most = pixels.max(0)
     for position in range(exact.shape[2]):
-        expected = (pixels - zero) @ exact[:, :, position].T.astype(np.float32)
-        factors = trial[:, :, position].T.astype(np.float32)
-        total = np.tile(-zero * factors.sum(0), (len(pixels), 1))  # as OpenVINO corrects for it
-        for channel in range(0, len(factors), 2):
-            pair = pixels[:, channel : channel + 2] @ factors[channel : channel + 2]
-            clipped |= (pair.max(0) > 32767) | (pair.min(0) < -32768)
-            total += pair.clip(-32768, 32767, out=pair)
-        error += np.square(total * shrink - expected).mean(0)
+        change = exact[:, :, position] - shrink * trial[:, :, position]
+        factors = trial[:, :, position].T.astype(np.float32)  # [I, O]
+        difference = (pixels - zero) @ change.T.astype(np.float32)  # of rounding, without clipping
+        for channel, outputs in _at_risk(most, factors):
+            pair = pixels[:, channel : channel + 2] @ factors[channel : channel + 2, outputs]
+            excess = pair - pair.clip(-32768, 32767)
+            clipped[outputs] |= excess.any(0)
+            difference[:, outputs] += shrink * excess
+        error += np.square(difference).mean(0)
     return error, clipped
+
+
+def _at_risk(
+    most: NDArray[np.float32], factors: NDArray[np.float32]
+) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """First channels of pairs, and the outputs in which inputs up to `most` [I] could clip them.
+
+    With `factors` [I, O] these are few: both weights must be large and of the same sign.
+    """
+    bounds = most[:, None] * factors
+    starts = range(0, len(factors), 2)
+    highest = np.add.reduceat(bounds.clip(min=0), starts)
+    lowest = np.add.reduceat(bounds.clip(max=0), starts)
+    risky = (highest > 32767) | (lowest < -32768)
+    for pair in np.flatnonzero(risky.any(1)):
+        yield 2 * int(pair), np.flatnonzero(risky[pair])

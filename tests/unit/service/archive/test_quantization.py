@@ -11,7 +11,9 @@ from openvino import opset13 as ops
 
 from handler.errors import InvalidModel, SetupError
 from service.archive import quantization
-from service.archive.quantization import divergence, quantize, rank_layers
+from service.archive.inference import answer, compile_for_one
+from service.archive.quantization import quantize
+from service.archive.ranking import divergence, rank_layers
 from service.archive.saturation import Int8Layer, _errors, _least_error, fit_ranges, int8_layers
 
 SIDE = 16
@@ -58,7 +60,7 @@ def with_stem(weight: int, model: ov.Model, images: list[NDArray[np.uint8]]) -> 
 
 
 def answers(model: ov.Model, images: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    return quantization.measure(model, images, ov.Core()).probabilities
+    return answer(compile_for_one(model, images[0].shape, ov.Core()), images)
 
 
 @pytest.mark.precision("int8")
@@ -84,10 +86,27 @@ def test_quantizes_and_reports(tmp_path: Path) -> None:
     assert np.allclose(answers(saved, images[1::2]), actual, atol=1e-3)
 
 
-def test_a_model_that_does_not_agree_is_refused_with_its_figures() -> None:
+def test_a_model_that_does_not_agree_is_refused_with_its_figures(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     figures = r"int8 agrees with fp32 on [01]\.\d{3} of 50 images, .*; the minimum is 1\.1$"
     with pytest.raises(InvalidModel, match=figures):
         quantize(tiny_model(), pictures(100), minimum_agreement=1.1)  # which nothing can reach
+    assert "Ranking layers: 2 layers\n" in capsys.readouterr().err
+
+
+def test_layers_are_ranked_only_if_the_agreement_is_missed_and_each_stage_is_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    quantize(tiny_model(), pictures(100), minimum_agreement=0)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.endswith("s")]
+    assert said == [
+        "Measuring fp32: 50 images",
+        "Calibrating int8: 50 images",
+        "Sampling activations: 50 images",
+        "Fitting weights: 2 layers",
+        "Measuring int8: 50 images",
+    ]
 
 
 def test_the_most_harmful_layer_is_ranked_first() -> None:
@@ -123,6 +142,36 @@ def test_clipped_pairs_are_what_vpmaddubsw_gives() -> None:
     assert clipped.tolist() == [True, False]
 
 
+@pytest.mark.parametrize("zero", [0.0, 17.0])
+def test_errors_are_those_of_every_pair_computed(zero: float) -> None:
+    """Only the pairs that could be clipped are computed; here all are."""
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (40, 5)).astype(np.float32)
+    exact = rng.integers(-127, 128, (7, 5, 2))
+    trial = np.rint(exact / 1.2).astype(np.int64)
+    sums = np.zeros((40, 7, 2))
+    clipped = np.zeros(7, np.bool_)
+    for channels in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        pairs = np.einsum("ni,oik->nok", pixels[:, channels], trial[:, channels])
+        clipped |= (np.abs(pairs + 0.5) > 32768).any((0, 2))
+        sums += pairs.clip(-32768, 32767)
+    actual = 1.2 * (sums - zero * trial.sum(1))
+    expected = np.einsum("ni,oik->nok", pixels - zero, exact)
+    error, found = _errors(pixels, zero, exact, trial, 1.2)
+    assert found.tolist() == clipped.tolist()
+    assert 0 < clipped.sum() < 7
+    assert error == pytest.approx(np.square(actual - expected).mean(0).sum(1), rel=1e-4)
+
+
+def test_answers_are_in_the_order_of_the_images() -> None:
+    images, model, done = pictures(20), tiny_model(), []
+    compiled = compile_for_one(model, images[0].shape, ov.Core())
+    together = answer(compiled, images, lambda: done.append(1))
+    alone = [compiled(image[None])[0][0] for image in images]
+    assert np.allclose(together, alone, atol=1e-6)
+    assert len(done) == 20
+
+
 def test_too_few_images_or_labels_are_refused() -> None:
     with pytest.raises(InvalidModel, match=r"needs 100 images or more.*got 99$"):
         quantize(tiny_model(), pictures(99))
@@ -141,11 +190,10 @@ def test_without_nncf_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPa
         quantize(tiny_model(), pictures(100))
 
 
-def test_outliers_stay_in_floating_point_then_more_up_to_a_third() -> None:
-    ranking = [("a", 50.0), ("b", 20.0), *((f"l{i}", 1.0) for i in range(28))]
-    assert list(quantization._counts(ranking)) == [2, 4, 8, 10]
-    assert list(quantization._counts([(f"l{i}", 1.0) for i in range(90)])) == [0, 1, 2, 4, 8]
-    assert list(quantization._counts([])) == []
+def test_outliers_are_given_back_then_more_up_to_a_third() -> None:
+    assert list(quantization._counts([50.0, 20.0, *[1.0] * 28])) == [2, 4, 8, 10]
+    assert list(quantization._counts([1.0] * 90)) == [1, 2, 4, 8]
+    assert list(quantization._counts([1.0, 1.0])) == []
 
 
 def test_divergence_of_equals_is_nothing() -> None:

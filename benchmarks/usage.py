@@ -45,6 +45,7 @@ class Meter:
         # The thread that serves a worker starts its process; those that read its output come later.
         workers = [process.pid for process, part in self._parts.items() if part == WORKER]
         self._first_worker = min(workers, default=0)
+        self._threads: dict[tuple[int, int], tuple[str, float]] = {}  # those that ended as well
         self._readings: list[Counter[str]] = []
 
     def read(self) -> None:
@@ -73,12 +74,15 @@ class Meter:
         total = times.user + times.system + times.children_user + times.children_system
         if part != JAVA:
             return {part: total}
-        groups: Counter[str] = Counter()
         for name, thread, seconds in threads(process.pid):
             group = next((group for start, group in JAVA_THREADS if name.startswith(start)), "")
             if name.startswith("W-") and thread > self._first_worker:
                 group = JAVA_LOG
             if group:
+                self._threads[process.pid, thread] = group, seconds
+        groups: Counter[str] = Counter()
+        for (pid, _), (group, seconds) in self._threads.items():
+            if pid == process.pid:
                 groups[group] += seconds  # type: ignore[assignment]  # typed for int, adds floats
         return groups | {JAVA_REST: max(0.0, total - sum(groups.values()))}
 

@@ -23,7 +23,7 @@ def test_the_whole_way_on_a_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str
     assert check["passed"]
     assert check["engine"]["same_best_class"] > 0.9
     assert check["gpu_decoder_levels"]["largest"] < 0.01  # torchvision on the CPU plays the GPU
-    assert [row["batch"] for row in report["model"]] == [1, 4]
+    assert [row["batch"] for row in report["model"]] == [1, 2]
     assert [row["batch"] for row in report["handler"]] == [1, 2]
     assert len(report["decoding"]) == 3
     keys = [(row["server"], row["workers"], row["images"]) for row in report["http"]]

@@ -25,8 +25,11 @@ TOP_1_POINTS_ELSE = 0.5
 MEMORY_MB = 900  # of Java and the workers
 ANSWERED = 95  # percent of the best rate, under overload
 RECOVERY_SECONDS = 2.0
-GATEWAY_PERCENT, GATEWAY_MS = 5.0, 0.5
-METRICS_PERCENT = 2.0
+COSTS = (  # kind of subject, clients, what is compared, in words, and at most
+    ("gateway", 8, rate_cost, "rate that the gateway costs", 5.0, "{:.1f} %"),
+    ("gateway", 1, p50_cost, "p50 that the gateway costs", 0.5, "{:.2f} ms"),
+    ("ours", 8, rate_cost, "rate that metrics and logs cost", 2.0, "{:.1f} %"),
+)
 
 
 @dataclass(frozen=True)
@@ -195,24 +198,12 @@ def answered(data: Data, run: Data) -> tuple[float, float]:
     return rate * before / left if left > 0 else rate, rate
 
 
-def gateway(data: Data) -> Iterator[Bar]:
-    for name, subject in measured(data, "gateway").items():
-        rates = costs_of(subject, 8, rate_cost)
-        if rates:
-            what = f"{name}, 8 clients: rate that the gateway costs"
-            yield Bar.at_most(what, GATEWAY_PERCENT, median(rates), "{:.1f} %")
-        waits = costs_of(subject, 1, p50_cost)
-        if waits:
-            what = f"{name}, 1 client: p50 that the gateway costs"
-            yield Bar.at_most(what, GATEWAY_MS, median(waits), "{:.2f} ms")
-
-
-def metrics(data: Data) -> Iterator[Bar]:
-    for name, subject in measured(data, "ours").items():
-        rates = costs_of(subject, 8, rate_cost)
-        if rates:
-            what = f"{name}, 8 clients: rate that metrics and logs cost"
-            yield Bar.at_most(what, METRICS_PERCENT, median(rates), "{:.1f} %")
+def costs(data: Data) -> Iterator[Bar]:
+    for kind, clients, cost, what, high, form in COSTS:
+        for name, subject in measured(data, kind).items():
+            start = f"{name}, {clients} client{'s' if clients > 1 else ''}"
+            if found := costs_of(subject, clients, cost):
+                yield Bar.at_most(f"{start}: {what}", high, median(found), form)
 
 
 def costs_of(subject: Data, clients: int, cost: Callable[[Data], float | None]) -> Sequence[float]:
@@ -221,4 +212,4 @@ def costs_of(subject: Data, clients: int, cost: Callable[[Data], float | None]) 
     return [value for value in found if value is not None]
 
 
-PARTS = (against_peers, against_stock, accuracy, memory, overload, gateway, metrics)
+PARTS = (against_peers, against_stock, accuracy, memory, overload, costs)

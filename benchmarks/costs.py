@@ -1,6 +1,7 @@
 """The report's tables of CPU time and memory."""
 
 from collections.abc import Sequence
+from math import hypot, inf
 from statistics import median
 
 from benchmarks.figures import Data, measured, spread, values
@@ -65,17 +66,20 @@ def pairs(data: Data) -> list[str]:
                 spread([cost for pair in found if (cost := of_pair(pair)) is not None], digits)
                 for of_pair, digits in ((rate_cost, 1), (cpu_cost, 1), (p50_cost, 2))
             ]
+            error = sum(rate_error(pair) ** 2 for pair in found) ** 0.5 / len(found)
             failed = sum(pair[side]["failed"] for pair in found for side in ("with", "without"))
-            rows.append([what, name, count, *cells, failed])
+            rows.append([what, name, count, cells[0], f"{error:.1f}", *cells[1:], failed])
     if not rows:
         return []
-    headings = ["what", "server", "clients", "rate, %", "CPU, %", "p50, ms", "failed or refused"]
+    headings = ["what", "server", "clients", "rate, %", "±", "CPU, %", "p50, ms"]
+    headings.append("failed or refused")
     legend = (
         "How much lower the rate is with it, and how much higher CPU time a request and p50 are. "
-        "The loads with and without it took turns on one running server, in slices of "
-        "a quarter of a measurement. Without the gateway: requests straight to TorchServe beside "
-        "it. Without metrics and logs: requests marked as health checks (`X-Probe: 1`), which the "
-        "handler neither counts nor logs; TorchServe's own metrics remain."
+        "The loads with and without it took turns on one running server, in 16 short slices each; "
+        "± is the standard error of the rate's mean, as the slices differ among themselves. "
+        "Without the gateway: requests straight to TorchServe beside it. Without metrics and logs: "
+        "requests marked as health checks (`X-Probe: 1`), which the handler neither counts nor "
+        "logs; TorchServe's own metrics remain."
     )
     return [*markdown_table(headings, rows, left=(0, 1)), "", legend]
 
@@ -84,6 +88,14 @@ def rate_cost(pair: Data) -> float | None:
     """Percent of the rate that is lost with it."""
     loaded, bare = pair["with"]["throughput_rps"], pair["without"]["throughput_rps"]
     return 100 * (1 - loaded / bare) if bare else None
+
+
+def rate_error(pair: Data) -> float:
+    """Standard error of `rate_cost`, in the same percent."""
+    parts = [pair[side] for side in ("with", "without")]
+    if not all(side["throughput_rps"] for side in parts):
+        return inf
+    return 100 * hypot(*(side["standard_error_rps"] / side["throughput_rps"] for side in parts))
 
 
 def cpu_cost(pair: Data) -> float | None:

@@ -57,8 +57,8 @@ class _Batch(NamedTuple):
 class Accounts:
     """Counts and logs finished requests, those of a quarter of a second together.
 
-    One by one they would add half a millisecond to each batch: after a forward pass, none of this
-    code is in the CPU's caches.
+    One by one they would add a quarter of a millisecond to each batch: after a forward pass, none
+    of this code is in the CPU's caches.
     """
 
     def __init__(self, counts: Metrics, identity: Mapping[str, str], log_requests: bool) -> None:

@@ -29,7 +29,8 @@ def subject(kind: str, *runs: dict[str, Any], **more: Any) -> dict[str, Any]:
 def pair(clients: int, rps: tuple[float, float], p50: tuple[float, float]) -> dict[str, Any]:
     """Loads with and without something."""
     sides = [
-        {"throughput_rps": rate, "p50_ms": time, "cpu_ms": 10.0, "failed": 0}
+        {"throughput_rps": rate, "standard_error_rps": 0.01 * rate}
+        | {"p50_ms": time, "cpu_ms": 10.0, "failed": 0}
         for rate, time in zip(rps, p50, strict=True)
     ]
     return {"round": 1, "clients": clients, "with": sides[0], "without": sides[1]}
@@ -172,7 +173,8 @@ def test_report_has_cpu_time_and_costs(data: dict[str, Any]) -> None:
     assert "| ours-fp32 | worker | 8.00 |" in text
     assert "| quick-ours | gunicorn" not in text  # by part is for TorchServe alone
     cells = row(text, "Gateway, metrics and logs", "the gateway | ours-gateway-fp32 | 8")
-    assert cells[3:6] == ["4.0 (2.0–8.0)", "0.0 (0.0–0.0)", "2.00 (1.00–3.00)"]
+    # Of three rounds, in each of which both rates are known to 1 %: 1 x √2 / √3.
+    assert cells[3:7] == ["4.0 (2.0–8.0)", "0.8", "0.0 (0.0–0.0)", "2.00 (1.00–3.00)"]
 
 
 def verdicts(data: dict[str, Any]) -> dict[str, tuple[str, str]]:

@@ -8,7 +8,7 @@ from zipfile import ZipFile
 
 from handler.errors import SetupError
 from service.chaos.colours import LABELS, LABELS_FILE, WEIGHTS, encoded
-from service.chaos.requests import Picture
+from service.chaos.requests import Mixture, Picture
 from service.torchserve.config import ROOT
 
 MODEL = "mobilenet_v2"
@@ -18,6 +18,7 @@ from pathlib import Path
 from service.chaos.colours import make_weights
 make_weights(Path(sys.argv[1]))
 """
+LARGE = (6000, 4000)  # pixels
 SWITCH = "CHAOS_HANG"  # names a file; while it is there, no forward pass returns
 
 # Native code that has released Python's lock and does not return looks the same from outside.
@@ -68,10 +69,11 @@ def can_hang(archive: Path) -> bool:
         return SWITCH.encode() in file.read("handler/engines.py")
 
 
-def coloured_pictures() -> list[Picture]:
-    """Of each colour in each format."""
-    return [
+def coloured_mixture() -> Mixture:
+    """Pictures of each colour in each format."""
+    pictures = [
         Picture(encoded(label, image_format), label)
         for label in LABELS
         for image_format in ("JPEG", "PNG", "WEBP", "GIF", "BMP")
     ]
+    return Mixture(MODEL, pictures, Picture(encoded(LABELS[0], size=LARGE), LABELS[0]))

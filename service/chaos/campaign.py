@@ -3,8 +3,8 @@
 import json
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,9 @@ import psutil
 import requests
 
 from handler.errors import SetupError
-from service.chaos.archive import can_hang, coloured_pictures, make_archive
+from service.chaos.archive import can_hang, coloured_mixture, make_archive
 from service.chaos.checker import Verdict, check
-from service.chaos.cluster import Cluster
+from service.chaos.cluster import RESPONSE_SECONDS, Cluster
 from service.chaos.faults import FAULTS, NotPossible, Scene
 from service.chaos.history import Attempt, Fault, History
 from service.chaos.requests import Mixture, Picture, read_answer
@@ -40,19 +40,18 @@ class Campaign:
     steps: Sequence[Step] | None = None  # in place of those that the seed decides
     archive: Path | None = None  # None: one of three colours is made
     history: Path | None = None
-    gateway: Mapping[str, str] | None = None  # GATEWAY_ variables, over the campaign's own
+    replicas: int = 2
 
-    def run(self) -> tuple[History, float]:
-        """The history, and for how long the gateway may let a client wait. Raises SetupError."""
+    def run(self) -> History:
+        """What happened. Ctrl-C ends it early. Raises SetupError."""
         history = History(self.history)
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             archive = self.archive or make_archive(folder)
-            cluster = Cluster(folder, archive, folder / "keys", history, gateway=self.gateway)
+            cluster = Cluster(folder, archive, folder / "keys", history, self.replicas)
             stack.callback(cluster.unmount)
             stack.enter_context(cluster)
-            mixture = Mixture(cluster.model, coloured_pictures())
-            traffic = Traffic(history, cluster.gateway.ports[0], mixture, self.seed)
+            traffic = Traffic(history, cluster.gateway.ports[0], coloured_mixture(), self.seed)
             scene = Scene(cluster, traffic, can_hang(archive))
             traffic.key = scene.write_key()
             for unit in cluster.units:
@@ -61,31 +60,30 @@ class Campaign:
             if director.wait_until_whole(READY_SECONDS) is None:
                 raise SetupError(f"not ready within {READY_SECONDS} s: {cluster.missing()}")
             if self.archive:
-                mixture.pictures = learn(cluster)
+                traffic.mixture = learn(cluster)
             history.begin()
             end = time.monotonic() + 60 * self.minutes
-            with traffic:
+            with traffic, suppress(KeyboardInterrupt):
                 director.inject(self.steps or make_schedule(self.seed, len(cluster.replicas)), end)
-        return history, cluster.response_seconds
+        return history
 
 
-def learn(cluster: Cluster) -> list[Picture]:
-    """Drawn photographs, and what the model of an unknown archive says that they are.
+def learn(cluster: Cluster) -> Mixture:
+    """Drawn photographs, with what the model of an unknown archive says that they are.
 
     Raises SetupError if the replicas do not agree.
     """
     learnt = []
-    for image in load_images(None):
+    for body in [image.body for image in load_images(None)]:
         answers = set()
         for unit in cluster.replicas:
             url = f"http://127.0.0.1:{unit.ports[0]}/predictions/{cluster.model}"
             with direct_session() as session:
-                body = session.post(url, image.body, timeout=READY_SECONDS).content
-            answers.add(read_answer(body)[0])
+                answers.add(read_answer(session.post(url, body, timeout=READY_SECONDS).content)[0])
         if len(answers) > 1 or "" in answers:
-            raise SetupError(f"the replicas do not answer alike for {image.name}: {answers}")
-        learnt.append(Picture(image.body, answers.pop()))
-    return learnt
+            raise SetupError(f"the replicas do not answer one image alike: {answers}")
+        learnt.append(Picture(body, answers.pop()))
+    return Mixture(cluster.model, learnt, learnt[0])
 
 
 @dataclass
@@ -197,8 +195,8 @@ def report(history: History, verdicts: Sequence[Verdict], seed: int) -> bool:
 
 def judge(campaign: Campaign) -> bool:
     """Run a campaign and print what came of it. Raises SetupError."""
-    history, promised_seconds = campaign.run()
-    return report(history, check(history, promised_seconds), campaign.seed)
+    history = campaign.run()
+    return report(history, check(history, RESPONSE_SECONDS), campaign.seed)
 
 
 def _text(value: float | None, unit: str) -> str:

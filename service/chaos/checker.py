@@ -9,6 +9,7 @@ from service.chaos.history import Attempt, Ended, Fault, History, Left, Usage
 from service.chaos.schedule import KINDS
 
 EDGE_SECONDS = 1.0  # by which a fault is noticed earlier or later than it was injected
+HELD_UP_SECONDS = 4.5  # less than the gateway gives a replica until it asks another
 WARM_SECONDS = 60.0  # of a process, in which it takes what it needs
 GROWTH_SECONDS = 120.0  # that a process must have lived after that to show a slope
 
@@ -63,6 +64,7 @@ def rules(promised_seconds: float) -> list[Rule]:
         Rule("undeserved 5xx", "one healthy replica is enough", 0, "", find_undeserved),
         Rule("no reason", "a refusal says why", 0, "", find_unreasoned),
         Rule("slow", answer, promised_seconds + 2, "s", find_slow),
+        Rule("held up", "of the answer, once a fault is noticed", HELD_UP_SECONDS, "s", find_held_up),
         Rule("not recovered", "in shares of the fault's own limit", 1, "", find_unrecovered),
         Rule("orphans", "of a launcher that was killed", 10, "s", find_orphans),
         Rule("ended", "no launcher ends unless a fault ends it", 0, "", find_ended),
@@ -106,14 +108,13 @@ def find_wrong(history: History) -> Iterator[Case]:
 def find_status(history: History) -> Iterator[Case]:
     for attempt in _answered(history):
         if attempt.status < 500:
-            yield Case(attempt.status not in attempt.statuses, _told(attempt))
+            sheds = attempt.status == 429 and _sheds(history, attempt)
+            yield Case(attempt.status not in attempt.statuses and not sheds, _told(attempt))
 
 
 def find_undeserved(history: History) -> Iterator[Case]:
     for attempt in _answered(history):
-        sheds = attempt.status == 503 and _during(
-            history, attempt, lambda fault: KINDS[fault.fault].sheds
-        )
+        sheds = attempt.status == 503 and _sheds(history, attempt)
         yield Case(attempt.status >= 500 and not sheds, _told(attempt))
 
 
@@ -125,12 +126,15 @@ def find_unreasoned(history: History) -> Iterator[Case]:
 
 def find_slow(history: History) -> Iterator[Case]:
     for attempt in _answered(history):
-        stopped = sum(
-            fault.end - fault.begin
-            for fault in history.of(Fault)
-            if KINDS[fault.fault].stalls and _overlaps(fault, attempt)
-        )
-        yield Case(round(attempt.seconds - stopped, 1), _named(attempt))
+        yield Case(round(attempt.seconds - _stopped(history, attempt), 1), _named(attempt))
+
+
+def find_held_up(history: History) -> Iterator[Case]:
+    """What begins well after a fault has, and before anything else is wrong, is not held up by it."""
+    for attempt in _answered(history):
+        for fault in history.of(Fault):
+            if fault.begin + KINDS[fault.fault].noticed <= attempt.time <= fault.end:
+                yield Case(round(attempt.seconds, 1), f"{_named(attempt)}, in {fault.fault}")
 
 
 def find_unrecovered(history: History) -> Iterator[Case]:
@@ -192,6 +196,19 @@ def _slope(points: Sequence[tuple[float, float]]) -> float:
 
 def _answered(history: History) -> Iterator[Attempt]:
     return (attempt for attempt in history.of(Attempt) if attempt.statuses and attempt.status)
+
+
+def _stopped(history: History, attempt: Attempt) -> float:
+    """For how long nginx was stopped while an attempt was under way, in seconds."""
+    return sum(
+        fault.end - fault.begin
+        for fault in history.of(Fault)
+        if KINDS[fault.fault].stalls and _overlaps(fault, attempt)
+    )
+
+
+def _sheds(history: History, attempt: Attempt) -> bool:
+    return _during(history, attempt, lambda fault: KINDS[fault.fault].sheds)
 
 
 def _during(history: History, attempt: Attempt, allows: Callable[[Fault], bool]) -> bool:

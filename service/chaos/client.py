@@ -28,6 +28,7 @@ class Connection:
 
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
+    sent: float = 0.0  # when the last piece was, by the loop's clock
 
     @classmethod
     async def open(cls, port: int) -> "Connection":
@@ -36,14 +37,7 @@ class Connection:
     async def ask(self, request: Request, headers: Mapping[str, str]) -> Reply:
         """The answer, perhaps while the body is still being sent."""
         loop = asyncio.get_running_loop()
-        sent = loop.time()
-
-        async def send() -> None:
-            nonlocal sent
-            await self.send(request, headers)
-            sent = loop.time()
-
-        sending = asyncio.create_task(send())
+        sending = asyncio.create_task(self.send(request, headers))
         try:
             status, answered, body = await self._receive()
         except (asyncio.IncompleteReadError, ValueError) as exc:
@@ -51,10 +45,12 @@ class Connection:
         finally:
             sending.cancel()
             await asyncio.gather(sending, return_exceptions=True)
-        return Reply(status, answered, body, max(0.0, loop.time() - sent))
+        return Reply(status, answered, body, loop.time() - self.sent)
 
     async def send(self, request: Request, headers: Mapping[str, str]) -> None:
         """The request, as slowly and as far as it is to be sent."""
+        loop = asyncio.get_running_loop()
+        self.sent = loop.time()
         body = request.body
         lines = [f"{request.method} {request.target} HTTP/1.1", "Host: campaign"]
         lines += [f"{name}: {value}" for name, value in {**headers, **request.headers}.items()]
@@ -64,9 +60,10 @@ class Connection:
         body = body[: int(len(body) * request.share)]
         size = max(1, -(-len(body) // PIECES)) if request.seconds else max(1, len(body))
         for begin in range(0, len(body), size):
-            self.writer.write(body[begin : begin + size])
-            await self.writer.drain()
             await asyncio.sleep(request.seconds / PIECES)
+            self.writer.write(body[begin : begin + size])
+            self.sent = loop.time()
+            await self.writer.drain()
 
     async def _receive(self) -> tuple[int, dict[str, str], bytes]:
         head = await self.reader.readuntil(b"\r\n\r\n")

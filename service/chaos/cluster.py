@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +20,7 @@ from service.torchserve.config import ROOT
 from service.torchserve.management import Management, UnknownModel, direct_session
 
 DISK_BYTES = 256 * 2**20  # of each replica's TMPDIR, if a file system can be mounted for it
+RESPONSE_SECONDS = 20  # the longest that the gateway may let a client wait
 CLEAR_SECONDS = 15  # for what is left of a launcher that was killed
 CLONE_NEWNS = 0x00020000  # linux/sched.h
 DROPPED = ("CLASSIFIER_", "GATEWAY_", "TS_", "PYTHONPATH")  # settings of the user's
@@ -120,12 +120,9 @@ class Cluster:
         archive: Path,
         keys: Path,
         history: History,
-        *,
-        replicas: int = 2,
+        replicas: int,
         workers: int = 2,
-        gateway: Mapping[str, str] | None = None,
     ) -> None:
-        """`gateway` has GATEWAY_ variables, which go over those here."""
         self.folder, self.model, self.keys = folder, archive.stem, keys
         self.history = history
         self.workers = [workers] * replicas  # as many as each replica should have
@@ -136,7 +133,7 @@ class Cluster:
             if not name.startswith(DROPPED) and not name.lower().endswith("_proxy")
         } | {"PYTHONPATH": str(ROOT)}
         self.replicas = [self._replica(n, archive, environ) for n in range(replicas)]
-        self.gateway = self._gateway(environ | dict(gateway or {}))
+        self.gateway = self._gateway(environ)
         self.units = [*self.replicas, self.gateway]
 
     def _replica(self, number: int, archive: Path, environ: dict[str, str]) -> Unit:
@@ -160,10 +157,12 @@ class Cluster:
             "MODELS": self.model,
             "KEYS": str(self.keys),
             "RATE": "0",
-            "RESPONSE_TIMEOUT_SECONDS": "20",
+            "RESPONSE_TIMEOUT_SECONDS": str(RESPONSE_SECONDS),
+            "CLIENT_TIMEOUT_SECONDS": "5",
+            "BODY_TIMEOUT_SECONDS": "10",
         }
-        given = {f"GATEWAY_{name}": value for name, value in variables.items()}
-        environ = given | environ | {"TMPDIR": str(folder / "tmp")}
+        environ = environ | {f"GATEWAY_{name}": value for name, value in variables.items()}
+        environ["TMPDIR"] = str(folder / "tmp")
         command = [sys.executable, str(ROOT / "scripts" / "gateway.py")]
         return Unit(-1, command, environ, [port], folder)
 
@@ -173,11 +172,6 @@ class Cluster:
         for path in (self.folder, folder, folder / "tmp"):
             path.chmod(0o755)  # nginx's workers are nobody's if we are root
         return folder
-
-    @property
-    def response_seconds(self) -> float:
-        """The longest that the gateway lets a client wait."""
-        return float(self.gateway.environ["GATEWAY_RESPONSE_TIMEOUT_SECONDS"])
 
     def __enter__(self) -> "Cluster":
         return self

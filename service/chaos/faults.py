@@ -22,6 +22,8 @@ from service.processes import wait_until
 from service.torchserve.config import ROOT
 
 MARGIN_BYTES = 8 * 2**20  # that a worker may still take under memory pressure
+LARGE_IMAGES = 12  # at once under memory pressure
+PAUSE_SECONDS = 10  # of a worker, after which it is not continued
 CROWD = 300  # requests at once, more than the gateway lets in for one client
 FORMS = 50  # broken ones at once
 SCALE_SECONDS = 120
@@ -69,8 +71,11 @@ def kill_worker(scene: Scene, step: Step) -> Iterator[None]:
 
 @fault
 def stop_worker(scene: Scene, step: Step) -> Iterator[None]:
-    """The launcher may kill it before it goes on."""
-    return _stopped(_worker(scene, step))
+    """A short pause ends by itself; after a longer one the launcher must replace the worker."""
+    worker = _worker(scene, step)
+    if step.seconds < PAUSE_SECONDS:
+        return _stopped(worker)
+    return _stopped_for_good(worker)
 
 
 @fault
@@ -135,6 +140,7 @@ def memory_pressure(scene: Scene, step: Step) -> Iterator[None]:
     limit = worker.memory_info().vms + MARGIN_BYTES
     resource.prlimit(worker.pid, resource.RLIMIT_AS, (limit, hard))
     try:
+        scene.traffic.burst(LARGE_IMAGES, Mixture.many_pixels)
         yield
     finally:
         with suppress(ProcessLookupError):
@@ -220,6 +226,11 @@ def _stopped(*processes: psutil.Process) -> Iterator[None]:
         for process in processes:
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGCONT)
+
+
+def _stopped_for_good(process: psutil.Process) -> Iterator[None]:
+    process.send_signal(signal.SIGSTOP)
+    yield
 
 
 def _killed(scene: Scene, unit: Unit) -> Iterator[None]:

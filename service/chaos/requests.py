@@ -54,6 +54,7 @@ class Mixture:
 
     model: str
     pictures: Sequence[Picture]
+    large: Picture  # of many pixels, and within the limits
 
     def draw(self, rng: random.Random, number: int) -> Request:
         """The next request; `number` is its own."""
@@ -68,6 +69,10 @@ class Mixture:
 
     def crowded(self, rng: random.Random, number: int) -> Request:
         return replace(self.raw(rng, number), form="crowd", statuses=(200, 429, 503))
+
+    def many_pixels(self, rng: random.Random, number: int) -> Request:
+        body, right = self.large.body + f"{number}".encode(), self.large.right
+        return replace(self.raw(rng, number), form="many pixels", body=body, right=right)
 
     def named_route(self, rng: random.Random, number: int) -> Request:
         target = f"/predictions/{self.model}"
@@ -191,6 +196,7 @@ WEIGHTS: dict[Make, int] = {
     Mixture.no_key: 2,
     Mixture.unknown: 1,
     Mixture.huge: 1,
+    Mixture.many_pixels: 1,
 }
 
 

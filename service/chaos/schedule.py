@@ -17,6 +17,7 @@ class Kind:
 
     seconds: tuple[float, float]  # the shortest and the longest that it lasts
     recovery: float  # seconds until everything must be as before
+    noticed: float = 8.0  # seconds after which it holds no client up any more
     target: str = "replica"  # "gateway": the only one, whose clients notice
     ends: bool = False  # its launcher, which is then started again
     cuts: bool = False  # clients' connections may break; their second attempt must be answered
@@ -33,7 +34,8 @@ KINDS = {
     "stop_java": Kind(seconds=(2, 15), recovery=90),
     "kill_launcher": Kind(seconds=(0, 1), recovery=120, ends=True),
     "stop_launcher": Kind(seconds=(2, 15), recovery=60),
-    "hung_model": Kind(seconds=(2, 30), recovery=90),
+    # The gateway asks for a prediction every 10 s, waits 10 s, and does so twice.
+    "hung_model": Kind(seconds=(2, 40), recovery=90, noticed=35),
     "full_disk": Kind(seconds=(5, 15), recovery=60),
     "memory_pressure": Kind(seconds=(5, 15), recovery=90),
     "scale": Kind(seconds=(1, 5), recovery=90),

@@ -73,7 +73,11 @@ def using(pid: int, megabytes_per_minute: float, per_minute: float = 0) -> list[
         [KILLED, UNANSWERED, AGAIN],
         # It was stopped meanwhile.
         [replace(GOOD, seconds=24), replace(KILLED, fault="stop_nginx_worker", begin=45)],
+        # The gateway has not noticed the fault yet.
+        [replace(GOOD, seconds=5),
+         replace(KILLED, fault="stop_java", replica=0, begin=45, end=55, recovered=56)],
         # More came than fits.
+        [replace(KILLED, fault="crowd"), replace(GOOD, status=429, reason="TooManyRequests")],
         [replace(KILLED, fault="crowd"),
          replace(GOOD, statuses=(200, 429, 503), status=503, reason="Unavailable")],
         [Ended(time=51, replica=0, status=1), replace(KILLED, fault="kill_java", replica=0)],
@@ -112,6 +116,8 @@ def test_promises_that_were_kept(records: list[Record]) -> None:
         ("undeserved 5xx", [replace(GOOD, status=500, reason="x"), replace(KILLED, fault="crowd")]),
         ("no reason", [replace(REFUSED, reason="")]),
         ("slow", [replace(GOOD, seconds=24)]),
+        ("held up", [replace(GOOD, seconds=5),
+                     replace(KILLED, fault="stop_java", replica=0, begin=40, end=55, recovered=56)]),
         ("not recovered", [replace(KILLED, recovered=None)]),
         ("not recovered", [replace(KILLED, recovered=90)]),
         ("orphans", [replace(KILLED, fault="kill_launcher", cleared=15)]),

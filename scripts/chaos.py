@@ -22,10 +22,16 @@ def make_parser() -> argparse.ArgumentParser:
         prog="./scripts/chaos", description=__doc__, epilog=f"The faults are {', '.join(KINDS)}."
     )
     add = parser.add_argument
-    add("--minutes", type=float, default=5.0, metavar="N", help="begin no fault later (5)")
-    add("--seed", type=int, metavar="S", help="decides the schedule (a random one)")
+    add(
+        "--minutes",
+        type=float,
+        default=5.0,
+        metavar="N",
+        help="begin no fault later (default: %(default)s)",
+    )
+    add("--seed", type=int, metavar="S", help="decides the schedule (default: a random one)")
     add("--replay", type=Path, metavar="FILE", help="the faults of a history, in place of a seed's")
-    add("--archive", type=Path, metavar="FILE.mar", help="serve it (a small model made here)")
+    add("--archive", type=Path, metavar="FILE.mar", help="(default: a small model made here)")
     add(
         "--history",
         type=Path,

@@ -13,14 +13,17 @@ import psutil
 import requests
 
 from handler.errors import SetupError
+from service.archive.mar import read_card
 from service.chaos.archive import can_hang, coloured_mixture, make_archive
 from service.chaos.checker import Verdict, check
 from service.chaos.cluster import RESPONSE_SECONDS, Cluster
+from service.chaos.colours import LABELS
 from service.chaos.faults import FAULTS, NotPossible, Scene
 from service.chaos.history import Attempt, Fault, History
-from service.chaos.requests import Mixture, Picture, read_answer
+from service.chaos.requests import Mixture, Picture
 from service.chaos.schedule import Step, make_schedule
 from service.chaos.traffic import Traffic
+from service.load.answers import NEAR_TIE, read_predictions
 from service.load.images import load_images
 from service.tables import text_table
 from service.torchserve.management import direct_session
@@ -28,6 +31,7 @@ from service.torchserve.management import direct_session
 READY_SECONDS = 180
 POLL_SECONDS = 0.25
 SAMPLE_SECONDS = 2.0
+LEAST_PICTURES = 3  # of which an archive must be sure
 SHOWN = 5  # of the cases that break a rule
 
 
@@ -48,6 +52,9 @@ class Campaign:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
             archive = self.archive or make_archive(folder)
+            card = read_card(archive)
+            if card is None:
+                raise SetupError(f"{archive} is no archive of ./scripts/package")
             cluster = Cluster(folder, archive, folder / "keys", history, self.replicas)
             stack.callback(cluster.unmount)
             stack.enter_context(cluster)
@@ -59,7 +66,7 @@ class Campaign:
             director = Director(scene, history)
             if director.wait_until_whole(READY_SECONDS) is None:
                 raise SetupError(f"not ready within {READY_SECONDS} s: {cluster.missing()}")
-            if self.archive:
+            if card.labels != LABELS:
                 traffic.mixture = learn(cluster)
             history.begin()
             end = time.monotonic() + 60 * self.minutes
@@ -71,18 +78,21 @@ class Campaign:
 def learn(cluster: Cluster) -> Mixture:
     """Drawn photographs, with what the model of an unknown archive says that they are.
 
-    Raises SetupError if the replicas do not agree.
+    Without those of which it is not sure: batches of other sizes round differently. Raises
+    SetupError if too few are left.
     """
     learnt = []
-    for body in [image.body for image in load_images(None)]:
-        answers = set()
-        for unit in cluster.replicas:
-            url = f"http://127.0.0.1:{unit.ports[0]}/predictions/{cluster.model}"
-            with direct_session() as session:
-                answers.add(read_answer(session.post(url, body, timeout=READY_SECONDS).content)[0])
-        if len(answers) > 1 or "" in answers:
-            raise SetupError(f"the replicas do not answer one image alike: {answers}")
-        learnt.append(Picture(body, answers.pop()))
+    for image in load_images(None):
+        url = f"http://127.0.0.1:{cluster.replicas[0].ports[0]}/predictions/{cluster.model}"
+        with direct_session() as session:
+            answer = session.post(url, image.body, timeout=READY_SECONDS)
+        (label, best), *others = read_predictions(answer.json()) or [("", 0.0)]
+        if all(confidence < NEAR_TIE * best for _, confidence in others) and best:
+            learnt.append(Picture(image.body, label))
+    if len(learnt) < LEAST_PICTURES:
+        raise SetupError(
+            f"the model is sure of {len(learnt)} pictures; {LEAST_PICTURES} are needed"
+        )
     return Mixture(cluster.model, learnt, learnt[0])
 
 

@@ -64,7 +64,7 @@ def rules(promised_seconds: float) -> list[Rule]:
         Rule("undeserved 5xx", "one healthy replica is enough", 0, "", find_undeserved),
         Rule("no reason", "a refusal says why", 0, "", find_unreasoned),
         Rule("slow", answer, promised_seconds + 2, "s", find_slow),
-        Rule("held up", "of the answer, once a fault is noticed", HELD_UP_SECONDS, "s", find_held_up),
+        Rule("held up", "likewise, once a fault is noticed", HELD_UP_SECONDS, "s", find_held_up),
         Rule("not recovered", "in shares of the fault's own limit", 1, "", find_unrecovered),
         Rule("orphans", "of a launcher that was killed", 10, "s", find_orphans),
         Rule("ended", "no launcher ends unless a fault ends it", 0, "", find_ended),
@@ -130,7 +130,7 @@ def find_slow(history: History) -> Iterator[Case]:
 
 
 def find_held_up(history: History) -> Iterator[Case]:
-    """What begins well after a fault has, and before anything else is wrong, is not held up by it."""
+    """What begins when a fault must have been noticed is not held up by it."""
     for attempt in _answered(history):
         for fault in history.of(Fault):
             if fault.begin + KINDS[fault.fault].noticed <= attempt.time <= fault.end:

@@ -18,6 +18,7 @@ from service.chaos.history import (
 )
 
 PROMISED = 20.0
+STOPPED = Fault(fault="stop_java", replica=0, seconds=15, calm=1, begin=40, end=55, recovered=56)
 GOOD = Attempt(
     request=1,
     attempt=1,
@@ -74,8 +75,7 @@ def using(pid: int, megabytes_per_minute: float, per_minute: float = 0) -> list[
         # It was stopped meanwhile.
         [replace(GOOD, seconds=24), replace(KILLED, fault="stop_nginx_worker", begin=45)],
         # The gateway has not noticed the fault yet.
-        [replace(GOOD, seconds=5),
-         replace(KILLED, fault="stop_java", replica=0, begin=45, end=55, recovered=56)],
+        [replace(GOOD, seconds=5), replace(STOPPED, begin=45)],
         # More came than fits.
         [replace(KILLED, fault="crowd"), replace(GOOD, status=429, reason="TooManyRequests")],
         [replace(KILLED, fault="crowd"),
@@ -116,8 +116,7 @@ def test_promises_that_were_kept(records: list[Record]) -> None:
         ("undeserved 5xx", [replace(GOOD, status=500, reason="x"), replace(KILLED, fault="crowd")]),
         ("no reason", [replace(REFUSED, reason="")]),
         ("slow", [replace(GOOD, seconds=24)]),
-        ("held up", [replace(GOOD, seconds=5),
-                     replace(KILLED, fault="stop_java", replica=0, begin=40, end=55, recovered=56)]),
+        ("held up", [replace(GOOD, seconds=5), STOPPED]),
         ("not recovered", [replace(KILLED, recovered=None)]),
         ("not recovered", [replace(KILLED, recovered=90)]),
         ("orphans", [replace(KILLED, fault="kill_launcher", cleared=15)]),

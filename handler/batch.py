@@ -7,7 +7,6 @@ of every request which sent them.
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -142,8 +141,9 @@ class Batch:
                 for image in passed:
                     image.outcome = error
             else:
-                for image, probabilities in zip(passed, outcome, strict=True):
-                    self._give_result(image, probabilities)
+                finite = np.isfinite(outcome.sum(axis=1)).tolist()
+                for image, probabilities, usable in zip(passed, outcome, finite, strict=True):
+                    self._give_result(image, probabilities if usable else None)
         return decoded.seconds
 
     def _decode(self, images: Mapping[Decoding, BatchImage]) -> Iterator[Decoding]:
@@ -157,9 +157,9 @@ class Batch:
                 image.outcome = error
             yield decoding
 
-    def _give_result(self, image: BatchImage, probabilities: NDArray[np.float32]) -> None:
-        """`probabilities` is float32 [C]."""
-        if not isfinite(probabilities.sum()):
+    def _give_result(self, image: BatchImage, probabilities: NDArray[np.float32] | None) -> None:
+        """`probabilities` is float32 [C]; None if some are not finite."""
+        if probabilities is None:
             message = "the model gave no finite probabilities"
             image.outcome = self.failures.report(message, image.request_ids)
         elif image.decoding and image.decoding.picture:

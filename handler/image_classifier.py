@@ -15,8 +15,6 @@ from pathlib import Path
 from time import perf_counter, time
 from typing import Any
 
-import torch
-
 from handler import metrics
 from handler.accounting import Accounts, describe_worker, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
@@ -24,7 +22,7 @@ from handler.base import BaseHandler
 from handler.batch import Batch, Row
 from handler.cache import ResultCache
 from handler.decoders import choose_decoder
-from handler.engines import load_engine
+from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
 from handler.golden import MAX_ERROR
@@ -86,7 +84,7 @@ class ImageClassifier(BaseHandler):
             **self.identity,
             engine=self.engine.name,
             device=self.engine.device,
-            threads=torch.get_num_threads(),
+            threads=self.threads,
             startup_ms=milliseconds(perf_counter() - started),
         )
 
@@ -116,8 +114,9 @@ class ImageClassifier(BaseHandler):
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self._warn_of_errors()
+        self.threads = share_of_cores(self.settings, workers)
         self.decoder, reason = choose_decoder(
-            self.card.transform, self.settings, self.engine.device, torch.get_num_threads()
+            self.card.transform, self.settings, self.engine.device, self.threads
         )
         if reason:
             log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
@@ -281,7 +280,7 @@ class ImageClassifier(BaseHandler):
             "int8": card.int8,
             "decoder": self.decoder.name,
             "device": self.engine.device,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "libraries": {name: version(name) for name in LIBRARIES}
             | {"python": platform.python_version()},
             "packaged_with": card.packaged_with,

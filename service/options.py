@@ -159,7 +159,8 @@ class ModelOptions:
         type=_workers,
     )
     workers_per_gpu: int | None = _option(
-        "if --workers does not say (default: the cores shared among the GPUs, at most 4)",
+        "if --workers does not say (default: half of the cores, shared among the GPUs, but at most "
+        "8, and one for each 2 GiB of a GPU's memory)",
         "N",
         type=number(1, 64),
     )

@@ -100,7 +100,7 @@ class Batch:
             except RequestError as error:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
-                image = BatchImage(self.failures.report(UNPROCESSED, [request_id], bug))
+                image = BatchImage(self.failures.error_of_one(UNPROCESSED, [request_id], bug))
             if request_id not in image.request_ids:
                 image.request_ids.append(request_id)
             opened.append(image)
@@ -152,8 +152,8 @@ class Batch:
             self.step()
             if error := decoding.error:
                 image = images[decoding]
-                if not isinstance(error, RequestError):  # a bug of ours
-                    error = self.failures.report(UNPROCESSED, image.request_ids, error)
+                if not isinstance(error, RequestError):
+                    error = self.failures.error_of_one(UNPROCESSED, image.request_ids, error)
                 image.outcome = error
             yield decoding
 

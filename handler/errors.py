@@ -15,7 +15,7 @@
       413  TooManyImages      more images than max_images
       415  UnsupportedFormat  an image or document of a format outside the list
       500  ModelFailed        the log has the cause under the request id
-      507  OutOfResources     the GPU has no memory for the image, or it failed
+      507  OutOfResources     worker or GPU have no memory for the image, or the GPU failed
 
 The class name is the `type` of the answer, so renaming one changes the API.
 """
@@ -90,6 +90,6 @@ class ModelFailed(RequestError):
 
 
 class OutOfResources(RequestError):
-    """The GPU has no memory left for the image, or it failed and its worker is being replaced."""
+    """Worker or GPU have no memory for the image, or the GPU failed and its worker is replaced."""
 
     status = 507

@@ -204,7 +204,8 @@ class ImageClassifier(BaseHandler):
         except RequestError as error:
             return error
         except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
-            return self.failures.report("the request could not be read", [request_id], bug)
+            message = "the request could not be read"
+            return self.failures.error_of_one(message, [request_id], bug)
 
     def inference(self, preprocessed: tuple[Batch, list[Row]]) -> list[Row]:
         """Give every image of every row its outcome, in passes that the rows share."""

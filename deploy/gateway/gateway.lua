@@ -74,8 +74,8 @@ function gateway.leave()
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
--- that the handler gives would come again, unless it is the GPU's; a worker that died (500, and 507
--- after kill -9) has neighbours even in a replica that is alone.
+-- that the handler gives would come again, unless it is memory or the GPU (507); a worker that died (500,
+-- and 507 after kill -9) has neighbours even in a replica that is alone.
 local function try_again_at(reply, tried)
     if reply.status == 507 or reply.status == 500 and not reply.by_handler then
         return replicas.another_than(tried) or tried

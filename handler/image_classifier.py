@@ -19,7 +19,7 @@ from handler import metrics
 from handler.accounting import Accounts, describe_worker, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.base import BaseHandler
-from handler.batch import Batch, Row
+from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
@@ -27,7 +27,7 @@ from handler.errors import MalformedRequest, ModelFailed, OutOfResources, Reques
 from handler.failures import GPU_FAILED, Failures
 from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
-from handler.headers import is_probe
+from handler.headers import is_probe, read_deadline
 from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
 from handler.model_card import ModelCard
@@ -181,25 +181,35 @@ class ImageClassifier(BaseHandler):
         """TorchServe's rows to Rows with images whose decoding has begun, or with errors."""
         batch = Batch(self.settings, self.decoder, self.cache, self.failures, self.pulse.step)
         rows = []
+        arrival = time()
         for index, fields in enumerate(data):
             started = perf_counter()
             request_id, headers = self.context.get_request_id(index), self._headers(index)
-            row = Row(request_id, headers, self._read(request_id, fields, headers))
+            row = Row(request_id, headers, self._read(request_id, fields, headers, arrival))
             if isinstance(row.request, ImageRequest):
-                use_cache = not is_probe(headers)
-                row.images = batch.open_images(row.request.images, request_id, use_cache=use_cache)
+                row.images = batch.open_images(
+                    row.request.images,
+                    request_id,
+                    use_cache=not is_probe(headers),
+                    deadline=read_deadline(headers, arrival),
+                )
             row.seconds["preprocess"] = perf_counter() - started
             rows.append(row)
         return batch, rows
 
     def _read(
-        self, request_id: str, fields: Mapping[str, Any], headers: Mapping[str, Any]
+        self,
+        request_id: str,
+        fields: Mapping[str, Any],
+        headers: Mapping[str, Any],
+        arrival: float,
     ) -> ImageRequest | RequestError:
         if self.failures.gpu_lost:
             return OutOfResources(GPU_FAILED)
         try:
             if headers.get("explain") == "True":
                 raise MalformedRequest("explanations are not offered; use /predictions")
+            check_deadline(read_deadline(headers, arrival))
             return read_request(fields, headers, len(self.card.labels), self.settings)
         except RequestError as error:
             return error

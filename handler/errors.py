@@ -15,6 +15,7 @@
       413  TooManyImages      more images than max_images
       415  UnsupportedFormat  an image or document of a format outside the list
       500  ModelFailed        the log has the cause under the request id
+      504  DeadlineExceeded   nobody waits for the answer any more
       507  OutOfResources     worker or GPU have no memory for the image, or the GPU failed
 
 The class name is the `type` of the answer, so renaming one changes the API.
@@ -87,6 +88,12 @@ class ModelFailed(RequestError):
     """The model did not give a usable result; the log has the cause under the request id."""
 
     status = 500
+
+
+class DeadlineExceeded(RequestError):
+    """The time that the client, or the gateway, waits for an answer is over."""
+
+    status = 504
 
 
 class OutOfResources(RequestError):

@@ -99,7 +99,9 @@ def _parts(
         if name == "body" and _is_form(value, headers, content_type):
             parts += read_form(value, content_type, settings.max_images)
         else:
-            parts.append(Part(name.partition(REPEATED)[0], value))
+            # Bytes from here on: whoever copies them later, such as BytesIO, gets them for nothing.
+            data = bytes(value) if isinstance(value, bytearray) else value
+            parts.append(Part(name.partition(REPEATED)[0], data))
     return parts
 
 
@@ -222,8 +224,8 @@ def _check_count(images: int, settings: Settings) -> None:
 
 def _bytes(value: Any) -> bytes:
     """A part's value, which TorchServe hands over as bytes, str (text/*) or parsed JSON."""
-    if isinstance(value, bytes | bytearray):
-        return bytes(value)
+    if isinstance(value, bytes):
+        return value
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "replace")
 

@@ -15,7 +15,7 @@ import handler.decoders
 import handler.failures
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
-from tests.drawing import RED, encode, plain
+from tests.drawing import GREEN, RED, encode, plain
 from tests.unit.handler.worker import (
     JPEG,
     PNG,
@@ -29,6 +29,17 @@ from tests.unit.handler.worker import (
 )
 
 pytestmark = pytest.mark.usefixtures("isolation")
+
+
+def test_an_image_without_finite_probabilities_fails_alone(classifier: ImageClassifier) -> None:
+    def second_is_not_finite(images: Tensor) -> Tensor:
+        probabilities = torch.full((len(images), 3), 1 / 3)
+        probabilities[1, 2] = float("inf")
+        return probabilities
+
+    classifier.engine = Fake(second_is_not_finite)
+    replies = ask(classifier, {"body": JPEG}, {"body": PNG}, {"body": encode(plain(GREEN))})
+    assert [reply.status for reply in replies] == [200, 500, 200]
 
 
 @pytest.mark.parametrize("fail", [broken, not_a_number, one_too_few])

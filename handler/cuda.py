@@ -100,7 +100,7 @@ class Cuda(Engine):
         """
         pool = torch.cuda.graph_pool_handle() if self._on_gpu else None
         # The largest first: the others then find their memory in the pool that it made.
-        passes = {size: self._prepare(model, size, pool) for size in reversed(self.sizes)}
+        passes = {size: capture(model, self._input[:size], pool) for size in reversed(self.sizes)}
         # After all of them, and twice, for then their memory holds what other passes left there: a
         # fused convolution takes its own uninitialised result as a residual, times zero.
         for size in self.sizes * 2:
@@ -114,30 +114,6 @@ class Cuda(Engine):
             torch.cuda.empty_cache()  # what the passes without a graph took; others can use it
         self._passes = passes
         self._model = model  # the graphs read its weights, which would be freed with it
-
-    def _prepare(self, model: nn.Module, size: int, pool: Any) -> Callable[[], Tensor]:
-        """What computes the first `size` images of the input: float32 [size, C] on the device.
-
-        Its result is overwritten by the next call.
-        """
-        images = self._input[:size]
-        if not self._on_gpu:
-            return lambda: model(images)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP_PASSES):
-                model(images)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
-            output = model(images)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return output
-
-        return replay
 
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] -> float32 [B, C] on the CPU."""
@@ -188,6 +164,32 @@ class Cuda(Engine):
         except RuntimeError:
             return True
         return False
+
+
+@torch.inference_mode()
+def capture(model: nn.Module, images: Tensor, pool: Any = None) -> Callable[[], Tensor]:
+    """What computes the images that lie in this tensor when it is called, in one call of the CPU.
+
+    The next call overwrites its result, and the model's weights have to stay. `pool` is memory that
+    the graph shares with others, of `torch.cuda.graph_pool_handle`. On the CPU there is no graph.
+    """
+    if images.is_cpu:
+        return lambda: model(images)
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_PASSES):
+            model(images)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        output = model(images)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return output
+
+    return replay
 
 
 def fixed_sizes(largest: int) -> list[int]:

@@ -144,7 +144,7 @@ def _chains(network: fx.GraphModule) -> Iterator[_Chain]:
         if _fusible(before, modules):
             yield _Chain(before, None, relu)
         elif _is_add(before):
-            first, second = before.args
+            first, second = before.all_input_nodes
             # An add in place writes to its first argument, which only a convolution's may be.
             pairs = [(first, second), (second, first)][: 1 if _in_place(before) else 2]
             for convolution, residual in pairs:

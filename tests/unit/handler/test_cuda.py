@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import handler.cuda
-from handler.cuda import Cuda, blobs, fixed_sizes
+from handler.cuda import Cuda, blobs, capture, fixed_sizes
 from handler.engines import load_engine
 from handler.errors import InvalidModel, InvalidSettings
 from handler.fusion import FusedConvolution
@@ -137,13 +137,11 @@ def test_fusions_that_fail_are_not_used(
 def test_a_graph_that_computes_something_else_stops_the_start(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    prepare = Cuda._prepare
+    def wrong(model: nn.Module, images: Tensor, pool: Any) -> Callable[[], Tensor]:
+        run = capture(model, images, pool)
+        return lambda: run().flip(1) if len(images) == 4 else run()
 
-    def wrong(self: Cuda, model: nn.Module, size: int, pool: Any) -> Callable[[], Tensor]:
-        run = prepare(self, model, size, pool)
-        return lambda: run().flip(1) if size == 4 else run()
-
-    monkeypatch.setattr(Cuda, "_prepare", wrong)
+    monkeypatch.setattr(handler.cuda, "capture", wrong)
     with pytest.raises(InvalidModel, match=r"a CUDA graph of 4 images moves 0\.\d+ of the prob"):
         cuda()
 
@@ -160,10 +158,10 @@ def test_blobs_differ_from_each_other() -> None:
 
 
 def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(self: Cuda, model: nn.Module, size: int, pool: Any) -> Any:
+    def full(model: nn.Module, images: Tensor, pool: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(Cuda, "_prepare", prepare)
+    monkeypatch.setattr(handler.cuda, "capture", full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300 * 2**20, 16384 * 2**20))
     expected = "max_forward is 6, .* 300 of 16384 MiB are free; set max_forward lower"
     with pytest.raises(InvalidSettings, match=expected) as caught:

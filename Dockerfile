@@ -15,12 +15,14 @@ ARG TORCH=cpu
 RUN python3 -c 'import ensurepip' \
     || { apt-get update && apt-get install --yes --no-install-recommends python3-venv \
         && rm -rf /var/lib/apt/lists/*; }
-COPY requirements.txt ./
+COPY requirements.txt requirements-gpu.txt ./
 RUN python3 -m venv .venv \
     && if [ "$TORCH" = cpu ]; then set -- --index-url https://download.pytorch.org/whl/cpu; fi \
     && grep -E '^torch(vision)?==' requirements.txt > torch.txt \
     && .venv/bin/pip install --no-cache-dir --no-compile "$@" -r torch.txt \
-    && .venv/bin/pip install --no-cache-dir --no-compile -r requirements.txt \
+    && if [ "$TORCH" = cpu ]; then requirements=requirements.txt; \
+        else requirements=requirements-gpu.txt; fi \
+    && .venv/bin/pip install --no-cache-dir --no-compile -r "$requirements" \
     && echo /app > "$(echo .venv/lib/python3*/site-packages)/repository.pth"
 
 FROM libraries AS models

@@ -259,6 +259,7 @@ class ImageClassifier(BaseHandler):
             "precision": self.engine.precision,
             "int8": card.int8,
             "decoder": self.decoder.name,
+            "gpu_samplings": self.decoder.samplings,
             "device": self.engine.device,
             "threads": torch.get_num_threads(),
             "libraries": {name: version(name) for name in LIBRARIES}

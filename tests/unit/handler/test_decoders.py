@@ -100,7 +100,7 @@ class Counting:
         self.calls: list[int] = []
         self._decode_jpegs = decode_jpegs
 
-    def __call__(self, images: list[Tensor]) -> list[Tensor]:
+    def __call__(self, images: list[Tensor]) -> Sequence[Tensor | None]:
         self.calls.append(len(images))
         return self._decode_jpegs(images)
 
@@ -493,7 +493,7 @@ def test_pixels_of_nvimgcodec_outlive_its_own_image(codec: DecodeJpegs) -> None:
 
 # --- On a GPU
 
-LIBRARIES = {"nvimgcodec": nvimgcodec, "nvjpeg": nvjpeg}
+LIBRARIES = handler.decoders.GPU_LIBRARIES
 each_library = pytest.mark.parametrize("name", LIBRARIES)
 
 

@@ -28,7 +28,6 @@ from handler.decoders import (
     Decoding,
     GpuDecoder,
     choose_decoder,
-    nvjpeg,
     plain_sampling,
 )
 from handler.errors import InvalidSettings, UnreadableImage

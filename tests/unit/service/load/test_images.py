@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from service.load.images import BOUNDARY, ImageRequest, as_form, draw_jpeg, load_images
+from service.load.images import BOUNDARY, ImageRequest, as_form, draw_jpeg, in_forms, load_images
 
 
 def test_drawn_images_are_photographs_in_size_and_always_the_same() -> None:
@@ -40,3 +40,11 @@ def test_multipart() -> None:
     assert first.endswith(b"\r\n\r\nfirst\r\n")
     assert b'name="file2"' in second
     assert second.endswith(b"\r\n\r\nsecond\r\n")
+
+
+def test_forms_of_several_images_take_turns() -> None:
+    images = [ImageRequest(name, name.encode()) for name in ("a", "b", "c")]
+    forms = in_forms(images, 2, "mixed")
+    assert [form.name for form in forms] == ["a", "b", "c"]
+    assert {form.content_type for form in forms} == {f"multipart/mixed; boundary={BOUNDARY}"}
+    assert forms[2].body == as_form([images[2], images[0]], ["file1", "file2"]).body

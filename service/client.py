@@ -18,7 +18,7 @@ def ask(session: requests.Session, url: str, path: Path, top_k: int | None) -> d
         return _error(0, "UnreadableFile", f"{path}: {exc.strerror}")
     name = path.name[-255:].encode(errors="replace").decode()  # it may not be text at all
     options = {"filename": name} | ({} if top_k is None else {"top_k": str(top_k)})
-    form, kind = encode_multipart_formdata({"file": ("image", body)} | options)
+    form, kind = encode_multipart_formdata([("file", ("image", body)), *options.items()])
     # TorchServe would parse multipart/form-data in Java, which costs more.
     headers = {"Content-Type": kind.replace("form-data", "mixed")}
     try:

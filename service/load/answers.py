@@ -9,7 +9,7 @@ NEAR_TIE = 0.95  # of the best confidence: batches of other sizes round differen
 class Expectations:
     """The top-1 class of each image: as given, or as it was first answered.
 
-    The classes of untrained weights are all near ties, which say nothing: `classes` leaves them out.
+    The classes of untrained weights are near ties, which say nothing: `classes` leaves them out.
     """
 
     def __init__(self, given: Mapping[str, str] | None = None, *, classes: bool = True) -> None:

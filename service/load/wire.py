@@ -1,7 +1,8 @@
 """A small HTTP/1.1 client, for loads whose client must leave the cores to the server.
 
-It sends each request in one piece, keeps connections open, and reads answers with a Content-Length, as TorchServe and the gateway send them. A request costs it about half of what it
-costs aiohttp, which the load generator uses otherwise.
+It sends each request in one piece, keeps connections open, and reads answers with a Content-Length,
+as TorchServe and the gateway send them. A request costs it about half of what it costs aiohttp,
+which the load generator uses otherwise.
 """
 
 import asyncio

@@ -49,20 +49,23 @@ class Parts:
         return load_engine(self.card, self.model_dir, self.settings, gpu_id=0, workers=1)
 
     def decoders(self, engine: Engine) -> Iterator[tuple[str, int, Decoder | InvalidSettings]]:
-        """Every decoder of the settings by name and threads, or why it does not run here."""
+        """What each value of the setting `decoder` gives, and its threads, or why it does not run.
+
+        The name has both, such as "auto: nvjpeg". On a CPU `auto` is `cpu`, and left out.
+        """
         cores = available_cores()
         for name in rules_of(Settings)["decoder"].choices:
-            if name != "auto":
-                for threads in (1, cores) if name == "cpu" and cores > 1 else (cores,):
-                    settings = replace(self.settings, decoder=name)
-                    try:
-                        found, _ = choose_decoder(
-                            self.card.transform, settings, engine.device, threads
-                        )
-                    except InvalidSettings as exc:
-                        yield name, threads, exc
-                    else:
-                        yield found.name, threads, found
+            if name == "auto" and engine.device == "cpu":
+                continue
+            for threads in sorted({1, cores}) if name == "cpu" else [cores]:
+                settings = replace(self.settings, decoder=name)
+                try:
+                    found, _ = choose_decoder(self.card.transform, settings, engine.device, threads)
+                except InvalidSettings as exc:
+                    yield name, threads, exc
+                else:
+                    both = name if name == found.name else f"{name}: {found.name}"
+                    yield both, threads, found
 
     def check(self) -> None:
         """Probabilities and decoders against torch and libjpeg on the CPU, both in fp32."""
@@ -73,15 +76,14 @@ class Parts:
         pixels = [read_picture(jpeg, transform, Settings()).pixels for jpeg in self.jpegs]
         expected = in_passes(reference, pixels)
         engine = self.load()
-        auto, _ = choose_decoder(transform, self.settings, engine.device, available_cores())
-        self._compare(engine, "cpu", expected, pixels, pixels, auto.name)
-        for name, threads, decoder in self.decoders(engine):
-            if threads > 1 and name != "cpu":
+        self._compare(engine, "cpu", expected, pixels, pixels)
+        for name, _, decoder in self.decoders(engine):
+            if name != "cpu":
                 if isinstance(decoder, InvalidSettings):
                     print_row(engine=engine.name, decoder=name, reason=str(decoder))
                 else:
                     decoded = [picture.pixels for picture in decode(decoder, self.jpegs)]
-                    self._compare(engine, name, expected, pixels, decoded, auto.name)
+                    self._compare(engine, name, expected, pixels, decoded)
 
     def _compare(
         self,
@@ -90,7 +92,6 @@ class Parts:
         expected: Tensor,
         pixels: Sequence[Tensor],
         decoded: Sequence[Tensor],
-        auto: str,
     ) -> None:
         levels = [
             (one.float() - other.cpu().float()).abs().mean().item()
@@ -103,7 +104,6 @@ class Parts:
             **compare(expected, in_passes(engine, decoded)),
             mean_levels=sum(levels) / len(levels),  # of 255, from libjpeg's pixels
             largest_levels=max(levels),  # of an image's mean
-            decoder_of_auto=auto,
             trained=self.card.weights.trained,
         )
 

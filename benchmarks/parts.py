@@ -101,6 +101,8 @@ def reason_of(server: Server, limit_seconds: float) -> str | None:
 def line_of(row: Row, columns: Mapping[str, int]) -> str:
     """A row of the table; one with a reason in place of figures ends with it."""
     cells = [row.get(name) for name in columns]
+    # Shares and differences need more digits than rates.
+    cells = [f"{cell:.4f}" if isinstance(cell, float) and cell < 2 else cell for cell in cells]
     line = text_line(cells, list(columns.values()))
     return f"{line}  {row['reason']}" if row.get("reason") else line
 

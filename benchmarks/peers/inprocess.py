@@ -12,13 +12,13 @@ import os
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 from threading import BrokenBarrierError
 from typing import Any
 
 from benchmarks.images import load_rgb
-from service.load.images import ImageRequest, unique_requests
+from service.load.images import unique_requests
 
 START_SECONDS = 120  # until every process is ready
 
@@ -50,28 +50,26 @@ def make_handler(model_dir: Path, workers: int) -> tuple[Any, Any]:
     return handler, context
 
 
-def work(
-    barrier: Any, images: list[ImageRequest], batch: int, workers: int, times: Times
-) -> Result:
+def work(barrier: Any, folder: Path | None, batch: int, workers: int, times: Times) -> Result:
     """Classify as fast as this process can, at the same time as the others."""
     try:
-        return _work(barrier, images, batch, workers, times)
+        return _work(barrier, folder, batch, workers, times)
     except Exception:
         barrier.abort()  # or the others would wait for this one
         raise
 
 
-def _work(
-    barrier: Any, images: list[ImageRequest], batch: int, workers: int, times: Times
-) -> Result:
+def _work(barrier: Any, folder: Path | None, batch: int, workers: int, times: Times) -> Result:
     from ts.context import RequestProcessor
 
     # A worker's log lines are written as well, to nowhere.
     with Path(os.devnull).open("w") as nowhere:
         logging.basicConfig(stream=nowhere, level=logging.INFO, format="%(message)s")
         handler, context = make_handler(Path(os.environ["BENCHMARK_MODEL_DIR"]), workers)
-        # No image comes twice: the handler decodes those of a batch that are equal once.
-        rows = ({"body": bytearray(image.body)} for image in unique_requests(images))
+        # No image is in a batch twice: the handler decodes those that are equal once.
+        images = load_rgb(folder)
+        different = list(islice(unique_requests(images), max(len(images), batch)))
+        rows = ({"body": bytearray(image.body)} for image in cycle(different))
 
         def call() -> None:
             context.request_ids = {index: f"{index}" for index in range(batch)}
@@ -95,9 +93,7 @@ def _work(
         return len(taken) * batch, now - begin, taken
 
 
-def measure(
-    images: list[ImageRequest], batch: int, processes: int, workers: int, times: Times
-) -> None:
+def measure(folder: Path | None, batch: int, processes: int, workers: int, times: Times) -> None:
     """One row. Raises what a process raised, and BrokenProcessPool if one died."""
     from service.load.measurement import percentile
 
@@ -105,7 +101,7 @@ def measure(
     with spawn.Manager() as manager, ProcessPoolExecutor(processes, spawn) as pool:
         barrier = manager.Barrier(processes)
         futures = [
-            pool.submit(work, barrier, images, batch, workers, times) for _ in range(processes)
+            pool.submit(work, barrier, folder, batch, workers, times) for _ in range(processes)
         ]
         # One that fails is the cause; the others then find the barrier broken.
         errors = [error for future in futures if (error := future.exception())]
@@ -132,13 +128,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=8)
     parser.add_argument("--warmup-seconds", type=float, default=1)
     args = parser.parse_args()
-    images = load_rgb(args.images)
     times = Times(args.warmup_seconds, args.seconds)
     if args.one_request:  # the time of one request, with the cores that a worker has
-        measure(images, 1, 1, max(args.processes), times)
+        measure(args.images, 1, 1, max(args.processes), times)
     for processes in args.processes:
         for batch in args.batches:
-            measure(images, batch, processes, processes, times)
+            measure(args.images, batch, processes, processes, times)
 
 
 if __name__ == "__main__":

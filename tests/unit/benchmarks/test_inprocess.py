@@ -29,7 +29,7 @@ def run(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
     environ = {"PYTHONPATH": f"{folder}:{ROOT}", "BENCHMARK_MODEL_DIR": str(folder)}
     command = [sys.executable, PEERS / "inprocess.py", "--processes", "2", "--seconds", "1"]
     return subprocess.run(
-        command, env=os.environ | environ, capture_output=True, text=True, timeout=60, check=False
+        command, env=os.environ | environ, capture_output=True, text=True, timeout=150, check=False
     )
 
 

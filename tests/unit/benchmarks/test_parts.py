@@ -39,7 +39,7 @@ print(json.dumps({"batch": 64, "reason": "no memory"}))
         "",
         "A part (at most 30 s)",
         "batch    rate",
-        "8         0.5",
+        "8      0.5000",
         "64          -  no memory",
     ]
 

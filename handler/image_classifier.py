@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
@@ -26,6 +27,7 @@ from handler.decoders import choose_decoder
 from handler.engines import load_engine
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
+from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
 from handler.headers import is_probe
 from handler.logs import log_line, quiet_torchserve, set_level
@@ -113,6 +115,7 @@ class ImageClassifier(BaseHandler):
         self.failures = Failures(self.identity, self._hand_over)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
+        self._warn_of_errors()
         self.decoder, reason = choose_decoder(
             self.card.transform, self.settings, self.engine.device, torch.get_num_threads()
         )
@@ -125,6 +128,23 @@ class ImageClassifier(BaseHandler):
         pass_seconds = warm_up(self.engine, self.card.transform, batch_size, rounds)
         self.metrics.set(metrics.WARM_UP, perf_counter() - started)
         self.pulse = Pulse(model_dir, pass_seconds)
+
+    def _warn_of_errors(self) -> None:
+        """Say which engines do not give the network's own answers, used or not."""
+        errors = dict(self.engine.refused)
+        if self.engine.golden_error is not None and not self.engine.golden_error <= MAX_ERROR:
+            errors[self.engine.name] = self.engine.golden_error
+        if errors:
+            log_line(
+                logging.WARNING,
+                "engine_chosen",
+                engine=self.engine.name,
+                golden_errors={
+                    name: round(error, 4) if isfinite(error) else None
+                    for name, error in errors.items()
+                },
+                limit=MAX_ERROR,
+            )
 
     def _hand_over(self) -> None:
         """Write what was counted and not yet written: the process is about to end."""
@@ -257,6 +277,7 @@ class ImageClassifier(BaseHandler):
             "weights": asdict(card.weights),
             "engine": self.engine.name,
             "precision": self.engine.precision,
+            "golden_error": self.engine.golden_error,
             "int8": card.int8,
             "decoder": self.decoder.name,
             "device": self.engine.device,

@@ -45,7 +45,8 @@ class Settings:
     )
     precision: str = setting(
         "auto",
-        "`auto`: the fastest that there is; `fp16` is for GPUs, `int8` for CPUs; set by "
+        "`auto`: the fastest that gives the network's own answers; `fp16` is for GPUs, `int8` for "
+        "CPUs; set by "
         "`--precision`",
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
     )

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from urllib3 import encode_multipart_formdata
 
 TIMEOUT_SECONDS = 60
 
@@ -18,11 +17,13 @@ def ask(session: requests.Session, url: str, path: Path, top_k: int | None) -> d
         return _error(0, "UnreadableFile", f"{path}: {exc.strerror}")
     name = path.name[-255:].encode(errors="replace").decode()  # it may not be text at all
     options = {"filename": name} | ({} if top_k is None else {"top_k": str(top_k)})
-    form, kind = encode_multipart_formdata([("file", ("image", body)), *options.items()])
-    # TorchServe would parse multipart/form-data in Java, which costs more.
-    headers = {"Content-Type": kind.replace("form-data", "mixed")}
     try:
-        response = session.post(url, data=form, headers=headers, timeout=TIMEOUT_SECONDS)
+        form = requests.Request(
+            "POST", url, files={"file": ("image", body)}, data=options
+        ).prepare()
+        # TorchServe would parse multipart/form-data in Java, which costs more.
+        headers = {"Content-Type": form.headers["Content-Type"].replace("form-data", "mixed")}
+        response = session.post(url, data=form.body, headers=headers, timeout=TIMEOUT_SECONDS)
     except requests.RequestException as exc:
         return _error(0, type(exc).__name__, f"{url} does not answer: is ./scripts/serve running?")
     try:

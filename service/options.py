@@ -136,8 +136,8 @@ class ModelOptions:
         type=_device_ids,
     )
     precision: str = _option(
-        "auto: the fastest there is: int8 with --calibration, bf16 if CPU or GPU have it, "
-        "fp16 on other GPUs, fp32 (default: %(default)s)",
+        "auto: the fastest that gives the network's own answers, of int8 with --calibration, bf16 "
+        "if the CPU has it and fp32, or of fp16, bf16 and fp32 on a GPU (default: %(default)s)",
         default="auto",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
     )

@@ -27,7 +27,7 @@ def run(folder: Path, fault: str) -> subprocess.CompletedProcess[str]:
     (folder / "MAR-INF").mkdir()
     (folder / "MAR-INF" / "MANIFEST.json").write_text("{}")
     environ = {"PYTHONPATH": f"{folder}:{ROOT}", "BENCHMARK_MODEL_DIR": str(folder)}
-    command = [sys.executable, PEERS / "inprocess.py", "--processes", "2", "--seconds", "1"]
+    command = [sys.executable, str(PEERS / "inprocess.py"), "--processes", "2", "--seconds", "1"]
     return subprocess.run(
         command, env=os.environ | environ, capture_output=True, text=True, timeout=150, check=False
     )

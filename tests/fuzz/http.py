@@ -68,7 +68,7 @@ class Findings:
     seconds: float = 0.0
 
 
-def parse(stream: bytes, sent: Mutated) -> tuple[list[Answer], bytes]:
+def parse(stream: bytes, sent: Mutated, echoes: bool) -> tuple[list[Answer], bytes]:
     """The answers on a connection, and what is left of the stream."""
     answers = []
     while match := HEAD.match(stream):
@@ -85,13 +85,26 @@ def parse(stream: bytes, sent: Mutated) -> tuple[list[Answer], bytes]:
         taken = take_body(stream[match.end() :], headers)
         if taken is None:
             break
-        marked = MARK.fullmatch(headers.get("x-request-id", ""))
-        if marked and marked[0].encode() not in sent.data:
-            raise ValueError(f"the answer to {marked[0]} came to {sent.number}")
-        who = marked[1] if marked and int(marked[2]) == sent.number else ""
         body, stream = taken
+        who = asker(headers, body, sent) if echoes else asker_by_length(headers, body)
         answers.append(Answer(status, who, body))
     return answers, stream
+
+
+def asker(headers: Mapping[str, str], body: bytes, sent: Mutated) -> str:
+    """Who asked, by the id that the stand-in repeats; "" if nginx itself has answered."""
+    marked = MARK.fullmatch(headers.get("x-request-id", ""))
+    if marked and marked[0].encode() not in sent.data:
+        raise ValueError(f"the answer to {marked[0]} came to {sent.number}")
+    return marked[1] if marked and int(marked[2]) == sent.number else ""
+
+
+def asker_by_length(headers: Mapping[str, str], body: bytes) -> str:
+    """The same from the handler's refusal of a body, which says how many bytes it had."""
+    if "x-model-version" not in headers:
+        return ""
+    match = re.match(r"(\d+) bytes", json.loads(body).get("message", ""))
+    return {"5": "inner", "4": "tail"}.get(match[1] if match else "", "outer")
 
 
 def take_body(stream: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes] | None:
@@ -114,7 +127,7 @@ def take_body(stream: bytes, headers: Mapping[str, str]) -> tuple[bytes, bytes] 
 def judge(mutated: Mutated, stream: bytes, in_time: bool, echoes: bool) -> str:
     """What is wrong with the answers on a connection; "" if nothing is."""
     try:
-        answers, rest = parse(stream, mutated)
+        answers, rest = parse(stream, mutated, echoes)
     except ValueError as error:
         return str(error)
     statuses = [answer.status for answer in answers]
@@ -123,8 +136,8 @@ def judge(mutated: Mutated, stream: bytes, in_time: bool, echoes: bool) -> str:
         return f"not done after {HANG_SECONDS} s, with {statuses}"
     if undeserved := UNDESERVED & {*statuses}:
         return f"undeserved {undeserved}"
-    if sorted({*askers}, key=ORDER.index) != askers:
-        return f"out of step: {askers}"
+    if sorted({*askers}, key=ORDER.index) != askers and (echoes or mutated.inner != "unknown"):
+        return f"out of step: {askers}"  # damage to a length would look like that, too
     if mutated.inner == "unknown":
         return ""
     if rest:
@@ -153,7 +166,7 @@ async def exchange(port: int, mutated: Mutated) -> tuple[bytes, bool]:
             quiet = QUIET_SECONDS if stream and mutated.inner == "unknown" else left
             try:
                 piece = await asyncio.wait_for(reader.read(65536), quiet)
-            except TimeoutError:
+            except asyncio.TimeoutError:  # not the builtin one before Python 3.11
                 return stream, quiet < left
             if not piece:
                 return stream, True

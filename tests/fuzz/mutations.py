@@ -212,8 +212,8 @@ def behind(number: int, rng: random.Random) -> Mutated:
             (head(number), b""),
             (head(number, b"Content-Length: 0"), b""),
             (head(number, b"Transfer-Encoding: chunked") + b"0\r\n\r\n", b""),
-            (head(number, b"Content-Length: 5") + b"outer", b"outer"),
-            (head(number, b"Transfer-Encoding: chunked") + chunked(b"outer", rng), b"outer"),
+            (head(number, b"Content-Length: 7") + b"outer-1", b"outer-1"),
+            (head(number, b"Transfer-Encoding: chunked") + chunked(b"outer-1", rng), b"outer-1"),
         )
     )
     return Mutated(number, "behind", start + inner(number, rng) + tail(number), "behind", body)

@@ -59,11 +59,11 @@ class Choices:
     def one_of(self, options: Sequence[T]) -> T:
         return options[self.number(len(options))]
 
-    def bytes(self, most: int) -> bytes:
+    def blob(self, most: int) -> bytes:
         return self._take(self.number(most + 1))
 
     def text(self, most: int) -> str:
-        return self.bytes(most).decode("utf-8", "replace")
+        return self.blob(most).decode("utf-8", "replace")
 
     def rest(self) -> bytes:
         return self._take(len(self._data))

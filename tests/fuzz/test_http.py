@@ -60,11 +60,11 @@ def answer(who: str, status: str = "200 OK") -> bytes:
 )
 def test_planted_answers_are_found(inner: str, answers: list[bytes], wrong: str) -> None:
     mutated = Mutated(7, "planted", SENT, inner)  # type: ignore[arg-type]
-    said = judge(mutated, b"".join(answers), in_time=True, echoes=False)
+    said = judge(mutated, b"".join(answers), in_time=True, echoes=True)
     assert said.startswith(wrong)
     assert bool(said) == bool(wrong)
 
 
 def test_a_hang_is_found() -> None:
     mutated = Mutated(7, "planted", SENT, "unknown")
-    assert judge(mutated, answer(OUTER), in_time=False, echoes=False).startswith("not done after")
+    assert judge(mutated, answer(OUTER), in_time=False, echoes=True).startswith("not done after")

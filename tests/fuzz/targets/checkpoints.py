@@ -39,7 +39,8 @@ def check(data: bytes) -> None:
         for name, tensor in table.items():
             assert isinstance(name, str)
             assert isinstance(tensor, torch.Tensor)
-            tensor.detach().flatten()[:1].tolist()  # its memory is there
+            if tensor.layout == torch.strided and tensor.device.type == "cpu":
+                tensor.detach().flatten()[-1:].tolist()  # its memory is there
 
 
 def whole(data: bytes) -> bytes:

@@ -15,7 +15,7 @@ MARKS = '\\";%\r\n\0'  # which file names have their own spelling for
 def check(data: bytes) -> None:
     choices = Choices(data)
     count = 1 + choices.number(SETTINGS.max_images)
-    images = [b"\xff" + choices.bytes(60) for _ in range(count)]  # none looks like JSON
+    images = [b"\xff" + choices.blob(60) for _ in range(count)]  # none looks like JSON
     top_k = 1 + choices.number(CLASSES) if choices.chance() else None
     filename = choices.text(20) if choices.chance() else None
     build = choices.one_of((raw, as_json, as_form))

@@ -72,7 +72,7 @@ def by_pillow(data: bytes) -> tuple[Pixels, int] | None:
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return None
     try:
-        turn = TURNS.get(image.getexif().get(0x0112))
+        turn = TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:
         turn = None
     tolerance = 0

@@ -204,7 +204,7 @@ def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Setti
     if value is None:
         return min(settings.top_k, classes)
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        value = int(value)
+        value = int(value.strip())  # \s are more than int() takes: "3\x1d"
     if type(value) is not int or not 1 <= value <= classes:
         raise InvalidTopK(f"top_k must be a whole number from 1 to {classes}")
     return value

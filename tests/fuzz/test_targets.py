@@ -1,0 +1,58 @@
+"""The short form: what once failed, then some thousand mutations of each target."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.fuzz.running import describe, run
+from tests.fuzz.target import FOLDER, NAMES, Target, load, regressions
+from tests.fuzz.worker import Recorder
+
+EXECUTIONS = 2000
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        pytest.param(name, path, id=f"{name}-{path.name}")
+        for name in NAMES
+        for path in regressions(name)
+    ],
+)
+def test_what_once_failed(name: str, path: Path) -> None:
+    load(name).check(path.read_bytes())
+
+
+def test_every_regression_is_of_a_target() -> None:
+    assert {folder.name for folder in (FOLDER / "regressions").iterdir()} <= {*NAMES}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_is_found(name: str) -> None:
+    result = run(name, EXECUTIONS, 60, seed=1)
+    said = "\n".join(map(result.text, result.findings))
+    assert not result.findings, said
+    assert result.executions >= EXECUTIONS, describe([result])
+
+
+def planted(kind: str) -> Target:
+    """A parser with a fault behind a word that only the tokens have."""
+
+    def check(data: bytes) -> None:
+        if b"word" in data and kind == "error":
+            raise KeyError("planted")
+        if b"word" in data and kind == "slow":
+            sum(range(20_000_000))
+
+    return Target(check=check, seeds=lambda: [b"seed"], tokens=(b"word",), cpu_seconds=0.1)
+
+
+@pytest.mark.parametrize(("kind", "error"), [("error", "KeyError"), ("slow", "TimeoutError")])
+def test_a_planted_fault_is_found_and_kept(kind: str, error: str, tmp_path: Path) -> None:
+    target = planted(kind)
+    tried = Recorder(target, tmp_path)
+    for data in (b"seed", b"a word", b"word", b"words"):
+        tried(data)
+    [text] = tmp_path.glob("*.txt")
+    assert error in text.read_text("utf-8")
+    assert text.with_suffix("").read_bytes() == b"a word"

@@ -29,7 +29,7 @@ def check(data: bytes) -> None:
             settings = GatewaySettings.load(variables(rest, GATEWAY_PREFIX))
             check_rules(settings)
             assert sum(settings.weights().values()) in (0, 100)
-            settings.metrics_networks()
+            settings.networks("metrics_allow")
         else:
             check_rules(read_tuned(as_file(rest, ".yaml"), "m").options)
     except InvalidSettings as error:

@@ -98,15 +98,23 @@ function health.health()
     answer("health", 1, make_health)
 end
 
--- The handler's own description of the model, verbatim, from the first replica that gives one.
+-- The handler's own description of the model, verbatim, from the first replica that gives one. One that
+-- still loads is not asked: it would answer when it has, or never.
 function health.info()
     if not places.take() then
         return ngx.exit(429)
     end
     local target = ngx.var.described
     answer("info " .. target, 10, function()
+        local asked = {}
         for replica = 0, settings.management - 1 do
-            local reply = ngx.location.capture(("/_describe/%d/%s"):format(replica, target))
+            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
+        end
+        for i, state in ipairs { ngx.location.capture_multi(asked) } do
+            local reply = { status = 503 }
+            if is_ready(state) then
+                reply = ngx.location.capture(("/_describe/%d/%s"):format(i - 1, target))
+            end
             local text = reply.status == 200 and reply.body:match '"customizedMetadata":%s*(%b{})'
             local facts = text and cjson.decode(text)
             if facts and facts.model then

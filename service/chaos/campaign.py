@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 
 import psutil
@@ -197,7 +198,11 @@ def report(history: History, verdicts: Sequence[Verdict], seed: int) -> bool:
         "faults": sum(fault.possible for fault in faults),
         "not_possible": sorted({fault.fault for fault in faults if not fault.possible}),
         "broken": {verdict.rule.name: len(verdict.broken) for verdict in verdicts},
-        "worst": {verdict.rule.name: verdict.worst and verdict.worst.value for verdict in verdicts},
+        "worst": {
+            verdict.rule.name: float(verdict.worst.value)
+            for verdict in verdicts
+            if verdict.worst and isfinite(verdict.worst.value)
+        },
     }
     print(f"\n{json.dumps(line)}", flush=True)
     return clean

@@ -19,7 +19,7 @@ from service.processes import wait_until
 from service.torchserve.config import ROOT
 from service.torchserve.management import Management, UnknownModel, direct_session
 
-DISK_BYTES = 256 * 2**20  # of each replica's TMPDIR, if a file system can be mounted for it
+DISK_BYTES = 256 * 2**20  # of each TMPDIR, if a file system can be mounted for it
 RESPONSE_SECONDS = 20  # the longest that the gateway may let a client wait
 CLEAR_SECONDS = 15  # for what is left of a launcher that was killed
 CLONE_NEWNS = 0x00020000  # linux/sched.h
@@ -142,9 +142,6 @@ class Cluster:
         command += [f"--workers={self.workers[number]}", "--host=127.0.0.1", "--log-format=json"]
         command += [f"--port={base}", f"--management-port={base + 1}", f"--metrics-port={base + 2}"]
         folder = self._make_folder(f"r{number}")
-        if self.has_disks:
-            options = f"size={DISK_BYTES}"
-            self.has_disks = run_tool("mount", "-t", "tmpfs", "-o", options, "none", folder / "tmp")
         environ = environ | {"TMPDIR": str(folder / "tmp"), SWITCH: str(folder / "hang")}
         return Unit(number, command, environ, [base, base + 1, base + 2], folder)
 
@@ -171,6 +168,9 @@ class Cluster:
         (folder / "tmp").mkdir(parents=True)
         for path in (self.folder, folder, folder / "tmp"):
             path.chmod(0o755)  # nginx's workers are nobody's if we are root
+        if self.has_disks:
+            options = f"size={DISK_BYTES},mode=755"
+            self.has_disks = run_tool("mount", "-t", "tmpfs", "-o", options, "none", folder / "tmp")
         return folder
 
     def __enter__(self) -> "Cluster":
@@ -187,8 +187,8 @@ class Cluster:
                 self.history.add(Left(what=what))
 
     def unmount(self) -> None:
-        """What was mounted for the replicas; to be called when everything has ended."""
-        for unit in self.replicas if self.has_disks else []:
+        """What was mounted for the units; to be called when everything has ended."""
+        for unit in self.units if self.has_disks else []:
             run_tool("umount", unit.temporary)
 
     def management(self, replica: int) -> Management:
@@ -224,11 +224,13 @@ class Cluster:
         for replica, expected in enumerate(self.workers):
             try:
                 pids = self.worker_pids(replica)
-                statuses = [psutil.Process(pid).status() for pid in pids]
+                able = [
+                    pid for pid in pids if psutil.Process(pid).status() != psutil.STATUS_STOPPED
+                ]
             except (requests.RequestException, UnknownModel, psutil.Error) as exc:
                 return f"replica {replica}: {type(exc).__name__}"
-            if len(pids) != expected or psutil.STATUS_STOPPED in statuses:
-                return f"replica {replica}: {len(pids)} of {expected} workers are ready"
+            if not len(able) == len(pids) == expected:
+                return f"replica {replica}: {len(able)} of {expected} workers are ready and run"
         try:
             with direct_session() as session:
                 url = f"http://127.0.0.1:{self.gateway.ports[0]}/health"

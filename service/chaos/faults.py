@@ -22,9 +22,10 @@ from service.processes import wait_until
 from service.torchserve.config import ROOT
 
 MARGIN_BYTES = 8 * 2**20  # that a worker may still take under memory pressure
-LARGE_IMAGES = 12  # at once under memory pressure
+LARGE_IMAGES = 12  # at once
 PAUSE_SECONDS = 10  # of a worker, after which it is not continued
 CROWD = 300  # requests at once, more than the gateway lets in for one client
+SLOW_BODIES = 80  # at once
 FORMS = 50  # broken ones at once
 SCALE_SECONDS = 120
 NEW_KEY_SECONDS = 15
@@ -118,16 +119,21 @@ def hung_model(scene: Scene, step: Step) -> Iterator[None]:
 
 @fault
 def full_disk(scene: Scene, step: Step) -> Iterator[None]:
+    """TMPDIR of a replica and of the gateway."""
     if not scene.cluster.has_disks:
         raise NotPossible("no file system can be mounted for TMPDIR")
-    filler = scene.cluster.replicas[step.replica].temporary / "filler"
+    units = scene.cluster.replicas[step.replica], scene.cluster.gateway
+    fillers = [unit.temporary / "filler" for unit in units]
     try:
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        for filler in fillers:
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+        scene.traffic.burst(LARGE_IMAGES, Mixture.many_pixels)  # larger than nginx's buffers
         yield
     finally:
-        filler.unlink()
+        for filler in fillers:
+            filler.unlink(missing_ok=True)
 
 
 @fault
@@ -193,6 +199,13 @@ def new_keys(scene: Scene, _: Step) -> Iterator[None]:
 @fault
 def bad_multipart(scene: Scene, _: Step) -> Iterator[None]:
     scene.traffic.burst(FORMS, Mixture.broken_form)
+    yield
+
+
+@fault
+def slow_bodies(scene: Scene, _: Step) -> Iterator[None]:
+    """More than one client may have under way: they must lock nobody out."""
+    scene.traffic.burst(SLOW_BODIES, Mixture.slower)
     yield
 
 

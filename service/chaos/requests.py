@@ -114,6 +114,10 @@ class Mixture:
         seconds = rng.uniform(1, 4)
         return replace(self.multipart(rng, number), form="slow", seconds=seconds)
 
+    def slower(self, rng: random.Random, number: int) -> Request:
+        """Within the time that a body may take."""
+        return replace(self.multipart(rng, number), form="slow", seconds=rng.uniform(2, 8))
+
     def gone(self, rng: random.Random, number: int) -> Request:
         share = rng.choice((0.1, 0.5, 1.0))
         return replace(self.multipart(rng, number), form="gone", statuses=(), share=share)

@@ -45,6 +45,7 @@ KINDS = {
     "kill_gateway": Kind(seconds=(0, 1), recovery=60, target="gateway", ends=True, cuts=True),
     "new_keys": Kind(seconds=(0, 1), recovery=30, target="gateway"),
     "bad_multipart": Kind(seconds=(0, 1), recovery=30, target="gateway"),
+    "slow_bodies": Kind(seconds=(0, 1), recovery=30, target="gateway"),
     "crowd": Kind(seconds=(0, 1), recovery=60, target="gateway", sheds=True),
 }
 

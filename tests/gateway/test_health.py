@@ -1,10 +1,13 @@
 """Health, info and metrics."""
 
 import re
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+import pytest
 import requests
 
 from tests.gateway.clients import RED, TIMEOUT, check_error
@@ -110,6 +113,32 @@ def test_info(gateway: Served) -> None:
     assert named.json() == answer.json()
     check_error(requests.get(f"{gateway.url}/info?model=unknown", timeout=TIMEOUT), 404)
     check_error(requests.get(f"{gateway.url}/info?model=..", timeout=TIMEOUT), 404)
+
+
+@pytest.mark.parametrize("status", ["UNLOADING", "READY"])
+def test_info_does_not_wait_for_a_replica_that_loads_or_hangs(tmp_path: Path, status: str) -> None:
+    ended = threading.Event()
+
+    def silent(request: BaseHTTPRequestHandler) -> bytes:
+        if "customized" in request.path:
+            ended.wait(TIMEOUT)
+        return READY.replace(b"READY", status.encode())
+
+    def whole(request: BaseHTTPRequestHandler) -> bytes:
+        described = b'[{"customizedMetadata": {"model": "mobilenet_v2"}}]'
+        return described if "customized" in request.path else READY
+
+    with http_server(silent) as first, http_server(whole, ("127.0.0.2", 0)) as second:
+        env = variables(
+            upstreams="127.0.0.1:9,127.0.0.2:9",
+            management=f"127.0.0.1:{first},127.0.0.2:{second}",
+            response_timeout_seconds="12",
+        )
+        with running(tmp_path, env) as gateway:
+            answer = requests.get(f"{gateway.url}/info", timeout=TIMEOUT)
+            ended.set()
+    assert answer.json() == {"model": "mobilenet_v2"}
+    assert answer.elapsed.total_seconds() < 8  # a quarter of the time that a request has is 3 s
 
 
 def test_metrics_are_for_allowed_addresses(gateway: Served, tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def run(name: str, executions: int, seconds: int, seed: int) -> Result:
     found = {kind: int(number) for kind, number in re.findall(r"stat::(\w+):\s*(\d+)", said)}
     branches = re.findall(r"cov: (\d+)", said)
     if done != 0:
-        _keep_last_input(folder, f"{name}: exit status {done}\n{said[-TAIL:]}")
+        keep_last_input(folder, f"{name}: exit status {done}\n{said[-TAIL:]}")
     findings = sorted(
         path
         for path in folder.iterdir()
@@ -68,7 +68,7 @@ def run(name: str, executions: int, seconds: int, seed: int) -> Result:
     )
 
 
-def _keep_last_input(folder: Path, why: str) -> None:
+def keep_last_input(folder: Path, why: str) -> None:
     """The input that ended a process: libFuzzer's file, or what was in memory."""
     kept = [*folder.glob("crash-*"), *folder.glob("timeout-*"), *folder.glob("oom-*")]
     if not kept:

@@ -16,15 +16,19 @@ def best_classes(
     probabilities: NDArray[np.float32], top_k: int, labels: Sequence[str]
 ) -> list[Answer]:
     """Finite float32 [C] -> the `top_k` likeliest classes, best first."""
+    candidates = np.arange(len(probabilities))
+    if top_k < len(probabilities):  # sort those alone that are no less than the last of the best
+        least = np.partition(probabilities, -top_k)[-top_k]
+        candidates = np.flatnonzero(probabilities >= least)
     # Stable, so that classes of equal probability keep their order whatever top_k is.
-    classes = (-probabilities).argsort(kind="stable")[:top_k]
+    order = (-probabilities[candidates]).argsort(kind="stable")[:top_k]
     return [
         {
             "class": labels[class_id],
             "class_id": class_id,
             "confidence": round(float(probabilities[class_id]), 6),
         }
-        for class_id in classes.tolist()
+        for class_id in candidates[order].tolist()
     ]
 
 

@@ -7,7 +7,8 @@ of every request which sent them.
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from math import isfinite
+from math import inf
+from time import time
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from handler.answers import Answer
 from handler.cache import Result, ResultCache
 from handler.decoders import Decoder, Decoding
 from handler.engine import Engine
-from handler.errors import RequestError
+from handler.errors import DeadlineExceeded, RequestError
 from handler.failures import Failures
 from handler.images import PixelBudget, open_image
 from handler.payloads import ImageRequest
@@ -25,6 +26,7 @@ from handler.pipeline import Timed, classify
 from handler.settings import Settings
 
 UNPROCESSED = "the image could not be processed"
+TOO_LATE = "the time that the request had is over"
 LIKENESS_BYTES = 32  # the last ones of a file are those of its pixels
 
 
@@ -37,7 +39,14 @@ class BatchImage:
     data: bytes = b""  # as it was sent
     key: bytes | None = None  # of the result cache, if there is one
     cached: bool = False  # the result is that of an earlier batch
+    deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
+
+
+def check_deadline(deadline: float) -> None:
+    """Raise DeadlineExceeded if nobody waits any more."""
+    if time() > deadline:
+        raise DeadlineExceeded(TOO_LATE)
 
 
 @dataclass
@@ -90,18 +99,29 @@ class Batch:
     _known: dict[Hashable, BatchImage] = field(default_factory=dict, init=False)
 
     def open_images(
-        self, images: Sequence[bytes | RequestError], request_id: str, *, use_cache: bool
+        self,
+        images: Sequence[bytes | RequestError],
+        request_id: str,
+        *,
+        use_cache: bool,
+        deadline: float = inf,
     ) -> list[BatchImage]:
-        """A request's images: their decoding has begun, or they have their outcome already."""
+        """A request's images: their decoding has begun, or they have their outcome already.
+
+        An image is given up if its turn to be decoded or classified comes after the deadline, which
+        is a Unix time.
+        """
         budget = PixelBudget(self.settings.max_image_pixels)
         opened = []
         for data in images:
             try:
+                check_deadline(deadline)
                 image = self._open(data, budget, use_cache)
             except RequestError as error:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
-                image = BatchImage(self.failures.report(UNPROCESSED, [request_id], bug))
+                image = BatchImage(self.failures.error_of_one(UNPROCESSED, [request_id], bug))
+            image.deadline = max(image.deadline, deadline)
             if request_id not in image.request_ids:
                 image.request_ids.append(request_id)
             opened.append(image)
@@ -142,24 +162,27 @@ class Batch:
                 for image in passed:
                     image.outcome = error
             else:
-                for image, probabilities in zip(passed, outcome, strict=True):
-                    self._give_result(image, probabilities)
+                finite = np.isfinite(outcome.sum(axis=1)).tolist()
+                for image, probabilities, usable in zip(passed, outcome, finite, strict=True):
+                    self._give_result(image, probabilities if usable else None)
         return decoded.seconds
 
     def _decode(self, images: Mapping[Decoding, BatchImage]) -> Iterator[Decoding]:
         """Each image's decoding as soon as it is over; one that failed is the image's outcome."""
         for decoding in self.decoder.finish(list(images)):
             self.step()
+            image = images[decoding]
             if error := decoding.error:
-                image = images[decoding]
-                if not isinstance(error, RequestError):  # a bug of ours
-                    error = self.failures.report(UNPROCESSED, image.request_ids, error)
+                if not isinstance(error, RequestError):
+                    error = self.failures.error_of_one(UNPROCESSED, image.request_ids, error)
                 image.outcome = error
+            elif time() > image.deadline:
+                image.outcome, decoding.picture = DeadlineExceeded(TOO_LATE), None
             yield decoding
 
-    def _give_result(self, image: BatchImage, probabilities: NDArray[np.float32]) -> None:
-        """`probabilities` is float32 [C]."""
-        if not isfinite(probabilities.sum()):
+    def _give_result(self, image: BatchImage, probabilities: NDArray[np.float32] | None) -> None:
+        """`probabilities` is float32 [C]; None if some are not finite."""
+        if probabilities is None:
             message = "the model gave no finite probabilities"
             image.outcome = self.failures.report(message, image.request_ids)
         elif image.decoding and image.decoding.picture:

@@ -1,7 +1,7 @@
 """What the handler needs of any inference library."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ class Engine(ABC):
 
     Normalisation and softmax are the engine's business.
     """
+
+    golden_error: float | None = None  # see handler/golden.py; None: not checked
+    refused: Mapping[str, float] = {}  # the same of engines that `auto` has not taken for it
 
     def __init__(self, library: str, precision: str, device: str, max_forward: int) -> None:
         self.name = f"{library}-{precision}"

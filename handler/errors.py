@@ -15,7 +15,8 @@
       413  TooManyImages      more images than max_images
       415  UnsupportedFormat  an image or document of a format outside the list
       500  ModelFailed        the log has the cause under the request id
-      507  OutOfResources     the GPU has no memory for the image, or it failed
+      504  DeadlineExceeded   nobody waits for the answer any more
+      507  OutOfResources     worker or GPU have no memory for the image, or the GPU failed
 
 The class name is the `type` of the answer, so renaming one changes the API.
 """
@@ -89,7 +90,13 @@ class ModelFailed(RequestError):
     status = 500
 
 
+class DeadlineExceeded(RequestError):
+    """The time that the client, or the gateway, waits for an answer is over."""
+
+    status = 504
+
+
 class OutOfResources(RequestError):
-    """The GPU has no memory left for the image, or it failed and its worker is being replaced."""
+    """Worker or GPU have no memory for the image, or the GPU failed and its worker is replaced."""
 
     status = 507

@@ -39,6 +39,18 @@ class Failures:
         log_line(logging.ERROR, event, **self._identity, requests=request_ids, cause=cause)
         return ModelFailed(message)
 
+    def error_of_one(
+        self, message: str, request_ids: Sequence[str], exc: Exception
+    ) -> RequestError:
+        """The error for one request or image that could not be read or decoded.
+
+        A bug of ours, unless memory was short: then another worker may have enough.
+        """
+        failed = self.report(message, request_ids, exc)
+        if isinstance(exc, MemoryError):
+            return OutOfResources("the worker has no memory for the image now; try again later")
+        return failed
+
     def error_of(self, exc: Exception, request_ids: Sequence[str], engine: Engine) -> RequestError:
         """The error for all images of a forward pass that raised `exc`.
 

@@ -1,8 +1,11 @@
-"""What a request's headers say about where it comes from and how long it waited."""
+"""What a request's headers say: where it comes from, how long it waited and how long it may."""
 
 import re
 from collections.abc import Mapping
+from math import inf
 from typing import Any
+
+from handler.errors import MalformedRequest
 
 MAX_QUEUE_SECONDS = 3600  # more than this is a wrong clock, not a queue
 
@@ -10,6 +13,7 @@ MAX_QUEUE_SECONDS = 3600  # more than this is a wrong clock, not a queue
 _TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
 )
+_SECONDS = re.compile(r"\d{1,9}(\.\d{1,9})?", re.ASCII)
 _REQUEST_START = re.compile(r"t=(\d{1,12}(?:\.\d{1,9})?)", re.ASCII)
 
 
@@ -30,6 +34,20 @@ def read_queue_seconds(headers: Mapping[str, Any], arrival: float) -> float | No
         return None
     waited = arrival - float(match[1])
     return waited if 0 <= waited <= MAX_QUEUE_SECONDS else None
+
+
+def read_deadline(headers: Mapping[str, Any], arrival: float) -> float:
+    """The Unix time from which on nobody waits for the answer; infinite if no header says.
+
+    `X-Request-Timeout: <seconds>` counts from X-Request-Start, or, if there is none, from
+    `arrival` at the worker. Raises MalformedRequest.
+    """
+    text = headers.get("x-request-timeout")
+    if text is None:
+        return inf
+    if not _SECONDS.fullmatch(str(text).strip()):
+        raise MalformedRequest("X-Request-Timeout must be a number of seconds, such as 2.5")
+    return arrival - (read_queue_seconds(headers, arrival) or 0) + float(text)
 
 
 def is_probe(headers: Mapping[str, Any]) -> bool:

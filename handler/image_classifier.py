@@ -10,24 +10,24 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
+from math import isfinite
 from pathlib import Path
 from time import perf_counter, time
 from typing import Any
-
-import torch
 
 from handler import metrics
 from handler.accounting import Accounts, describe_worker, milliseconds
 from handler.answers import Answer, best_classes, combine, encode, failure, success
 from handler.base import BaseHandler
-from handler.batch import Batch, Row
+from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
 from handler.decoders import choose_decoder
-from handler.engines import load_engine
+from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
+from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
-from handler.headers import is_probe
+from handler.headers import is_probe, read_deadline
 from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
 from handler.model_card import ModelCard
@@ -84,7 +84,7 @@ class ImageClassifier(BaseHandler):
             **self.identity,
             engine=self.engine.name,
             device=self.engine.device,
-            threads=torch.get_num_threads(),
+            threads=self.threads,
             startup_ms=milliseconds(perf_counter() - started),
         )
 
@@ -113,8 +113,10 @@ class ImageClassifier(BaseHandler):
         self.failures = Failures(self.identity, self._hand_over)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
+        self._warn_of_errors()
+        self.threads = share_of_cores(self.settings, workers)
         self.decoder, reason = choose_decoder(
-            self.card.transform, self.settings, self.engine.device, torch.get_num_threads()
+            self.card.transform, self.settings, self.engine.device, self.threads
         )
         if reason:
             log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
@@ -125,6 +127,23 @@ class ImageClassifier(BaseHandler):
         pass_seconds = warm_up(self.engine, self.card.transform, batch_size, rounds)
         self.metrics.set(metrics.WARM_UP, perf_counter() - started)
         self.pulse = Pulse(model_dir, pass_seconds)
+
+    def _warn_of_errors(self) -> None:
+        """Say which engines do not give the network's own answers, used or not."""
+        errors = dict(self.engine.refused)
+        if self.engine.golden_error is not None and not self.engine.golden_error <= MAX_ERROR:
+            errors[self.engine.name] = self.engine.golden_error
+        if errors:
+            log_line(
+                logging.WARNING,
+                "engine_chosen",
+                engine=self.engine.name,
+                golden_errors={
+                    name: round(error, 4) if isfinite(error) else None
+                    for name, error in errors.items()
+                },
+                limit=MAX_ERROR,
+            )
 
     def _hand_over(self) -> None:
         """Write what was counted and not yet written: the process is about to end."""
@@ -162,30 +181,41 @@ class ImageClassifier(BaseHandler):
         """TorchServe's rows to Rows with images whose decoding has begun, or with errors."""
         batch = Batch(self.settings, self.decoder, self.cache, self.failures, self.pulse.step)
         rows = []
+        arrival = time()
         for index, fields in enumerate(data):
             started = perf_counter()
             request_id, headers = self.context.get_request_id(index), self._headers(index)
-            row = Row(request_id, headers, self._read(request_id, fields, headers))
+            row = Row(request_id, headers, self._read(request_id, fields, headers, arrival))
             if isinstance(row.request, ImageRequest):
-                use_cache = not is_probe(headers)
-                row.images = batch.open_images(row.request.images, request_id, use_cache=use_cache)
+                row.images = batch.open_images(
+                    row.request.images,
+                    request_id,
+                    use_cache=not is_probe(headers),
+                    deadline=read_deadline(headers, arrival),
+                )
             row.seconds["preprocess"] = perf_counter() - started
             rows.append(row)
         return batch, rows
 
     def _read(
-        self, request_id: str, fields: Mapping[str, Any], headers: Mapping[str, Any]
+        self,
+        request_id: str,
+        fields: Mapping[str, Any],
+        headers: Mapping[str, Any],
+        arrival: float,
     ) -> ImageRequest | RequestError:
         if self.failures.gpu_lost:
             return OutOfResources(GPU_FAILED)
         try:
             if headers.get("explain") == "True":
                 raise MalformedRequest("explanations are not offered; use /predictions")
+            check_deadline(read_deadline(headers, arrival))
             return read_request(fields, headers, len(self.card.labels), self.settings)
         except RequestError as error:
             return error
         except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
-            return self.failures.report("the request could not be read", [request_id], bug)
+            message = "the request could not be read"
+            return self.failures.error_of_one(message, [request_id], bug)
 
     def inference(self, preprocessed: tuple[Batch, list[Row]]) -> list[Row]:
         """Give every image of every row its outcome, in passes that the rows share."""
@@ -257,10 +287,12 @@ class ImageClassifier(BaseHandler):
             "weights": asdict(card.weights),
             "engine": self.engine.name,
             "precision": self.engine.precision,
+            "golden_error": self.engine.golden_error,
             "int8": card.int8,
             "decoder": self.decoder.name,
+            "gpu_samplings": self.decoder.samplings,
             "device": self.engine.device,
-            "threads": torch.get_num_threads(),
+            "threads": self.threads,
             "libraries": {name: version(name) for name in LIBRARIES}
             | {"python": platform.python_version()},
             "packaged_with": card.packaged_with,

@@ -76,21 +76,44 @@ def count_gpus() -> int:
     Asks NVIDIA's driver itself, since torch takes seconds to ask it. The driver is also who knows
     what every form of CUDA_VISIBLE_DEVICES means: indices, UUIDs, MIG devices, nothing.
     """
+    driver, count = _gpu_driver(), ctypes.c_int()
+    found = driver is not None and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
+    return count.value if found else 0
+
+
+def gpu_memory() -> int | None:
+    """Bytes of memory of the smallest GPU that torch could use; None if the driver does not say.
+
+    That of a MIG device is its own part of the card's.
+    """
+    sizes = []
+    if driver := _gpu_driver():
+        for number in range(count_gpus()):
+            device, size = ctypes.c_int(), ctypes.c_size_t()
+            if (
+                driver.cuDeviceGet(ctypes.byref(device), number) == 0
+                and driver.cuDeviceTotalMem_v2(ctypes.byref(size), device) == 0
+            ):
+                sizes.append(size.value)
+    return min(sizes, default=None)
+
+
+def _gpu_driver() -> ctypes.CDLL | None:
+    """NVIDIA's driver, ready to be asked; None if there is none with which torch could work."""
     cuda = _torch_cuda()
     if cuda is None:
-        return 0
+        return None
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:  # no driver
-        return 0
-    version, count = ctypes.c_int(), ctypes.c_int()
-    found = (
+        return None
+    version = ctypes.c_int()
+    usable = (
         driver.cuDriverGetVersion(ctypes.byref(version)) == 0
         and version.value // 1000 >= cuda  # 13020 is 13.2; any 13.x serves what 13.y was built for
         and driver.cuInit(0) == 0
-        and driver.cuDeviceGetCount(ctypes.byref(count)) == 0
     )
-    return count.value if found else 0
+    return driver if usable else None
 
 
 def has_gpu() -> bool:

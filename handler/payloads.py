@@ -99,21 +99,24 @@ def _parts(
         if name == "body" and _is_form(value, headers, content_type):
             parts += read_form(value, content_type, settings.max_images)
         else:
-            parts.append(Part(name.partition(REPEATED)[0], value))
+            # Bytes from here on: whoever copies them later, such as BytesIO, gets them for nothing.
+            data = bytes(value) if isinstance(value, bytearray) else value
+            parts.append(Part(name.partition(REPEATED)[0], data))
     return parts
 
 
 def _is_form(body: Any, headers: Mapping[str, Any], content_type: str) -> bool:
     """Whether a body is a form as the client sent it, and not a part called "body" of one.
 
-    TorchServe takes apart the forms that come under their own Content-Type, except those in
-    which it finds no boundary.
+    TorchServe takes apart the multipart/form-data that comes under its own Content-Type, except
+    that in which it finds no boundary.
     """
-    if not content_type.lower().startswith("multipart/") or not isinstance(body, bytes | bytearray):
+    kind = content_type.lower()
+    if not kind.startswith("multipart/") or not isinstance(body, bytes | bytearray):
         return False
     boundary = read_boundary(content_type).encode("latin-1", "replace")
-    whole = "x-body-type" in headers or not boundary or body.startswith(b"--" + boundary)
-    return whole and bool(body)
+    parsed = kind.startswith("multipart/form-data") and "x-body-type" not in headers and boundary
+    return bool(body) and (not parsed or body.startswith(b"--" + boundary))
 
 
 def _options(parts: list[Part]) -> dict[str, str | None]:
@@ -222,8 +225,8 @@ def _check_count(images: int, settings: Settings) -> None:
 
 def _bytes(value: Any) -> bytes:
     """A part's value, which TorchServe hands over as bytes, str (text/*) or parsed JSON."""
-    if isinstance(value, bytes | bytearray):
-        return bytes(value)
+    if isinstance(value, bytes):
+        return value
     text = value if isinstance(value, str) else json.dumps(value)
     return text.encode("utf-8", "replace")
 

@@ -27,11 +27,18 @@ class Selection:
 
     device: str  # "cpu" or "cuda:0"
     engine: str  # "openvino", "cuda" or "torch"
-    precision: str  # "fp32", "bf16", "fp16" or "int8"
+    # "fp32", "bf16", "fp16" or "int8": several if nobody asked for one, each to be taken only if
+    # those before it do not give the network's own answers (handler/golden.py)
+    precisions: tuple[str, ...]
+
+    @property
+    def precision(self) -> str:
+        """The one that is expected to be taken."""
+        return self.precisions[0]
 
 
 def select(settings: Settings, hardware: Hardware, *, converted: bool, int8: bool) -> Selection:
-    """The engine, device and precision that the settings ask for; `auto` takes the fastest.
+    """The engine, device and precisions that the settings ask for; `auto` takes the fastest.
 
     `converted` and `int8` say whether the archive holds a model for OpenVINO and one in int8.
     Raises InvalidSettings if the settings ask for what hardware or archive do not have, and
@@ -65,15 +72,16 @@ def select(settings: Settings, hardware: Hardware, *, converted: bool, int8: boo
             raise InvalidSettings("precision is bf16, and this CPU does not compute in bf16")
         if engine == "cuda" and hardware.capability < AMPERE:
             raise InvalidSettings("precision is bf16, and this GPU does not compute in bf16")
-    precision = settings.precision
-    if precision == "auto":
-        precision = _fastest(engine, hardware, int8)
-    return Selection(device, engine, precision)
+    if settings.precision == "auto":
+        return Selection(device, engine, _fastest_first(engine, hardware, int8))
+    return Selection(device, engine, (settings.precision,))
 
 
-def _fastest(engine: str, hardware: Hardware, int8: bool) -> str:
+def _fastest_first(engine: str, hardware: Hardware, int8: bool) -> tuple[str, ...]:
     if engine == "torch":
-        return "fp32"  # the reference
-    if engine == "cuda":
-        return "bf16" if hardware.capability >= AMPERE else "fp16"
-    return "int8" if int8 else "bf16" if hardware.cpu_bf16 else "fp32"
+        return ("fp32",)  # the reference
+    if engine == "cuda":  # fp16 is as fast as bf16 and has finer steps, but a smaller range
+        return ("fp16", "bf16", "fp32") if hardware.capability >= AMPERE else ("fp16", "fp32")
+    if int8:  # held against fp32 at packaging, with images like those to come
+        return ("int8",)
+    return ("bf16", "fp32") if hardware.cpu_bf16 else ("fp32",)

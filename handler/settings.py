@@ -45,13 +45,14 @@ class Settings:
     )
     precision: str = setting(
         "auto",
-        "`auto`: the fastest that there is; `fp16` is for GPUs, `int8` for CPUs; set by "
+        "`auto`: the fastest that gives the network's own answers; `fp16` is for GPUs, `int8` for "
+        "CPUs; set by "
         "`--precision`",
         choices=("auto", "fp32", "bf16", "fp16", "int8"),
     )
     decoder: str = setting(
         "auto",
-        "where JPEGs are decoded; `auto`: on the GPU if its pixels are those of the CPU",
+        "where JPEGs are decoded; `auto`: on the GPU those of which it has the CPU's pixels",
         choices=("auto", "cpu", "gpu"),
     )
     decode: str = setting(
@@ -61,12 +62,16 @@ class Settings:
     )
     max_forward: int = setting(
         0,
-        "images in one forward pass; 0: 4 on a CPU (1 for models over 64 MB), 64 on a GPU",
+        "images in one forward pass; 0: 2 on a CPU (1 for models over 64 MB), 64 on a GPU",
         low=0,
         high=1024,
     )
     threads: int = setting(
-        0, "CPU threads of each worker; 0: the cores shared among the workers", low=0, high=1024
+        0,
+        "CPU threads of each worker, to decode and, on a CPU, to run the model; 0: the cores "
+        "shared among the workers",
+        low=0,
+        high=1024,
     )
     cache_bytes: int = setting(
         0, "memory of each worker for results of images seen before; 0: no cache", low=0, high=2**40

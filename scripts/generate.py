@@ -8,7 +8,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import gateway, healthcheck, predict
+from scripts import chaos, gateway, healthcheck, predict
 from service.generated import ROOT, outdated
 from service.options import package_parser, serve_parser
 
@@ -30,6 +30,7 @@ PARSERS = {
     "benchmark": service.load.options.make_parser,
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,
+    "chaos": chaos.make_parser,
     "generate": make_parser,
 }
 

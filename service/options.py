@@ -136,8 +136,8 @@ class ModelOptions:
         type=_device_ids,
     )
     precision: str = _option(
-        "auto: the fastest there is: int8 with --calibration, bf16 if CPU or GPU have it, "
-        "fp16 on other GPUs, fp32 (default: %(default)s)",
+        "auto: the fastest that gives the network's own answers, of int8 with --calibration, bf16 "
+        "if the CPU has it and fp32, or of fp16, bf16 and fp32 on a GPU (default: %(default)s)",
         default="auto",
         choices=["auto", "fp32", "bf16", "fp16", "int8"],
     )
@@ -159,7 +159,8 @@ class ModelOptions:
         type=_workers,
     )
     workers_per_gpu: int | None = _option(
-        "if --workers does not say (default: the cores shared among the GPUs, at most 4)",
+        "if --workers does not say (default: half of the cores, shared among the GPUs, but at most "
+        "8, and one for each 2 GiB of a GPU's memory)",
         "N",
         type=number(1, 64),
     )

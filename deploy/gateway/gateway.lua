@@ -6,6 +6,7 @@ local cjson = require "cjson.safe"
 local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
+local settings = require "settings"
 
 -- OpenSSL's own, which nginx is linked with.
 ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
@@ -31,7 +32,25 @@ function gateway.key_hash()
     end))
 end
 
-local function ask(location, replica)
+-- The seconds that a try may take: those of its location, or what a client still waits that sent
+-- X-Request-Timeout. nil if that makes no sense, which the handler then says.
+local function time_left(location, asked)
+    local seconds = settings.seconds[location]
+    if not asked then
+        return seconds
+    end
+    local wait = ngx.re.match(asked, [[^\d{1,9}(\.\d{1,9})?$]], "jo") and tonumber(asked)
+    return wait and math.min(seconds, wait - (ngx.now() - ngx.req.start_time()))
+end
+
+-- Asks a replica. A worker that gets to the request only after the time it has drops it.
+local function ask(location, replica, asked)
+    local seconds = time_left(location, asked)
+    if seconds and seconds <= 0 then
+        ngx.exit(504)
+    elseif seconds then
+        ngx.req.set_header("X-Request-Timeout", ("%.3f"):format(seconds))
+    end
     local connection = ngx.var.connection
     replicas.enter(connection, replica)
     local since = ngx.now()
@@ -74,12 +93,12 @@ function gateway.leave()
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
--- that the handler gives would come again, unless it is the GPU's; a worker that died (500, and 507
--- after kill -9) has neighbours even in a replica that is alone.
+-- that the handler gives would come again, unless it is memory or the GPU (507); a worker that died (500,
+-- and 507 after kill -9) has neighbours even in a replica that is alone.
 local function try_again_at(reply, tried)
     if reply.status == 507 or reply.status == 500 and not reply.by_handler then
         return replicas.another_than(tried) or tried
-    elseif reply.status >= 502 and reply.status <= 504 then
+    elseif reply.status >= 502 and reply.status <= 504 and not reply.by_handler then
         return replicas.another_than(tried)
     end
 end
@@ -92,9 +111,10 @@ function gateway.predict()
         return ngx.exit(429)
     end
     local replica = replicas.first()
-    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica)
+    local asked = ngx.var.http_x_request_timeout -- each try sets what is left of it
+    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica, asked)
     local other = try_again_at(first, replica)
-    local second = other and ask("/_second/", other)
+    local second = other and ask("/_second/", other, asked)
     local reply = second or first
     ngx.var.tried_addresses = tried("address", first, second)
     ngx.var.tried_statuses = tried("status", first, second)

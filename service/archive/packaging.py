@@ -21,6 +21,7 @@ from torchvision.models import WeightsEnum
 
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
+from handler.golden import GOLDEN_FILE
 from handler.model_card import (
     CARD_FILE,
     INT8_FILE,
@@ -35,6 +36,7 @@ from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.conversion import check_answers, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
+from service.archive.golden import make_golden
 from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config
 from service.archive.quantization import check_images, import_nncf, quantize
@@ -105,7 +107,7 @@ def package(plan: PackagePlan) -> Path:
     model = build_model(plan, recipe, source, labels)
     converted, int8_report = convert(plan, model, calibration)
     card = make_card(plan, recipe, labels, source, model, int8_report, inputs)
-    write_archive(plan, card, model.state, converted)
+    write_archive(plan, card, model, converted)
     return plan.archive
 
 
@@ -233,7 +235,7 @@ def make_card(
 def write_archive(
     plan: PackagePlan,
     card: ModelCard,
-    state: dict[str, Tensor],
+    model: Model,
     converted: Mapping[str, openvino.Model],
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
@@ -241,7 +243,7 @@ def write_archive(
     try:
         packaging = tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-")
         with packaging as folder, Guardian(folder):
-            made = _archive(Path(folder), plan, card, state, converted)
+            made = _archive(Path(folder), plan, card, model, converted)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)
@@ -257,7 +259,7 @@ def _archive(
     folder: Path,
     plan: PackagePlan,
     card: ModelCard,
-    state: dict[str, Tensor],
+    model: Model,
     converted: Mapping[str, openvino.Model],
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
@@ -271,7 +273,9 @@ def _archive(
     for path in HANDLER.glob("*.py"):
         shutil.copy(path, package_dir)
     (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
-    save_file(state, folder / WEIGHTS_FILE)
+    save_file(model.state, folder / WEIGHTS_FILE)
+    golden = make_golden(model.network, model.transform)
+    save_file(golden.tensors(), stage / GOLDEN_FILE)
     for name, openvino_model in converted.items():
         openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(dump_config(plan.config), "utf-8")

@@ -15,13 +15,15 @@ from service.torchserve.config import ServerConfig
 from service.tuning.search import Axis, Configuration
 
 CANDIDATES = (  # engines and precisions, the likely winner first
-    *(("cuda", precision) for precision in ("bf16", "fp16", "fp32")),
+    *(("cuda", precision) for precision in ("fp16", "bf16", "fp32")),
     *(("openvino", precision) for precision in ("bf16", "fp32", "int8")),
     ("torch", "fp32"),
 )
-BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-DELAYS_MS = (0, 1, 2, 5, 10)
-FORWARDS = (1, 2, 4, 8, 16, 32)
+# On a CPU, and on a GPU: there small batches waste it, and 0 ms would make them small.
+BATCH_SIZES = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (4, 8, 16, 32, 64)}
+FORWARDS = {"cpu": (1, 2, 4, 8, 16, 32), "cuda": (8, 16, 32, 64)}
+DELAYS_MS = {"cpu": (0, 1, 2, 5, 10), "cuda": (1, 2, 5, 10)}
+WORKERS_PER_GPU = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -70,13 +72,18 @@ def find_space(options: ModelOptions, device: str, server: ServerConfig) -> Sear
         max_batch_delay_ms=config["maxBatchDelay"],
         max_forward=min(settings.max_forward or MAX_FORWARD[device], config["batchSize"]),
     )
-    return SearchSpace(start, engines, make_axes(engines, cores, device == "cuda", given))
+    gpus = len(config.get("deviceIds", range(server.usable_gpus()))) if device == "cuda" else 0
+    return SearchSpace(start, engines, make_axes(engines, cores, gpus, given))
 
 
 def make_axes(
-    engines: Sequence[tuple[str, str]], cores: int, gpu: bool, given: dict[str, int]
+    engines: Sequence[tuple[str, str]], cores: int, gpus: int, given: dict[str, int]
 ) -> list[Axis]:
-    """What is varied, the most important axis first; what the user has `given` is kept."""
+    """What is varied, the most important axis first; what the user has `given` is kept.
+
+    Not where JPEGs are decoded: that of the GPU is taken if it gives the same pixels.
+    """
+    device = "cuda" if gpus else "cpu"
 
     def engine(best: Configuration) -> list[Configuration]:
         return [replace(best, engine=name, precision=precision) for name, precision in engines]
@@ -84,8 +91,8 @@ def make_axes(
     def workers(best: Configuration) -> list[Configuration]:
         # Half of a worker's share of the cores is tried as well: the frontend needs some, too.
         counts = {count for power in range(11) if (count := 2**power) < cores} | {cores}
-        if gpu:
-            counts = {1, 2, 4}  # each holds the model in the GPU's memory
+        if gpus:
+            counts = {gpus * count for count in WORKERS_PER_GPU}
         if "workers" in given:
             counts = {given["workers"]}
         shares = [
@@ -96,7 +103,7 @@ def make_axes(
         return [replace(best, workers=count, threads=threads) for count, threads in shares]
 
     def batch(best: Configuration) -> list[Configuration]:
-        sizes = [given["batch_size"]] if "batch_size" in given else BATCH_SIZES
+        sizes = [given["batch_size"]] if "batch_size" in given else BATCH_SIZES[device]
         return [
             replace(best, batch_size=size, max_forward=min(best.max_forward, size))
             for size in sizes
@@ -105,9 +112,9 @@ def make_axes(
     def delay(best: Configuration) -> list[Configuration]:
         if best.batch_size == 1 or "max_batch_delay_ms" in given:
             return []
-        return [replace(best, max_batch_delay_ms=ms) for ms in DELAYS_MS]
+        return [replace(best, max_batch_delay_ms=ms) for ms in DELAYS_MS[device]]
 
     def forward(best: Configuration) -> list[Configuration]:
-        return [replace(best, max_forward=n) for n in FORWARDS if n <= best.batch_size]
+        return [replace(best, max_forward=n) for n in FORWARDS[device] if n <= best.batch_size]
 
     return [engine, workers, batch, forward, delay]

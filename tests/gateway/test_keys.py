@@ -114,6 +114,7 @@ def test_keys_and_other_secrets_do_not_reach_torchserve(tmp_path: Path) -> None:
         "x-body-type": "image/png",
         "x-top-k": "3",
         "x-request-id": "mine",
+        "x-request-timeout": "60.000",
         "traceparent": "00-1",
     }
     assert body == "abc"

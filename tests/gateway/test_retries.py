@@ -1,5 +1,6 @@
 """Replicas that stand in for TorchServe: what is tried again, and where."""
 
+import re
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -11,8 +12,8 @@ import pytest
 import requests
 
 from tests.gateway.clients import RED, SMALL, TIMEOUT, check_error
-from tests.gateway.running import in_front_of, kill
-from tests.gateway.upstreams import answer_of
+from tests.gateway.running import in_front_of, kill, running, variables
+from tests.gateway.upstreams import answer_of, torchserve_that
 from tests.processes import wait_for
 
 
@@ -53,6 +54,8 @@ def test_large_answers(tmp_path: Path, size: int) -> None:
         (1, 500, False, 500, "InternalError", 2),  # a worker died
         (1, 507, False, 500, "InternalError", 2),
         (2, 500, True, 500, "ModelFailed", 1),  # another replica's model would fail as well
+        (2, 504, True, 504, "ModelFailed", 1),  # nobody waits for it any more
+        (2, 504, False, 504, "Timeout", 2),
     ],
 )
 def test_what_is_tried_again(
@@ -114,3 +117,52 @@ def test_a_worker_of_nginx_that_is_killed_takes_no_places_with_it(tmp_path: Path
         wait_for(lambda: set(nginx.children()) - set(before))  # there are others
         time.sleep(2)
         assert ask() == 504
+
+
+@pytest.mark.parametrize(
+    ("asked", "least", "most"),
+    [
+        (None, 60, 60),  # what the gateway itself waits
+        ("3", 2, 3),
+        ("2.5", 1.5, 2.5),
+        ("90", 60, 60),
+    ],
+)
+def test_a_replica_is_told_how_long_anybody_waits(
+    tmp_path: Path, asked: str | None, least: float, most: float
+) -> None:
+    assert least <= float(timeout_sent(tmp_path, asked)) <= most
+
+
+@pytest.mark.parametrize("asked", ["soon", "-1", "1e3", "0x10"])
+def test_a_timeout_that_is_nonsense_is_left_to_the_handler(tmp_path: Path, asked: str) -> None:
+    assert timeout_sent(tmp_path, asked) == asked
+
+
+def timeout_sent(folder: Path, asked: str | None) -> str:
+    """The X-Request-Timeout that a replica gets from the gateway."""
+    seen: list[bytes] = []
+    with (
+        torchserve_that(answer_of(b"{}"), seen) as upstream,
+        running(folder, variables(upstreams=upstream)) as gateway,
+    ):
+        headers = {"X-Request-Timeout": asked} if asked else {}
+        answer = requests.post(
+            f"{gateway.url}/predict", data=SMALL, headers=headers, timeout=TIMEOUT
+        )
+        assert answer.status_code == 200
+    [head] = [data for data in seen if data.startswith(b"POST") and b"X-Probe" not in data]
+    [value] = re.findall(rb"(?i)x-request-timeout: (.*)\r\n", head)
+    return value.decode()
+
+
+def test_nobody_is_asked_when_the_time_is_over(tmp_path: Path) -> None:
+    with in_front_of(tmp_path, answer_of(b"{}")) as (gateway, _):
+        answer = requests.post(
+            f"{gateway.url}/predict",
+            data=SMALL,
+            headers={"X-Request-Timeout": "0"},
+            timeout=TIMEOUT,
+        )
+        check_error(answer, 504, "Timeout")
+        assert not gateway.line(answer.headers["X-Request-ID"])["upstream"]

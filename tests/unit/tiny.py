@@ -7,9 +7,11 @@ from openvino import save_model
 from safetensors.torch import save_file
 from torch import nn
 
+from handler.golden import GOLDEN_FILE
 from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
 from handler.networks import build_network, get_recipe, input_transform
 from service.archive.conversion import to_openvino
+from service.archive.golden import make_golden
 
 ARCHITECTURE = "squeezenet1_1"
 RECIPE = get_recipe(ARCHITECTURE)
@@ -59,6 +61,8 @@ def make_model_dir(
         name: tensor.clone() for name, tensor in tiny_network(architecture).state_dict().items()
     }
     save_file(state, folder / WEIGHTS_FILE)
+    golden = make_golden(tiny_network(architecture), tiny_card(architecture).transform)
+    save_file(golden.tensors(), folder / GOLDEN_FILE)
     if openvino:
         converted = to_openvino(tiny_network(architecture), tiny_card(architecture).transform)
         save_model(converted, folder / OPENVINO_FILE, compress_to_fp16=False)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import functional as F  # noqa: N812
 
 from handler.engine import Engine
-from handler.engines import find_hardware, load_engine
+from handler.engines import find_hardware, load_engine, share_of_cores
 from handler.errors import InvalidModel
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, InputTransform, ModelCard
 from handler.networks import input_transform
@@ -262,7 +262,16 @@ def test_workers_share_the_cores(
     monkeypatch.setattr("handler.engines.available_cores", lambda: cores)
     settings = Settings(device="cpu", threads=threads)
     load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=None, workers=workers)
-    assert torch.get_num_threads() == used
+    assert torch.get_num_threads() == share_of_cores(settings, workers) == used
+
+
+@pytest.mark.gpu
+def test_torch_has_one_thread_beside_a_gpu(tmp_path: Path) -> None:
+    """The others decode."""
+    settings = Settings(device="cuda", threads=3)
+    load_engine(tiny_card(), make_model_dir(tmp_path), settings, gpu_id=0, workers=1)
+    assert torch.get_num_threads() == 1
+    assert share_of_cores(settings, workers=1) == 3
 
 
 # --- The machine

@@ -15,7 +15,7 @@ import handler.decoders
 import handler.failures
 from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
-from tests.drawing import RED, encode, plain
+from tests.drawing import GREEN, RED, encode, plain
 from tests.unit.handler.worker import (
     JPEG,
     PNG,
@@ -29,6 +29,17 @@ from tests.unit.handler.worker import (
 )
 
 pytestmark = pytest.mark.usefixtures("isolation")
+
+
+def test_an_image_without_finite_probabilities_fails_alone(classifier: ImageClassifier) -> None:
+    def second_is_not_finite(images: Tensor) -> Tensor:
+        probabilities = torch.full((len(images), 3), 1 / 3)
+        probabilities[1, 2] = float("inf")
+        return probabilities
+
+    classifier.engine = Fake(second_is_not_finite)
+    replies = ask(classifier, {"body": JPEG}, {"body": PNG}, {"body": encode(plain(GREEN))})
+    assert [reply.status for reply in replies] == [200, 500, 200]
 
 
 @pytest.mark.parametrize("fail", [broken, not_a_number, one_too_few])
@@ -176,22 +187,34 @@ def test_what_was_counted_is_handed_over_before_the_end(
     ("module", "function"),
     [(handler.batch, "open_image"), (handler.decoders, "decode_picture")],
 )
-def test_a_bug_of_ours_is_one_clients_500(
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ZeroDivisionError, (500, "ModelFailed")),
+        (MemoryError, (507, "OutOfResources")),  # the gateway asks another worker
+    ],
+)
+def test_a_bug_of_ours_or_no_memory_is_one_clients_failure(
     classifier: ImageClassifier,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     module: ModuleType,
     function: str,
+    error: type[Exception],
+    expected: tuple[int, str],
 ) -> None:
     original = getattr(module, function)
 
     def fragile(image: Any, *args: Any) -> Any:
         data = image if isinstance(image, bytes) else image.data
-        return original(image, *args) if data == JPEG else 1 // 0
+        if data != JPEG:
+            raise error
+        return original(image, *args)
 
     monkeypatch.setattr(module, function, fragile)
     bad, good = ask(classifier, {"body": PNG}, {"body": JPEG})
-    assert (bad.status, bad.error, good.status) == (500, "ModelFailed", 200)
+    assert (bad.status, bad.error) == expected
+    assert good.status == 200
     [line] = log(caplog, "failure")
     assert line["requests"] == ["id-0"]
-    assert "ZeroDivisionError" in line["cause"]
+    assert error.__name__ in line["cause"]

@@ -1,8 +1,11 @@
 """Traces and queue times: taken if they are what they should be, else ignored."""
 
+from math import inf
+
 import pytest
 
-from handler.headers import read_queue_seconds, read_traceparent
+from handler.errors import MalformedRequest
+from handler.headers import read_deadline, read_queue_seconds, read_traceparent
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 NOW = 1_800_000_000.5
@@ -64,3 +67,26 @@ def test_queue_seconds(text: str, seconds: float) -> None:
 )
 def test_nonsense_is_no_queue(text: str) -> None:
     assert read_queue_seconds({"x-request-start": text}, NOW) is None
+
+
+# --- How long a client waits
+
+
+def test_without_the_header_there_is_no_deadline() -> None:
+    assert read_deadline({"x-request-start": f"t={NOW - 9}"}, NOW) == inf
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("2", 2), ("2.5", 2.5), (" 0.001 ", 0.001)])
+def test_the_deadline_counts_from_the_gateway(text: str, seconds: float) -> None:
+    headers = {"x-request-timeout": text}
+    assert read_deadline(headers, NOW) == pytest.approx(NOW + seconds)
+    headers["x-request-start"] = f"t={NOW - 9}"
+    assert read_deadline(headers, NOW) == pytest.approx(NOW - 9 + seconds)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "soon", "-1", "1e3", "inf", "nan", "1.", "0x10", "1 2", "\u0661"]
+)
+def test_another_deadline_is_refused(text: str) -> None:
+    with pytest.raises(MalformedRequest, match=r"must be a number of seconds, such as 2\.5"):
+        read_deadline({"x-request-timeout": text}, NOW)

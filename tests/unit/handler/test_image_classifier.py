@@ -149,6 +149,7 @@ def test_describe(classifier: ImageClassifier) -> None:
     }
     assert (facts["engine"], facts["precision"], facts["device"]) == ("torch-fp32", "fp32", "cpu")
     assert facts["decoder"] == "cpu"
+    assert facts["gpu_samplings"] == []
     assert facts["libraries"]["torch"] == torch.__version__.partition("+")[0]
     assert facts["settings"]["threads"] == facts["threads"] == 1
     assert facts["settings"]["top_k"] == 5
@@ -251,6 +252,24 @@ def test_a_model_that_cannot_run_stops_the_start(
         start(model_dir, warmup_batches=1)
     [line] = log(caplog, "startup_failed")
     assert "Traceback" in line["cause"]
+
+
+def test_info_says_how_far_the_engine_is_from_the_network(model_dir: Path) -> None:
+    [info] = ask(start(model_dir), {}, headers={"describe": "True"})
+    assert 0 <= info.body["golden_error"] < 1e-4
+
+
+def test_an_engine_that_is_far_off_is_said_and_may_be_kept(
+    model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Fake()
+    engine.golden_error, engine.refused = 0.25, {"cuda-fp16": float("nan")}
+    monkeypatch.setattr(handler.image_classifier, "load_engine", lambda *_, **__: engine)
+    start(model_dir)
+    [line] = log(caplog, "engine_chosen")
+    assert line["level"] == "WARNING"
+    assert line["engine"] == engine.name
+    assert line["golden_errors"] == {"cuda-fp16": None, engine.name: 0.25}
 
 
 @pytest.mark.parametrize(

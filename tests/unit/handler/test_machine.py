@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from handler import machine
-from handler.machine import available_cores, available_memory, count_gpus, cpu_model, has_gpu
+from handler.machine import (
+    available_cores,
+    available_memory,
+    count_gpus,
+    cpu_model,
+    gpu_memory,
+    has_gpu,
+)
 from tests.driver import make_driver
 
 
@@ -114,6 +121,31 @@ def test_gpu_as_the_driver_tells(
     assert has_gpu() is (found > 0)
 
 
+@pytest.mark.parametrize(
+    ("version", "count", "memory", "found"),
+    [
+        (13000, 1, 10 * 2**30, 10 * 2**30),
+        (13000, 3, 2**34, 2**34),  # the smallest of those that differ
+        (13000, 1, None, None),  # it does not say
+        (13000, 0, 2**30, None),
+        (12080, 1, 2**30, None),  # a driver too old for this torch
+    ],
+)
+def test_memory_of_gpus_as_the_driver_tells(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: int,
+    count: int,
+    memory: int | None,
+    found: int | None,
+) -> None:
+    library = make_driver(tmp_path, version=version, init=0, count=count, memory=memory)
+    load = ctypes.CDLL
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: load(str(library)))
+    monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
+    assert gpu_memory() == found
+
+
 def test_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_driver(name: str) -> ctypes.CDLL:
         raise OSError(f"{name}: cannot open shared object file")
@@ -121,6 +153,7 @@ def test_no_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_torch_cuda", lambda: 13)
     monkeypatch.setattr(ctypes, "CDLL", no_driver)
     assert not has_gpu()
+    assert gpu_memory() is None
 
 
 def test_no_gpu_with_a_cpu_build_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from service.plan import (
     check_device_ids,
     plan_package,
     plan_service,
+    workers_for,
 )
 from service.torchserve.config import ServerConfig
 from tests.unit.service.planning import MODEL, planned
@@ -106,13 +107,13 @@ def test_gpu_is_called_so_by_torchserve(configs: Path) -> None:
     [
         ("", 0, 6),
         ("--device cpu", 2, 6),
-        ("", 1, 4),  # no more than 4 on one
-        ("--device cuda", 2, 6),  # 3 cores for each
+        ("", 1, 3),  # half of the cores
+        ("--device cuda", 3, 3),  # 2 cores for each
         ("", 8, 8),  # one at least
         ("--workers-per-gpu 5", 2, 10),
         ("--workers-per-gpu 5", 0, 6),
         ("--workers-per-gpu 5 --workers 3", 2, 3),
-        ("--device-ids 1", 2, 4),
+        ("--device-ids 1", 2, 3),
         ("--device-ids 1,2 --workers-per-gpu 2", 4, 4),
         ("--device-ids 1", 0, 6),
     ],
@@ -124,6 +125,53 @@ def test_workers_by_themselves(
     monkeypatch.setattr("service.torchserve.config.count_gpus", lambda: gpus)
     config = plan_package(MODEL, parse_package(argv.split()), ServerConfig.load()).config
     assert (config["minWorkers"], config["maxWorkers"]) == (workers, workers)
+
+
+@pytest.mark.parametrize(
+    ("cores", "gpus", "gibibytes", "workers"),
+    [
+        (16, 1, 80, 8),
+        (64, 1, 80, 8),  # no more than 8 on one
+        (64, 8, 80, 32),  # the GPUs share the cores
+        (16, 1, 9.75, 4),  # a MIG device
+        (16, 2, 5, 4),
+        (16, 1, 1.5, 1),  # one at least
+        (16, 1, None, 8),  # the driver does not say
+        (1, 1, 80, 1),
+    ],
+)
+def test_workers_that_a_gpu_holds(
+    monkeypatch: pytest.MonkeyPatch, cores: int, gpus: int, gibibytes: float | None, workers: int
+) -> None:
+    monkeypatch.setattr(planning, "available_cores", lambda: cores)
+    memory = None if gibibytes is None else int(gibibytes * 2**30)
+    monkeypatch.setattr(planning, "gpu_memory", lambda: memory)
+    assert workers_for(gpus) == workers
+    assert workers_for(gpus, 5) == 5 * gpus  # the user knows better
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(0, 2), (1, 32)])
+def test_the_answers_of_full_batches_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, batch: int
+) -> None:
+    """Of every request with the most images and all classes of ImageNet."""
+    monkeypatch.setattr("service.torchserve.config.count_gpus", lambda: gpus)
+    plan = planned(tmp_path)
+    assert plan.config["batchSize"] == batch
+    plan.check_limits(["a name of some thirty characters"] * 1000)
+
+
+def test_a_batch_that_fits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.torchserve.config.count_gpus", lambda: 1)
+    labels = ["tench"] * 10_000
+    with pytest.raises(InvalidSettings, match=r"use --batch-size \d+$") as refused:
+        planned(tmp_path).check_limits(labels)
+    fitting = int(str(refused.value).rpartition(" ")[2])
+    planned(tmp_path, "--batch-size", str(fitting)).check_limits(labels)
+    with pytest.raises(InvalidSettings, match=f"use --batch-size {fitting}$"):
+        planned(tmp_path, "--batch-size", str(fitting + 1)).check_limits(labels)
+    with pytest.raises(InvalidSettings, match=r"lower max_images$"):
+        planned(tmp_path).check_limits(["tench"] * 1_000_000)
 
 
 def test_device_ids_go_over_the_file(configs: Path) -> None:

@@ -38,6 +38,7 @@ def test_content_of_an_archive(built: Path) -> None:
     modules = {f"handler/{path.name}" for path in HANDLER.glob("*.py")}
     assert set(zipfile.ZipFile(built).namelist()) - {"handler/", "MAR-INF/"} == modules | {
         "MAR-INF/MANIFEST.json",
+        "golden.safetensors",
         "image_classifier.py",
         "model-config.yaml",
         "model.json",
@@ -45,6 +46,15 @@ def test_content_of_an_archive(built: Path) -> None:
         "openvino.xml",
         "weights.safetensors",
     }
+
+
+def test_golden_answers_of_an_archive_are_those_of_its_engine(built: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(built) as content:
+        content.extractall(tmp_path)
+    settings = Settings(device="cpu", precision="fp32")
+    engine = load_engine(ModelCard.read(tmp_path), tmp_path, settings, gpu_id=None, workers=1)
+    assert engine.golden_error is not None
+    assert engine.golden_error < 1e-4
 
 
 def test_manifest_of_an_archive(built: Path) -> None:

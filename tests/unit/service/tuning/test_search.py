@@ -31,7 +31,7 @@ def test_pareto_front() -> None:
 def run(measure: Callable[[Configuration], Trial], **given: int) -> list[Trial]:
     """All trials of a search on four cores without a GPU."""
     trials: list[Trial] = []
-    for configuration, _ in search(START, make_axes(ENGINES, 4, False, given), trials, SLO_MS):
+    for configuration, _ in search(START, make_axes(ENGINES, 4, 0, given), trials, SLO_MS):
         trials.append(measure(configuration))
     return trials
 

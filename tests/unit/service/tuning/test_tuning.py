@@ -17,7 +17,7 @@ from tests.unit.service.tuning.trials import ENGINES, SLO_MS, START, surface, tr
 
 MODEL = "squeezenet1_1"
 FILE = f"tuned-{MODEL}.yaml"
-SPACE = SearchSpace(START, ENGINES, make_axes(ENGINES, 4, False, {}))
+SPACE = SearchSpace(START, ENGINES, make_axes(ENGINES, 4, 0, {}))
 OPTIONS = TuningOptions(
     slo_p99_ms=SLO_MS,
     budget_minutes=1,

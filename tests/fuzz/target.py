@@ -75,8 +75,7 @@ class Choices:
         return taken
 
 
-MEMORY = Path("/dev/shm")  # files there cost no disk
-_folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None)
+_folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 
 
 def as_file(data: bytes, suffix: str = "") -> Path:

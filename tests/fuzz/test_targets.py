@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,21 @@ def test_without_atheris_mutations_are_blind(tmp_path: Path) -> None:
     keep_last_input(tmp_path, "killed")  # as if it had died of the last one
     assert (tmp_path / "died").read_bytes()
     assert (tmp_path / "died.txt").read_text("utf-8") == "killed"
+
+
+@pytest.mark.parametrize("planted", ["turn", "level", "refusal"])
+def test_a_planted_difference_from_pillow_is_found(
+    planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from handler import images  # imports torch, which takes seconds
+
+    target = load("images")
+    if planted == "turn":
+        monkeypatch.setitem(images.UPRIGHT, 6, images.UPRIGHT[8])
+    elif planted == "level":
+        monkeypatch.setattr(images, "to_rgb", lambda image: image.convert("RGB"))
+    else:
+        monkeypatch.setattr(images, "_open", lambda data: images.Image.open(BytesIO(data[:100])))
+    with pytest.raises(AssertionError):
+        for seed in target.seeds():
+            target.check(seed)

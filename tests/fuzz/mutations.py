@@ -77,6 +77,8 @@ TARGETS = (
     b"//predict",
     b"/a/../predict",
     b"/predictions/a%2f..%2fb",
+    b"/predictions/a%20HTTP/1.1%0d%0aX:%20y",
+    b"/predictions/a%0a",
     b"/predict?top_k=1%0d%0aX:y",
     b"/predict?model=a%20b",
     b"http://",

@@ -1,6 +1,8 @@
 """Runs targets, each in a process of its own, and reads what came of it."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,6 +14,7 @@ from pathlib import Path
 from tests import ROOT
 from tests.fuzz.worker import CURRENT, HANG_SECONDS, HEADER
 
+MEMORY = Path("/dev/shm")  # files there cost no disk
 START_SECONDS = 120  # to import everything, on a busy machine
 TAIL = 2000  # characters of a process's last words
 COLUMNS = "{:<13}{:>11}{:>9}{:>9}{:>10}{:>10}{:>10}"
@@ -33,17 +36,24 @@ class Result:
 
 
 def run(name: str, executions: int, seconds: int, seed: int) -> Result:
-    """Fuzz a target; what it finds stays in a temporary folder."""
+    """Fuzz a target; if it finds anything, that stays in a temporary folder."""
     folder = Path(tempfile.mkdtemp(prefix=f"fuzz-{name}-"))
     log = folder / "log"
     command = [sys.executable, "-m", "tests.fuzz.worker", name]
     command += [str(executions), str(seconds), str(seed), str(folder)]
     started = time.monotonic()
     limit = seconds + START_SECONDS + HANG_SECONDS if seconds else None
-    with log.open("wb") as file:
+    inputs = tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None)
+    with log.open("wb") as file, inputs as name_of_inputs:  # libFuzzer leaves them behind
         try:
             done: int | str = subprocess.run(
-                command, cwd=ROOT, stdout=file, stderr=file, timeout=limit, check=False
+                command,
+                cwd=ROOT,
+                env=os.environ | {"TMPDIR": name_of_inputs},
+                stdout=file,
+                stderr=file,
+                timeout=limit,
+                check=False,
             ).returncode
         except subprocess.TimeoutExpired:
             done = "was killed, as it did not end"
@@ -52,12 +62,14 @@ def run(name: str, executions: int, seconds: int, seed: int) -> Result:
     found = {kind: int(number) for kind, number in re.findall(r"stat::(\w+):\s*(\d+)", said)}
     branches = re.findall(r"cov: (\d+)", said)
     if done != 0:
-        _keep_last_input(folder, f"{name}: exit status {done}\n{said[-TAIL:]}")
+        keep_last_input(folder, f"{name}: exit status {done}\n{said[-TAIL:]}")
     findings = sorted(
         path
         for path in folder.iterdir()
         if path.is_file() and path.with_suffix(".txt").is_file() and path.suffix != ".txt"
     )
+    if not findings:
+        shutil.rmtree(folder)
     return Result(
         name,
         found.get("number_of_executed_units", 0),
@@ -68,7 +80,7 @@ def run(name: str, executions: int, seconds: int, seed: int) -> Result:
     )
 
 
-def _keep_last_input(folder: Path, why: str) -> None:
+def keep_last_input(folder: Path, why: str) -> None:
     """The input that ended a process: libFuzzer's file, or what was in memory."""
     kept = [*folder.glob("crash-*"), *folder.glob("timeout-*"), *folder.glob("oom-*")]
     if not kept:

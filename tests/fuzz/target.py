@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 FOLDER = Path(__file__).parent
 NAMES = sorted(
@@ -23,6 +23,7 @@ class Target:
     seeds: Callable[[], list[bytes]]
     tokens: tuple[bytes, ...] = ()  # words of the format, for the mutations
     repair: Callable[[bytes], bytes] | None = None  # makes checksums right again, for half of them
+    guides: tuple[tuple[Any, str], ...] = ()  # functions of libraries whose branches guide, too
     max_bytes: int = 4096
     cpu_seconds: float = 2.0  # of one execution
 
@@ -74,8 +75,7 @@ class Choices:
         return taken
 
 
-MEMORY = Path("/dev/shm")  # files there cost no disk
-_folder = tempfile.TemporaryDirectory(prefix="fuzz-", dir=MEMORY if MEMORY.is_dir() else None)
+_folder = tempfile.TemporaryDirectory(prefix="fuzz-")
 
 
 def as_file(data: bytes, suffix: str = "") -> Path:

@@ -10,6 +10,7 @@ from service.gateway.process import find_nginx
 from tests import skip
 from tests.fuzz.http import against_recording, against_torchserve, judge, report
 from tests.fuzz.mutations import Mutated
+from tests.fuzz.recording import Recording
 from tests.server.serving import serving
 
 REQUESTS = 3000
@@ -68,3 +69,25 @@ def test_planted_answers_are_found(inner: str, answers: list[bytes], wrong: str)
 def test_a_hang_is_found() -> None:
     mutated = Mutated(7, "planted", SENT, "unknown")
     assert judge(mutated, answer(OUTER), in_time=False, echoes=True).startswith("not done after")
+
+
+GOOD = b"POST /predictions/m/1.0 HTTP/1.1\r\nHost: torchserve\r\nContent-Length: 3"
+
+
+@pytest.mark.parametrize(
+    ("head", "faults"),
+    [
+        (GOOD, 0),
+        (GOOD.replace(b"/predictions/m", b"/models/m"), 1),
+        (GOOD.replace(b"POST", b"GET"), 1),
+        (GOOD.replace(b" HTTP", b" x HTTP"), 1),
+        (GOOD + b"\r\nX: y", 1),
+        (GOOD + b"\r\nhost: again", 1),
+        (GOOD + b"\r\nX-Top-K: 3\rX: y", 1),
+        (GOOD + b"\r\n folded", 1),
+    ],
+)
+def test_what_nginx_should_not_write_is_a_fault(head: bytes, faults: int) -> None:
+    seen = Recording()
+    seen.read_head(head)
+    assert len(seen.faults) == faults

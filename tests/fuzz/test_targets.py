@@ -1,10 +1,14 @@
 """The short form: what once failed, then some thousand mutations of each target."""
 
+import subprocess
+import sys
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 
-from tests.fuzz.running import describe, run
+from tests import ROOT
+from tests.fuzz.running import describe, keep_last_input, run
 from tests.fuzz.target import FOLDER, NAMES, Target, load, regressions
 from tests.fuzz.worker import Recorder
 
@@ -29,7 +33,7 @@ def test_every_regression_is_of_a_target() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_nothing_is_found(name: str) -> None:
-    result = run(name, EXECUTIONS, 60, seed=1)
+    result = run(name, EXECUTIONS, 0, seed=1)
     said = "\n".join(map(result.text, result.findings))
     assert not result.findings, said
     assert result.executions >= EXECUTIONS, describe([result])
@@ -56,3 +60,44 @@ def test_a_planted_fault_is_found_and_kept(kind: str, error: str, tmp_path: Path
     [text] = tmp_path.glob("*.txt")
     assert error in text.read_text("utf-8")
     assert text.with_suffix("").read_bytes() == b"a word"
+
+
+WITHOUT_ATHERIS = """
+import sys
+sys.modules["atheris"] = None  # as on the platforms for which it has no wheel
+from tests.fuzz.worker import main
+main(sys.argv[1:])
+"""
+
+
+def test_without_atheris_mutations_are_blind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_ATHERIS, "forms", "3000", "0", "1", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "stat::number_of_executed_units: 3000" in done.stderr
+    assert not [*tmp_path.glob("*.txt")]
+    keep_last_input(tmp_path, "killed")  # as if it had died of the last one
+    assert (tmp_path / "died").read_bytes()
+    assert (tmp_path / "died.txt").read_text("utf-8") == "killed"
+
+
+@pytest.mark.parametrize("planted", ["turn", "level", "refusal"])
+def test_a_planted_difference_from_pillow_is_found(
+    planted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from handler import images  # imports torch, which takes seconds
+
+    target = load("images")
+    if planted == "turn":
+        monkeypatch.setitem(images.UPRIGHT, 6, images.UPRIGHT[8])
+    elif planted == "level":
+        monkeypatch.setattr(images, "to_rgb", lambda image: image.convert("RGB"))
+    else:
+        monkeypatch.setattr(images, "_open", lambda data: images.Image.open(BytesIO(data[:100])))
+
+    def check_all() -> None:
+        for seed in target.seeds():
+            target.check(seed)
+
+    with pytest.raises(AssertionError):
+        check_all()

@@ -151,6 +151,8 @@ def run_guided(
             return repaired(atheris.Mutate(data, most), target, random.Random(drawn))[:most]
 
         options["custom_mutator"] = mutator
+    for owner, function in target.guides:
+        setattr(owner, function, atheris.instrument_func(getattr(owner, function)))
     listed = [f"-{key}={value}" for key, value in arguments.items()]
     atheris.Setup([name, *listed, str(folder)], tried, **options)
     atheris.Fuzz()

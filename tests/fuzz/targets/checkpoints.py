@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch._weights_only_unpickler import Unpickler
 
 from handler.errors import InvalidModel
 from service.archive.checkpoints import find_tables, read_checkpoint
@@ -142,4 +143,6 @@ TOKENS = (
     b"[0,4]",
     b"18446744073709551615",
 )
-TARGET = Target(check=check, seeds=seeds, tokens=TOKENS, max_bytes=8192)
+TARGET = Target(
+    check=check, seeds=seeds, tokens=TOKENS, guides=((Unpickler, "load"),), max_bytes=8192
+)

@@ -137,7 +137,7 @@ def seeds() -> list[bytes]:
     whole = encode(picture, "JPEG")
     return [
         *(encode(picture, format) for format in FORMATS),
-        *(encode(picture.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA", "I")),
+        *(encode(picture.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGBA")),
         encode(palette, "PNG", transparency=3),
         encode(palette, "GIF", transparency=3),
         encode(frames[0], "GIF", save_all=True, append_images=frames[1:]),

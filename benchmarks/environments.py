@@ -5,9 +5,11 @@ Each sees the packages of the environment that runs the benchmark, so all share 
 
 import hashlib
 import importlib.util
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / ".envs"
@@ -18,9 +20,13 @@ class SetupFailed(Exception):
     """A peer's environment could not be made; the message is pip's last line."""
 
 
+def requirements_of(name: str) -> Path:
+    return PEERS / f"requirements-{name}.txt"
+
+
 def prepare(name: str) -> Path:
     """The Python of a peer's environment, made anew if the pins changed. Raises SetupFailed."""
-    requirements = PEERS / f"requirements-{name}.txt"
+    requirements = requirements_of(name)
     shared = shared_packages()
     expected = hashlib.sha256(
         f"{sys.version}{shared}{requirements.read_text()}".encode()
@@ -35,6 +41,18 @@ def prepare(name: str) -> Path:
         _run(env / "bin" / "python", "-m", "pip", "install", "--quiet", "-r", requirements)
         stamp.write_text(expected)
     return env / "bin" / "python"
+
+
+def missing_packages(*requirements: Path) -> list[str]:
+    """What requirements files pin and this Python has not, in whatever version."""
+    text = "".join(path.read_text("utf-8") for path in requirements)
+    missing = []
+    for name in dict.fromkeys(re.findall(r"^([\w.-]+)==", text, re.MULTILINE)):
+        try:
+            version(name)
+        except PackageNotFoundError:
+            missing.append(name)
+    return missing
 
 
 def shared_packages() -> Path:

@@ -1,10 +1,16 @@
-"""The parts of the service on a GPU, in this process: are they right, and how fast are they?"""
+"""The parts of the service on a GPU, in one process: are they right, and how fast are they?
 
+    python -m benchmarks.gpu_parts check|model|decoding --model-dir DIR --device cuda
+
+`python -m benchmarks.gpu` runs each with a time limit. A row is a line of JSON.
+"""
+
+import argparse
+import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -12,117 +18,134 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_jpeg
 
-from benchmarks.servers import say, show
-from handler.decoders import CpuDecoder, DecodeJpegs, Decoder, GpuDecoder, choose_decoder, nvjpeg
+from benchmarks.images import load_rgb
+from benchmarks.parts import print_row
+from handler.decoders import Decoder, choose_decoder
 from handler.engine import Engine
 from handler.engines import load_engine
+from handler.errors import InvalidSettings
 from handler.images import open_image, read_picture
 from handler.machine import available_cores
 from handler.model_card import ModelCard
+from handler.rules import rules_of
 from handler.settings import Settings
 
-# The largest difference of a probability from torch on the CPU in fp32. 16 bits are off by 0.1 in
-# single images (bf16, MobileNetV2, measured on a CPU): there, the top-1 class must mostly stay.
-TOLERANCE = 0.003
-MINIMUM_AGREEMENT = 0.97
 IN_FLIGHT = 2  # forward passes under way at once
-DECODED_TOGETHER = 64  # images
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A packaged model and JPEGs; `device` is torch's name of the device."""
+    """A packaged model and JPEGs, and what is measured of them; each figure is a printed row."""
 
     model_dir: Path
     card: ModelCard
-    device: str
+    settings: Settings
     jpegs: Sequence[bytes]
     seconds: float  # of each measurement
 
-    def check(self, engine: Engine) -> dict[str, Any]:
-        """Probabilities and decoders against torch and libjpeg on the CPU."""
-        say("checking against the CPU")
-        transform = self.card.transform
+    def load(self) -> Engine:
+        """The engine that a lone worker would have."""
+        return load_engine(self.card, self.model_dir, self.settings, gpu_id=0, workers=1)
+
+    def decoders(self, engine: Engine) -> Iterator[tuple[str, int, Decoder | InvalidSettings]]:
+        """What each value of the setting `decoder` gives, and its threads, or why it does not run.
+
+        The name has both, such as "auto: nvjpeg". On a CPU `auto` is `cpu`, and left out.
+        """
+        cores = available_cores()
+        for name in rules_of(Settings)["decoder"].choices:
+            if name == "auto" and engine.device == "cpu":
+                continue
+            for threads in sorted({1, cores}) if name == "cpu" else [cores]:
+                settings = replace(self.settings, decoder=name)
+                try:
+                    found, _ = choose_decoder(self.card.transform, settings, engine.device, threads)
+                except InvalidSettings as exc:
+                    yield name, threads, exc
+                else:
+                    both = name if name == found.name else f"{name}: {found.name}"
+                    yield both, threads, found
+
+    def check(self) -> None:
+        """Probabilities and decoders against torch and libjpeg on the CPU, both in fp32."""
         exact = Settings(device="cpu", engine="torch", precision="fp32")
+        # As a worker would have them: with all cores, as nothing else runs.
         reference = load_engine(self.card, self.model_dir, exact, gpu_id=None, workers=1)
+        transform = self.card.transform
         pixels = [read_picture(jpeg, transform, Settings()).pixels for jpeg in self.jpegs]
         expected = in_passes(reference, pixels)
-        gpu = GpuDecoder(transform, jpeg_decoder(self.device), CpuDecoder(transform))
-        decoded = [picture.pixels for picture in decode(gpu, self.jpegs)]
+        engine = self.load()
+        self._compare(engine, "cpu", expected, pixels, pixels)
+        for name, _, decoder in self.decoders(engine):
+            if name != "cpu":
+                if isinstance(decoder, InvalidSettings):
+                    print_row(engine=engine.name, decoder=name, reason=str(decoder))
+                else:
+                    decoded = [picture.pixels for picture in decode(decoder, self.jpegs)]
+                    self._compare(engine, name, expected, pixels, decoded)
+
+    def _compare(
+        self,
+        engine: Engine,
+        decoder: str,
+        expected: Tensor,
+        pixels: Sequence[Tensor],
+        decoded: Sequence[Tensor],
+    ) -> None:
         levels = [
             (one.float() - other.cpu().float()).abs().mean().item()
             for one, other in zip(pixels, decoded, strict=True)
         ]
-        chosen, _ = choose_decoder(transform, Settings(), self.device, threads=1)
-        found: dict[str, Any] = {
-            "images": len(self.jpegs),
-            "engine": compare(expected, in_passes(engine, pixels)),
-            "engine_and_gpu_decoder": compare(expected, in_passes(engine, decoded)),
-            "gpu_decoder_levels": {"mean": sum(levels) / len(levels), "largest": max(levels)},
-            "gpu_decoder_drawn_levels": gpu.differences(),
-            "decoder_of_auto": chosen.name,
-        }
-        full = engine.precision == "fp32"
-        found["passed"] = (
-            found["engine"]["largest_difference"] <= TOLERANCE
-            if full
-            else found["engine"]["same_best_class"] >= MINIMUM_AGREEMENT
+        print_row(
+            engine=engine.name,
+            decoder=decoder,
+            images=len(pixels),
+            **compare(expected, in_passes(engine, decoded)),
+            mean_levels=sum(levels) / len(levels),  # of 255, from libjpeg's pixels
+            largest_levels=max(levels),  # of an image's mean
+            trained=self.card.weights.trained,
         )
-        rows = [{"what": name, **found[name]} for name in ("engine", "engine_and_gpu_decoder")]
-        show(rows, ("what", "largest_difference", "same_best_class"), digits=5)
-        bar = f"within {TOLERANCE}" if full else f"same top-1 class in {MINIMUM_AGREEMENT:.0%}"
-        say(f"{bar}: {'yes' if found['passed'] else 'NO'}")
-        if not self.card.weights.trained:
-            say("(untrained weights give all classes much the same: this says little)")
-        say(f"GPU decoder, levels of 255: {found['gpu_decoder_levels']}; auto: {chosen.name}")
-        return found
 
-    def measure_model(self, engine: Engine) -> list[dict[str, Any]]:
-        """Pixels in the CPU's memory to probabilities in the CPU's memory."""
-        say("the model alone")
+    def measure_model(self, batches: Sequence[int]) -> None:
+        """Pixels in the memory of the CPU, or of the device, to probabilities in the CPU's."""
+        engine = self.load()
         size = self.card.transform.crop_size
         pixels = torch.randint(0, 256, (engine.max_forward, 3, size, size), dtype=torch.uint8)
-        rows = []
-        for batch in getattr(engine, "sizes", sorted({1, engine.max_forward})):
-            images = list(pixels[:batch])
-            under_way: deque[Callable[[], Tensor]] = deque()
+        for batch in sorted({min(batch, engine.max_forward) for batch in batches}):
+            for device in dict.fromkeys(("cpu", engine.device)):
+                images = list(pixels[:batch].to(device))
+                under_way: deque[Callable[[], Any]] = deque()
 
-            def call(images: list[Tensor] = images, under_way: Any = under_way) -> None:
-                under_way.append(engine.launch(images))
-                if len(under_way) > IN_FLIGHT:
+                def call(images: list[Tensor] = images, under_way: Any = under_way) -> None:
+                    under_way.append(engine.launch(images))
+                    if len(under_way) > IN_FLIGHT:
+                        under_way.popleft()()
+
+                rate = batch * self.rate(call)
+                while under_way:
                     under_way.popleft()()
+                print_row(engine=engine.name, batch=batch, pixels_on=device, images_per_second=rate)
 
-            rows.append({"batch": batch, "images_per_second": batch * self.rate(call)})
-            while under_way:
-                under_way.popleft()()
-        show(rows, ("batch", "images_per_second"))
-        return rows
-
-    def measure_decoding(self) -> list[dict[str, Any]]:
+    def measure_decoding(self, together: Sequence[int]) -> None:
         """Encoded bytes to the model's input, header checks and resizing included."""
-        say("decoding alone")
-        transform, cores = self.card.transform, available_cores()
-        jpegs = list(islice(cycle(self.jpegs), DECODED_TOGETHER))
-        decoders: dict[str, Decoder] = {
-            "CPU, 1 thread": CpuDecoder(transform),
-            f"CPU, {cores} threads": CpuDecoder(transform, cores),
-            f"torchvision on {self.device}": GpuDecoder(
-                transform, jpeg_decoder(self.device), CpuDecoder(transform)
-            ),
-        }
-        rows = []
-        for name, decoder in decoders.items():
+        engine = self.load()
+        torch.set_num_threads(1)  # the decoders have threads of their own
+        for name, threads, decoder in self.decoders(engine):
+            facts = {"decoder": name, "threads": threads}
+            if isinstance(decoder, InvalidSettings):
+                print_row(**facts, reason=str(decoder))
+                continue
+            for count in together:
+                jpegs = list(islice(cycle(self.jpegs), count))
 
-            def call(decoder: Decoder = decoder) -> None:
-                decode(decoder, jpegs)
-                if self.device != "cpu":
-                    torch.cuda.synchronize()
+                def call(decoder: Decoder = decoder, jpegs: Sequence[bytes] = jpegs) -> None:
+                    decode(decoder, jpegs)
+                    if engine.device != "cpu":
+                        torch.cuda.synchronize()
 
-            rows.append({"decoder": name, "images_per_second": len(jpegs) * self.rate(call)})
-        show(rows, ("decoder", "images_per_second"))
-        return rows
+                rate = count * self.rate(call)
+                print_row(**facts, together=count, images_per_second=rate)
 
     def rate(self, call: Callable[[], None]) -> float:
         """Calls a second, after a few that are not counted."""
@@ -133,11 +156,6 @@ class Parts:
             call()
             calls += 1
         return calls / (now - begin)
-
-
-def jpeg_decoder(device: str) -> DecodeJpegs:
-    """nvJPEG on a GPU; torchvision's libjpeg if all of this is tried on a CPU."""
-    return nvjpeg(device) if device != "cpu" else partial(decode_jpeg, mode=ImageReadMode.RGB)
 
 
 def decode(decoder: Decoder, jpegs: Sequence[bytes]) -> list[Any]:
@@ -170,3 +188,33 @@ def compare(expected: Tensor, actual: Tensor) -> dict[str, float]:
         "mean_difference": off.mean().item(),
         "same_best_class": same,
     }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_parts", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add = parser.add_argument
+    add("part", choices=["check", "model", "decoding"])
+    add("--model-dir", type=Path, required=True, help="an unpacked archive")
+    add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--precision", default="auto")
+    add("--images", type=Path, help="JPEGs (default: drawn)")
+    add("--seconds", type=float, default=1)
+    add("--batches", type=int, nargs="+", default=[1, 8, 32, 64], help="of the model")
+    add("--together", type=int, nargs="+", default=[8, 32], help="images to decode in one call")
+    args = parser.parse_args(argv)
+    settings = Settings(device=args.device, precision=args.precision)
+    jpegs = [image.body for image in load_rgb(args.images)]
+    card = ModelCard.read(args.model_dir)
+    parts = Parts(args.model_dir, card, settings, jpegs, args.seconds)
+    if args.part == "check":
+        parts.check()
+    elif args.part == "model":
+        parts.measure_model(args.batches)
+    else:
+        parts.measure_decoding(args.together)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

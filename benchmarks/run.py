@@ -222,7 +222,7 @@ class Run:
             result = self.data["inprocess"].setdefault(precision, {"failed": None, "runs": []})
             batches = sorted({1, self.servers.batch_size(precision)})
             runs, failed = self.servers.measure_inprocess(
-                precision, batches, self.servers.workers, self.args.seconds
+                precision, batches, self.servers.worker_count(precision), self.args.seconds
             )
             if failed:
                 result["failed"] = failed

@@ -84,13 +84,15 @@ class Servers:
     calibration: Path | None
     device: str
     precision: str  # of the subjects that do not name one
-    workers: int
+    workers: int | None  # None: as many as ours takes by itself
     images: Path | None  # a folder of JPEGs; None: drawn ones
 
     def model_options(self, precision: str) -> list[object]:
         """The options of ./scripts/serve and ./scripts/package."""
         options: list[object] = ["--model", self.model, "--weights", self.weights]
-        options += ["--precision", precision, "--device", self.device, "--workers", self.workers]
+        options += ["--precision", precision, "--device", self.device]
+        if self.workers:
+            options += ["--workers", self.workers]
         if self.recipe:
             options += ["--recipe", self.recipe]
         if self.calibration and precision == "int8":
@@ -124,8 +126,14 @@ class Servers:
         return self.folder / f"store-{precision}"
 
     def batch_size(self, precision: str) -> int:
+        return int(self._config(precision)["batchSize"])
+
+    def worker_count(self, precision: str) -> int:
+        return self.workers or int(self._config(precision)["minWorkers"])
+
+    def _config(self, precision: str) -> Mapping[str, Any]:
         text = (self.model_dir(precision) / "model-config.yaml").read_text("utf-8")
-        return int(yaml.safe_load(text)["batchSize"])
+        return dict(yaml.safe_load(text))
 
     def environ(self, precision: str) -> dict[str, str]:
         """No settings of the user's, and no proxy on the way to our own servers."""
@@ -140,9 +148,9 @@ class Servers:
             python_path.insert(0, model_dir)
             environ["BENCHMARK_MODEL_DIR"] = str(model_dir)
             environ["BENCHMARK_BATCH_SIZE"] = str(self.batch_size(precision))
+            environ["BENCHMARK_WORKERS"] = str(self.worker_count(precision))
         return environ | {
             "PYTHONPATH": ":".join(map(str, python_path)),
-            "BENCHMARK_WORKERS": str(self.workers),
             "TS_MODEL_STORE": str(self._store(precision)),
         }
 
@@ -181,14 +189,15 @@ class Servers:
         self, subject: Subject, python: Path, port: int, folder: Path
     ) -> AbstractContextManager[Server]:
         """The started server, in a folder of its own."""
+        precision = subject.precision or self.precision
         places = {
             "python": python,
             "bin": python.parent,
             **ports(port),
-            "workers": self.workers,
+            "workers": self.worker_count(precision),
             "libpython": sysconfig.get_config_var("LIBDIR"),
         }
-        environ = self.environ(subject.precision or self.precision)
+        environ = self.environ(precision)
         environ |= {name: value.format_map(places) for name, value in subject.environ.items()}
         if subject.is_ours:
             # Started as people start it: with the repository's code, not an unpacked archive's.
@@ -211,7 +220,7 @@ class Servers:
     ) -> tuple[list[dict[str, Any]], str | None]:
         """What peers/inprocess.py measures, and what it said if it failed."""
         command: list[object] = [sys.executable, PEERS / "inprocess.py", "--processes", processes]
-        command += ["--seconds", seconds, "--batches", *batches]
+        command += ["--one-request", "--seconds", seconds, "--batches", *batches]
         if self.images:
             command += ["--images", self.images]
         environ = self.environ(precision) | {"OMP_NUM_THREADS": "1"}
@@ -225,7 +234,7 @@ class Servers:
 
 @contextmanager
 def make_servers(
-    args: argparse.Namespace, *, device: str, precision: str, workers: int
+    args: argparse.Namespace, *, device: str, precision: str, workers: int | None
 ) -> Iterator[Servers]:
     """The servers of a benchmark with the options of make_parser, in a temporary folder."""
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
+from handler.batch_resize import Turned, can_resize, resize_and_crop_batch
 from handler.errors import InvalidSettings, RequestError
 from handler.images import (
     Encoded,
@@ -24,26 +27,27 @@ from handler.images import (
     upright,
 )
 from handler.model_card import InputTransform
-from handler.resize import needs_pillow_resize, resize_and_crop_batch
+from handler.nvimgcodec import nvimgcodec
 from handler.settings import Settings
 
 MAX_DIFFERENCE = 0.01  # of 255: how far the GPU's pixels may be from the CPU's on average
 
-# Horizontal and vertical sampling of Y, Cb and Cr in the usual JPEGs, by the names they go by.
-SAMPLINGS = {
-    "4:4:4": ((1, 1), (1, 1), (1, 1)),
-    "4:2:2": ((2, 1), (1, 1), (1, 1)),
-    "4:2:0": ((2, 2), (1, 1), (1, 1)),
+# The usual chroma samplings: horizontal and vertical factors of Y, Cb and Cr, and their names.
+SAMPLINGS: dict[tuple[Any, ...], str] = {
+    ((1, 1), (1, 1), (1, 1)): "4:4:4",
+    ((2, 1), (1, 1), (1, 1)): "4:2:2",
+    ((2, 2), (1, 1), (1, 1)): "4:2:0",
 }
+ALL_SAMPLINGS = tuple(SAMPLINGS.values())
 
-# The GPU decodes an image only if its short side is at least this times the resize size. Smaller
-# ones cost the CPU little, and many of their values fall between two levels (needs_pillow_resize).
-MIN_SHRINK = 1.25
+# Of images that the GPU decodes together. A pixel takes some 40 bytes, most of them to resize it,
+# and an image some 3 MB.
+CHUNK_PIXELS = 2**23
+CHUNK_IMAGES = 64
+MAX_PADDING = 2  # pixels in a chunk, with what pads all images to one size, for each of an image
 
-# Of images that the GPU decodes together. A pixel takes some 30 bytes, most of them to resize it.
-CHUNK_PIXELS = 2**24
-
-DecodeJpegs = Callable[[list[Tensor]], list[Tensor]]  # uint8 [n] each -> uint8 RGB [3, H, W] each
+# uint8 [n] each -> uint8 RGB [3, H, W] each, on the GPU, or None for an image that is refused
+DecodeJpegs = Callable[[list[Tensor]], Sequence[Tensor | None]]
 
 
 @dataclass(eq=False)
@@ -55,12 +59,20 @@ class Decoding:
     error: Exception | None = None  # a RequestError, or a bug of ours
     future: Future[None] | None = None  # in the pool
     encoded: Encoded | None = None  # for the GPU
+    turn: tuple[tuple[int, ...], bool] = ((), False)  # of `encoded`, as in images.UPRIGHT
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Width and height once it is turned."""
+        width, height = self.size
+        return (height, width) if self.turn[1] else (width, height)
 
 
 class Decoder(ABC):
     """Images go in one by one, in whatever order, and come out decoded."""
 
     name: str
+    samplings: tuple[str, ...] = ()  # of the JPEGs that the GPU decodes
 
     @abstractmethod
     def start(self, encoded: Encoded) -> Decoding:
@@ -115,143 +127,208 @@ class CpuDecoder(Decoder):
 
 @dataclass
 class GpuDecoder(Decoder):
-    """Decodes plain JPEGs in chunks with nvJPEG; all else, and what it refuses, on the CPU."""
+    """Decodes plain JPEGs in chunks on the GPU; all else, and what it refuses, on the CPU.
 
-    name = "nvjpeg"
+    Decoding and resizing have a stream of their own, beside the forward passes, in which memory is
+    reused in order. What leaves it are the model's inputs alone.
+    """
 
     transform: InputTransform
     decode_jpegs: DecodeJpegs
     cpu: CpuDecoder
+    name: str = "nvjpeg"
+    samplings: tuple[str, ...] = ALL_SAMPLINGS
+    stream: torch.cuda.Stream | None = None  # None: the current one
 
     def start(self, encoded: Encoded) -> Decoding:
-        size = encoded.header.size
-        large = min(size) >= MIN_SHRINK * self.transform.resize_size
-        if large and is_plain_jpeg(encoded) and not needs_pillow_resize(size, self.transform):
-            return Decoding(size, encoded=encoded)
+        if plain_sampling(encoded) in self.samplings:
+            return _for_gpu(encoded)
         return self.cpu.start(encoded)
 
     def finish(self, decodings: Sequence[Decoding]) -> Iterator[Decoding]:
         others = [decoding for decoding in decodings if not decoding.encoded]
         for chunk in _chunks(decoding for decoding in decodings if decoding.encoded):
             left = self._decode(chunk)
-            yield from (decoding for decoding in chunk if decoding not in left)
+            yield from (decoding for decoding in chunk if decoding.picture)
+            for decoding in left:
+                self._leave_to_cpu(decoding)
             others += left
         yield from self.cpu.finish(others)
 
     def _decode(self, chunk: Sequence[Decoding]) -> list[Decoding]:
-        """Decode a chunk, or one by one if an image is refused; returns what is left to the CPU."""
-        encoded = [decoding.encoded for decoding in chunk if decoding.encoded]
-        # nvJPEG raises for a damaged image, for a kind that it does not know, and if there is no
-        # memory. What follows is outside of the exception, whose frames hold pixels on the GPU.
+        """Decode a chunk, or one by one if it is refused as a whole; returns what is left."""
+        # A decoder raises for a kind that it does not know, and if there is no memory; nvJPEG for
+        # any damaged image. What follows is outside of the exception, whose frames hold pixels.
         with suppress(Exception):
-            for decoding, picture in zip(chunk, self.decode_together(encoded), strict=True):
-                decoding.picture, decoding.encoded = picture, None
-            return []
+            for decoding, picture in zip(chunk, self.decode_together(chunk), strict=True):
+                decoding.picture = picture
+                decoding.encoded = None if picture else decoding.encoded
+            return [decoding for decoding in chunk if not decoding.picture]
         if len(chunk) > 1:
             return [left for decoding in chunk for left in self._decode([decoding])]
         with suppress(RuntimeError):  # the GPU itself is lost, as the forward pass will notice
             torch.cuda.empty_cache()
-        chunk[0].encoded = None
-        self.cpu.decode(encoded[0], chunk[0])
-        return [chunk[0]]
+        return [*chunk]
 
-    def decode_together(self, images: Sequence[Encoded]) -> list[Picture]:
-        """JPEGs to Pictures. Raises what nvJPEG raises for the first image that it refuses."""
-        files = [torch.frombuffer(bytearray(image.data), dtype=torch.uint8) for image in images]
-        by_shape: dict[torch.Size, dict[int, Tensor]] = {}  # upright, by their places
-        decoded = zip(images, self.decode_jpegs(files), strict=True)
-        for place, (image, pixels) in enumerate(decoded):
-            if (*pixels.shape,) != (3, image.header.height, image.header.width):
-                raise ValueError(f"nvJPEG gave {[*pixels.shape]} for {image.header.size}")
-            flipped, swapped = upright(image.header)
-            turned = pixels.flip([axis + 1 for axis in flipped])
-            turned = turned.transpose(1, 2) if swapped else turned
-            by_shape.setdefault(turned.shape, {})[place] = turned
-        pictures: dict[int, Picture] = {}
-        for (_, height, width), same in by_shape.items():
-            inputs = resize_and_crop_batch(torch.stack([*same.values()]), self.transform)
-            for place, pixels in zip(same, inputs, strict=True):
-                pictures[place] = Picture(pixels, (width, height))
-        return [pictures[place] for place in range(len(images))]
+    def _leave_to_cpu(self, decoding: Decoding) -> None:
+        encoded, decoding.encoded = decoding.encoded, None
+        if encoded:
+            self.cpu.decode(encoded, decoding)
 
-    def differences(self) -> dict[str, float]:
+    def decode_together(self, chunk: Sequence[Decoding]) -> list[Picture | None]:
+        """Images for the GPU to Pictures, None for one that is refused.
+
+        The pixels of all are one tensor [B, 3, H, W]. Raises what the library raises.
+        """
+        files = [_as_tensor(decoding.encoded.data) for decoding in chunk if decoding.encoded]
+        pictures: list[Picture | None] = [None] * len(chunk)
+        with torch.cuda.stream(self.stream):
+            turned = {}
+            for place, (decoding, pixels) in enumerate(
+                zip(chunk, self.decode_jpegs(files), strict=True)
+            ):
+                if pixels is None:
+                    continue
+                if (*pixels.shape,) != (3, decoding.size[1], decoding.size[0]):
+                    raise ValueError(f"{self.name} gave {[*pixels.shape]} for {decoding.size}")
+                turned[place] = Turned(pixels, *decoding.turn)
+            if not turned:
+                return pictures
+            inputs = resize_and_crop_batch([*turned.values()], self.transform)
+        if self.stream:
+            reader = torch.cuda.current_stream(self.stream.device)
+            reader.wait_stream(self.stream)
+            inputs.record_stream(reader)
+        for place, pixels in zip(turned, inputs, strict=True):
+            pictures[place] = Picture(pixels, chunk[place].upright_size)
+        return pictures
+
+    def differences(self) -> dict[str, float | None]:
         """How far its pixels are from the CPU's: mean levels of 255, by chroma sampling.
 
-        The figure is that of the worst of a few JPEGs drawn here. Raises what nvJPEG raises if it
-        does not run.
+        The figure is that of the worst of a few JPEGs drawn here, None if it refuses one. Raises
+        what the library raises if it does not run.
         """
-        found = {}
-        for sampling in SAMPLINGS:
-            jpegs = [_draw_jpeg(size, sampling) for size in ((501, 375), (347, 601))]
-            encoded = [open_image(jpeg, Settings()) for jpeg in jpegs]
-            expected = [read_picture(jpeg, self.transform, Settings()).pixels for jpeg in jpegs]
-            actual = [picture.pixels.cpu() for picture in self.decode_together(encoded)]
-            found[sampling] = max(
-                (one.float() - other.float()).abs().mean().item()
-                for one, other in zip(expected, actual, strict=True)
-            )
+        drawn = [
+            (sampling, _draw_jpeg(size, sampling, progressive=progressive))
+            for sampling in ALL_SAMPLINGS
+            for size, progressive in (((501, 375), False), ((347, 601), False), ((501, 375), True))
+        ]
+        decodings = [_for_gpu(open_image(jpeg, Settings())) for _, jpeg in drawn]
+        found: dict[str, float | None] = dict.fromkeys(ALL_SAMPLINGS, 0.0)
+        for (sampling, jpeg), picture in zip(drawn, self.decode_together(decodings), strict=True):
+            worst = found[sampling]
+            if picture is None or worst is None:
+                found[sampling] = None
+                continue
+            expected = read_picture(jpeg, self.transform, Settings()).pixels
+            difference = (picture.pixels.cpu().float() - expected.float()).abs().mean().item()
+            found[sampling] = max(worst, difference)
         return found
 
 
+def _for_gpu(encoded: Encoded) -> Decoding:
+    return Decoding(encoded.header.size, encoded=encoded, turn=upright(encoded.header))
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    """The bytes themselves as uint8 [n], not to be written to."""
+    return from_dlpack(np.frombuffer(data, np.uint8))  # torch.frombuffer warns, or copies
+
+
 def _chunks(decodings: Iterable[Decoding]) -> Iterator[list[Decoding]]:
-    """The images in order, in chunks of at most CHUNK_PIXELS; a larger image is a chunk."""
+    """The images in chunks of like sizes, from small to large.
+
+    A chunk takes the memory of images that are all as wide as its widest and as high as its
+    highest, which is bounded by CHUNK_PIXELS; a larger image is a chunk.
+    """
     chunk: list[Decoding] = []
-    pixels = 0
-    for decoding in decodings:
-        width, height = decoding.size
-        if chunk and pixels + width * height > CHUNK_PIXELS:
+    pixels = width = height = 0
+    for decoding in sorted(decodings, key=lambda decoding: sorted(decoding.size, reverse=True)):
+        wide, high = decoding.upright_size
+        width, height, pixels = max(width, wide), max(height, high), pixels + wide * high
+        padded = width * height * (len(chunk) + 1)
+        if chunk and (
+            padded > min(CHUNK_PIXELS, MAX_PADDING * pixels) or len(chunk) == CHUNK_IMAGES
+        ):
             yield chunk
-            chunk, pixels = [], 0
+            chunk, width, height, pixels = [], wide, high, wide * high
         chunk.append(decoding)
-        pixels += width * height
     if chunk:
         yield chunk
 
 
-def is_plain_jpeg(encoded: Encoded) -> bool:
-    """Whether libjpeg and nvJPEG read the same in it: a whole YCbCr image of a usual sampling.
+def plain_sampling(encoded: Encoded) -> str | None:
+    """The chroma sampling of a JPEG in which libjpeg and the GPU read the same; else None.
 
-    nvJPEG does not report a file that ends early, and takes RGB inside a JPEG for YCbCr.
+    It is a whole YCbCr image of a usual sampling: nvJPEG does not report a file that ends early,
+    and takes RGB inside a JPEG for YCbCr.
     """
     header = encoded.header
     if type(header) is not JpegImageFile or header.mode != "RGB":
-        return False
-    names, *samplings = zip(*(component[:3] for component in header.layer), strict=True)
-    return (
-        names == (1, 2, 3)
-        and header.info.get("adobe_transform", 1) == 1
-        and tuple(zip(*samplings, strict=True)) in SAMPLINGS.values()
-        and encoded.data.endswith(b"\xff\xd9")
-    )
+        return None
+    names, *factors = zip(*(component[:3] for component in header.layer), strict=True)
+    if (
+        names != (1, 2, 3)
+        or header.info.get("adobe_transform", 1) != 1
+        or not encoded.data.endswith(b"\xff\xd9")
+    ):
+        return None
+    return SAMPLINGS.get(tuple(zip(*factors, strict=True)))
 
 
 def choose_decoder(
     transform: InputTransform, settings: Settings, device: str, threads: int
 ) -> tuple[Decoder, dict[str, Any]]:
-    """The decoder that the settings ask for, with what there is to say against nvJPEG, if anything.
+    """The decoder that the settings ask for, with why the GPU does not decode every plain JPEG.
 
-    `device` is the engine's. On a GPU, nvJPEG is first compared with the CPU: if its pixels differ,
-    `auto` takes the CPU. Raises InvalidSettings if `decoder` is gpu and the GPU cannot decode.
+    `device` is the engine's. Each decoder of a GPU is compared with the CPU, for each chroma
+    sampling; the first that has the CPU's pixels for the most is taken, for these with `auto`, and
+    for all with `gpu`. Raises InvalidSettings if `decoder` is gpu and the GPU cannot decode.
     """
     cpu = CpuDecoder(transform, threads)
     if settings.decoder == "gpu" and device == "cpu":
         raise InvalidSettings("decoder is gpu, and device is cpu")
     if settings.decoder == "cpu" or device == "cpu":
         return cpu, {}
-    try:
-        gpu = GpuDecoder(transform, nvjpeg(device), cpu)
-        differences = gpu.differences()
-    except Exception as exc:
-        if settings.decoder == "gpu":
-            raise InvalidSettings(f"decoder is gpu, and nvJPEG does not run here: {exc}") from exc
-        return cpu, {"cause": str(exc)}
-    if max(differences.values()) <= MAX_DIFFERENCE:
-        return gpu, {}
-    chosen = gpu if settings.decoder == "gpu" else cpu
-    return chosen, {"differences": differences, "tolerance": MAX_DIFFERENCE}
+    chosen: GpuDecoder | None = None
+    reason: dict[str, Any] = {}  # by the name of a library: its differences, or what it raised
+    for name, load in GPU_LIBRARIES.items():
+        try:
+            if not can_resize(transform):
+                raise ValueError("the recipe resizes without antialias")
+            gpu = GpuDecoder(transform, load(device, threads), cpu, name, stream=_stream(device))
+            differences = gpu.differences()
+        except Exception as exc:
+            reason[name] = str(exc)
+            continue
+        reason[name] = differences
+        gpu.samplings = tuple(
+            sampling
+            for sampling, difference in differences.items()
+            if difference is not None and difference <= MAX_DIFFERENCE
+        )
+        if gpu.samplings == ALL_SAMPLINGS:
+            return gpu, {}
+        if chosen is None or len(gpu.samplings) > len(chosen.samplings):
+            chosen = gpu
+    if settings.decoder == "gpu":
+        if chosen is None:
+            raise InvalidSettings(f"decoder is gpu, and the GPU cannot decode: {reason}")
+        chosen.samplings = ALL_SAMPLINGS
+    reason["tolerance"] = MAX_DIFFERENCE
+    if chosen is None or not chosen.samplings:
+        return cpu, reason
+    return chosen, reason | {"samplings": chosen.samplings}
 
 
-def nvjpeg(device: str) -> DecodeJpegs:
+def _stream(device: str) -> torch.cuda.Stream | None:
+    if not device.startswith("cuda"):
+        return None
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+def nvjpeg(device: str, threads: int = 1) -> DecodeJpegs:  # noqa: ARG001 as nvimgcodec has it
     """torchvision's nvJPEG, with memory that is reused only once its pixels have been read.
 
     torchvision decodes on a stream of its own, which waits for no other, into memory from the pool
@@ -275,7 +352,14 @@ def nvjpeg(device: str) -> DecodeJpegs:
     return decode_jpegs
 
 
-def _draw_jpeg(size: tuple[int, int], sampling: str) -> bytes:
+# From the one that is tried first; each is given the device and a number of threads.
+GPU_LIBRARIES: dict[str, Callable[[str, int], DecodeJpegs]] = {
+    "nvimgcodec": nvimgcodec,
+    "nvjpeg": nvjpeg,
+}
+
+
+def _draw_jpeg(size: tuple[int, int], sampling: str, *, progressive: bool) -> bytes:
     """A JPEG with coarse and fine patterns of colours, always the same for the same size."""
     rng = random.Random(size[0])  # noqa: S311 a picture, not a secret
     image = Image.new("RGB", size)
@@ -283,5 +367,5 @@ def _draw_jpeg(size: tuple[int, int], sampling: str) -> bytes:
         noise = Image.frombytes("RGB", (cells, cells), rng.randbytes(cells * cells * 3))
         image = Image.blend(image, noise.resize(size, Image.Resampling.BICUBIC), share)
     file = BytesIO()
-    image.save(file, "JPEG", quality=90, subsampling=sampling)
+    image.save(file, "JPEG", quality=90, subsampling=sampling, progressive=progressive)
     return file.getvalue()

@@ -290,6 +290,7 @@ class ImageClassifier(BaseHandler):
             "golden_error": self.engine.golden_error,
             "int8": card.int8,
             "decoder": self.decoder.name,
+            "gpu_samplings": self.decoder.samplings,
             "device": self.engine.device,
             "threads": self.threads,
             "libraries": {name: version(name) for name in LIBRARIES}

@@ -8,6 +8,7 @@ from io import BytesIO
 import numpy as np
 import simplejpeg
 from PIL import ExifTags, Image
+from PIL.GifImagePlugin import GifImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
@@ -45,6 +46,26 @@ warnings.filterwarnings("ignore", module="PIL")
 
 # Pillow would load its other plugins, which takes 30 ms, at the first image that it does not know.
 Image.init()
+
+
+class _FirstFrame(GifImageFile):
+    """A GIF of which only the first frame is wanted.
+
+    As it opens a file, Pillow prepares what the second is drawn on: an image of the size that the
+    first claims, up to 4 GB, before that can be held against the limits.
+    """
+
+    @property
+    def disposal_method(self) -> int:
+        """How the second frame treats the first; 0, whatever the file says: not at all."""
+        return 0
+
+    @disposal_method.setter
+    def disposal_method(self, method: int) -> None:
+        """Drop it."""
+
+
+Image.register_open("GIF", _FirstFrame, Image.OPEN["GIF"][1])
 
 # What people send by mistake, by its first bytes. The answer names it instead of "unreadable".
 _FOREIGN = (

@@ -67,7 +67,7 @@ class ModelCard:
             transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
             facts["transform"] = InputTransform(**transform)
             return cls(**facts)
-        except (ValueError, TypeError, KeyError) as exc:
+        except (ValueError, TypeError, KeyError, RecursionError) as exc:
             raise InvalidModel(f"{CARD_FILE} in the archive is not a model card: {exc}") from exc
 
     @classmethod

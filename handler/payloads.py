@@ -108,14 +108,15 @@ def _parts(
 def _is_form(body: Any, headers: Mapping[str, Any], content_type: str) -> bool:
     """Whether a body is a form as the client sent it, and not a part called "body" of one.
 
-    TorchServe takes apart the forms that come under their own Content-Type, except those in
-    which it finds no boundary.
+    TorchServe takes apart the multipart/form-data that comes under its own Content-Type, except
+    that in which it finds no boundary.
     """
-    if not content_type.lower().startswith("multipart/") or not isinstance(body, bytes | bytearray):
+    kind = content_type.lower()
+    if not kind.startswith("multipart/") or not isinstance(body, bytes | bytearray):
         return False
     boundary = read_boundary(content_type).encode("latin-1", "replace")
-    whole = "x-body-type" in headers or not boundary or body.startswith(b"--" + boundary)
-    return whole and bool(body)
+    parsed = kind.startswith("multipart/form-data") and "x-body-type" not in headers and boundary
+    return bool(body) and (not parsed or body.startswith(b"--" + boundary))
 
 
 def _options(parts: list[Part]) -> dict[str, str | None]:
@@ -203,7 +204,7 @@ def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Setti
     if value is None:
         return min(settings.top_k, classes)
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        value = int(value)
+        value = int(value.strip())  # \s are more than int() takes: "3\x1d"
     if type(value) is not int or not 1 <= value <= classes:
         raise InvalidTopK(f"top_k must be a whole number from 1 to {classes}")
     return value

@@ -37,23 +37,6 @@ def resize_and_crop(pixels: Pixels, transform: InputTransform) -> Tensor:
     return center_crop(image, transform.crop_size)[0].contiguous()
 
 
-def resize_and_crop_batch(images: Tensor, transform: InputTransform) -> Tensor:
-    """uint8 RGB [B, 3, H, W] to uint8 [B, 3, crop, crop], for devices without a resize of uint8.
-
-    The same as `resize_and_crop` up to rounding. It resizes along one axis, rounds, then resizes
-    along the other, as Pillow does: both at once would be off by 0.15 levels on average.
-    """
-    images = crop_long_strip(images)
-    height, width = target_size(images.shape[2:], transform)
-    for size in ((images.shape[2], width), (height, width)):
-        if size != images.shape[2:]:
-            floats = functional.interpolate(
-                images.float(), size, mode=transform.interpolation, antialias=transform.antialias
-            )
-            images = floats.add_(0.5).floor_().clamp_(0, 255).to(torch.uint8)
-    return center_crop(images, transform.crop_size)
-
-
 def crop_long_strip(images: Tensor) -> Tensor:
     """[B, C, H, W] without the ends of a long strip, which the recipe's center crop would discard.
 

@@ -52,7 +52,7 @@ class Settings:
     )
     decoder: str = setting(
         "auto",
-        "where JPEGs are decoded; `auto`: on the GPU if its pixels are those of the CPU",
+        "where JPEGs are decoded; `auto`: on the GPU those of which it has the CPU's pixels",
         choices=("auto", "cpu", "gpu"),
     )
     decode: str = setting(

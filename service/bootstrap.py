@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "installed.json"
+GPU_REQUIREMENTS = "requirements-gpu.txt"  # optional: without it a GPU decodes fewer JPEGs
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
 
@@ -55,6 +56,9 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
         if torch != build or installed.get("requirements.txt") != required["requirements.txt"]:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
+        if build == "cuda" and has_gpu():
+            with suppress(CalledProcessError):  # it has said so; the service does without
+                _pip("install", f"--requirement={ROOT / GPU_REQUIREMENTS}")
         with suppress(CalledProcessError):  # it has said so; Java does without
             _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}

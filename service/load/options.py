@@ -28,7 +28,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rate", type=positive, nargs="+", metavar="R", help="open loop of R requests a second")
     add("--seconds", type=positive, default=10.0, help="measured (%(default)s)")
     add("--warmup-seconds", type=positive, default=2.0, help="before each (%(default)s)")
-    add("--form", choices=["raw", "multipart"], default="raw", help="(%(default)s)")
+    add(
+        "--per-request",
+        type=number(1, 1024),
+        default=1,
+        metavar="IMAGES",
+        help="in each request; several go as multipart/mixed (%(default)s)",
+    )
+    add(
+        "--form",
+        choices=["raw", "multipart"],
+        default="raw",
+        help="multipart is multipart/form-data, which browsers send (%(default)s)",
+    )
     add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="repeatable")
     add(
         "--expect",

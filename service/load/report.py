@@ -26,6 +26,7 @@ class Report:
 
     url: str
     form: str
+    per_request: int  # images
     images: int
     image_bytes: int  # of a body, on average
     machine: dict[str, Any]
@@ -33,11 +34,12 @@ class Report:
     measurements: list[Measurement] = field(default_factory=list)
 
 
-def make_report(url: str, form: str, images: Sequence[ImageRequest]) -> Report:
+def make_report(url: str, form: str, per_request: int, images: Sequence[ImageRequest]) -> Report:
     """The conditions of this run; the measurements are added one by one."""
     return Report(
         url=url,
         form=form,
+        per_request=per_request,
         images=len(images),
         image_bytes=sum(len(image.body) for image in images) // len(images),
         machine=machine(),

@@ -97,12 +97,14 @@ def find_tuned(model: str, choice: str | None, store: Path) -> tuple[Path, Tuned
 def read_tuned(path: Path, model: str) -> Tuned:
     """Raises InvalidSettings for a damaged file, an unknown key, a wrong value, another model."""
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        data = path.read_bytes()
     except FileNotFoundError as exc:
         raise InvalidSettings(f"{path} is missing: ./scripts/tune writes it") from exc
     except OSError as exc:
         raise InvalidSettings(f"{path} cannot be read: {exc.strerror}") from exc
-    except (yaml.YAMLError, UnicodeDecodeError) as exc:
+    try:
+        content = yaml.safe_load(data)
+    except Exception as exc:  # PyYAML raises many types: KeyError for `!!bool x`
         raise InvalidSettings(f"{path} is not valid YAML: {' '.join(str(exc).split())}") from exc
     try:
         tuned = build(Tuned, content)

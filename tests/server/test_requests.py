@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import requests
 
 from handler.openvino_engine import has_bf16
+from tests import ROOT
 from tests.drawing import announced, turned
 from tests.server.colours import LABELS, encoded, picture
 from tests.server.serving import Server
@@ -118,6 +120,53 @@ def test_files_of_one_name_are_answered_in_order(server: Server, by: str) -> Non
     assert [len(result["predictions"]) for result in results] == [2] * 4
     known = [f"{label}.jpg" if by == "handler" else None for label in labels]
     assert [result["metadata"]["filename"] for result in results] == known
+
+
+def test_a_form_that_torchserve_leaves_to_the_handler(server: Server, tmp_path: Path) -> None:
+    """docs/api.md: the same command with one header more."""
+    labels = ("green", "blue", "red")
+    for label in labels:
+        (tmp_path / label).write_bytes(encoded(label))
+    command = ["curl", "-sS", "--noproxy", "*", server.predictions, "-F", "top_k=2"]
+    command += ["-H", "Content-Type: multipart/mixed"]
+    command += [word for label in labels for word in ("-F", f"file=@{label}")]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, check=True, timeout=TIMEOUT)
+    results = json.loads(answer.stdout)["results"]
+    assert [best(result) for result in results] == list(labels)
+    assert [len(result["predictions"]) for result in results] == [2] * 3
+    # TorchServe itself does not pass on the names of files.
+    assert [result["metadata"]["filename"] for result in results] == list(labels)
+
+
+@pytest.mark.parametrize("command", ["predict", "benchmark"])
+def test_our_clients_send_it(server: Server, tmp_path: Path, command: str) -> None:
+    for label in LABELS:
+        (tmp_path / f"{label}.jpg").write_bytes(encoded(label))
+    if command == "predict":
+        words = ["--top-k", "2", "--json", *(str(tmp_path / f"{label}.jpg") for label in LABELS)]
+    else:
+        words = ["--images", str(tmp_path), "--concurrency", "1", "--seconds", "0.5"]
+        words += ["--warmup-seconds", "0.1", "--per-request", str(len(LABELS))]
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts" / f"{command}.py", "--url", server.url, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if command == "predict":
+        assert [best(line) for line in lines] == list(LABELS)
+        assert [line["metadata"]["filename"] for line in lines] == [f"{x}.jpg" for x in LABELS]
+        assert {len(line["predictions"]) for line in lines} == {2}
+    else:
+        (report,) = lines
+        assert report["per_request"] == len(LABELS)
+        (run,) = report["measurements"]
+        assert (run["failed"], run["refused"]) == (0, 0)
+        # each answer has a result for every image
+        assert run["received_bytes"] / run["requests"] > 100 * len(LABELS)
 
 
 def test_curls_list_of_files(server: Server, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """A handler that is ready, for the tests that ask one."""
 
+import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ts.protocol import otf_message_handler
@@ -12,6 +14,20 @@ from handler.image_classifier import ImageClassifier
 from handler.metrics import Metrics
 from tests.unit.handler.worker import start
 from tests.unit.tiny import make_model_dir
+
+Logged = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Logged:
+    """What our log says by now, without time and level."""
+    caplog.set_level(logging.INFO, "classifier")
+
+    def read() -> list[dict[str, Any]]:
+        lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "classifier"]
+        return [{key: line[key] for key in line if key not in ("time", "level")} for line in lines]
+
+    return read
 
 
 @pytest.fixture(scope="session")

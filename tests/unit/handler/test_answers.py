@@ -21,6 +21,7 @@ STATUSES = {
     "TooManyImages": 413,
     "UnsupportedFormat": 415,
     "ModelFailed": 500,
+    "DeadlineExceeded": 504,
     "OutOfResources": 507,
 }
 

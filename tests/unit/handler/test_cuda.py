@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 import handler.cuda
-from handler.cuda import Cuda, fixed_sizes, fold_batch_norms
+from handler.cuda import Cuda, blobs, capture, fixed_sizes
 from handler.engines import load_engine
-from handler.errors import InvalidSettings
-from handler.networks import build_network, get_recipe, input_transform
+from handler.errors import InvalidModel, InvalidSettings
+from handler.fusion import FusedConvolution
 from handler.settings import Settings
 from handler.torch_engine import TorchEager
 from tests.precisions import each
+from tests.unit.handler.conftest import Logged
 from tests.unit.handler.test_engines import TRANSFORM, eager, pixels
 from tests.unit.tiny import make_model_dir, tiny_card, tiny_network
 
@@ -83,69 +84,84 @@ def test_several_passes_under_way_do_not_overwrite_each_other() -> None:
     torch.testing.assert_close(given, eager().probabilities(images), rtol=0, atol=1e-5)
 
 
-# --- Folding
+# --- Fusing
 
 
-NAMES = ["resnet18", "mobilenet_v2", "densenet121", "googlenet", "squeezenet1_1"]
+@pytest.mark.parametrize(("precision", "fused"), [("fp32", 0), ("bf16", 26), ("fp16", 26)])
+def test_16_bits_are_fused(precision: str, fused: int, logged: Logged) -> None:
+    engine = cuda(precision=precision)
+    found = [module for module in engine._model.modules() if isinstance(module, FusedConvolution)]
+    assert len(found) == fused
+    expected = [{"event": "fused", "convolutions": fused, "refused": 0}] if fused else []
+    assert logged() == expected
+    given = engine.probabilities(pixels())
+    torch.testing.assert_close(given, eager(precision).probabilities(pixels()), rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("architecture", NAMES)
-def test_folded_networks_compute_the_same(architecture: str) -> None:
-    recipe = get_recipe(architecture)
-    torch.manual_seed(0)
-    network = build_network(recipe, architecture, 5)
-    for module in network.modules():  # as if trained: fresh ones change nothing
-        if isinstance(module, nn.BatchNorm2d):
-            for tensor, low, high in [
-                (module.running_mean, -0.1, 0.1),
-                (module.running_var, 0.5, 1.5),
-                (module.weight.data, 0.5, 1.5),
-                (module.bias.data, -0.1, 0.1),
-            ]:
-                assert tensor is not None
-                tensor.uniform_(low, high)
-    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    folded = fold_batch_norms(network, input_transform(recipe))
-    images = torch.randn(2, 3, 224, 224)
-    with torch.inference_mode():
-        given, expected = folded(images).softmax(1), network(images).softmax(1)
-    torch.testing.assert_close(given, expected, rtol=0, atol=1e-5)
-    left = sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
-    had = sum(isinstance(module, nn.BatchNorm2d) for module in network.modules())
-    # In DenseNet half of the norms come before their convolution, and stay.
-    assert left == (62 if architecture == "densenet121" else 0)
-    assert had > left or architecture == "squeezenet1_1"
-    assert all(torch.equal(network.state_dict()[name], before[name]) for name in before)
+class Wrong(nn.Module):
+    """What a fused kernel must not do."""
 
-
-class Branching(nn.Module):
-    """Cannot be traced: what it does depends on what it sees."""
+    def __init__(self, network: nn.Module, fault: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.fault = network, fault
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.sum() > 0:
-            return images.mean(dim=(2, 3))
-        return images.amax(dim=(2, 3))
+        return self.fault(self.network(images))
 
 
-def test_a_network_that_cannot_be_traced_stays_as_it_is() -> None:
-    network = Branching()
-    assert fold_batch_norms(network, TRANSFORM) is network
+def refuse(logits: Tensor) -> Tensor:
+    raise RuntimeError("GET was unable to find an engine to execute this computation")
 
 
-def test_a_fold_that_changes_the_answers_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handler.cuda, "fuse", lambda _: Branching())
-    network = tiny_network()
-    assert fold_batch_norms(network, TRANSFORM) is network
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        (lambda logits: logits.flip(1), "moves 0"),
+        (lambda logits: logits.clone().fill_(torch.nan), "moves nan"),
+        (refuse, "unable to find an engine"),
+    ],
+    ids=["wrong", "nan", "refused"],
+)
+def test_fusions_that_fail_are_not_used(
+    monkeypatch: pytest.MonkeyPatch, logged: Logged, fault: Any, reason: str
+) -> None:
+    monkeypatch.setattr(handler.cuda, "fuse_relus", lambda network, _: Wrong(network, fault))
+    engine = cuda(precision="bf16")
+    (line,) = logged()
+    assert line["event"] == "not_fused"
+    assert reason in line["reason"]
+    given = engine.probabilities(pixels())
+    torch.testing.assert_close(given, eager("bf16").probabilities(pixels()), rtol=0, atol=0.01)
+
+
+def test_a_graph_that_computes_something_else_stops_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def wrong(model: nn.Module, images: Tensor, pool: Any) -> Callable[[], Tensor]:
+        run = capture(model, images, pool)
+        return lambda: run().flip(1) if len(images) == 4 else run()
+
+    monkeypatch.setattr(handler.cuda, "capture", wrong)
+    with pytest.raises(InvalidModel, match=r"a CUDA graph of 4 images moves 0\.\d+ of the prob"):
+        cuda()
+
+
+def test_blobs_differ_from_each_other() -> None:
+    images = blobs(5, 32)
+    assert (images.shape, images.dtype) == ((5, 3, 32, 32), torch.uint8)
+    assert images.flatten(1).unique(dim=0).shape[0] == 5
+    assert torch.equal(images[:2], blobs(5, 32)[:2])
+    assert images.max() - images.min() > 200
 
 
 # --- Memory
 
 
 def test_too_little_memory_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def prepare(self: Cuda, size: int) -> Any:
+    def full(model: nn.Module, images: Tensor, pool: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    monkeypatch.setattr(Cuda, "_prepare", prepare)
+    monkeypatch.setattr(handler.cuda, "capture", full)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (300 * 2**20, 16384 * 2**20))
     expected = "max_forward is 6, .* 300 of 16384 MiB are free; set max_forward lower"
     with pytest.raises(InvalidSettings, match=expected) as caught:
@@ -164,6 +180,15 @@ def test_graphs_give_what_eager_gives(precision: str, off: float) -> None:
     for count in (1, 2, 3, 5):
         given = engine.probabilities(pixels()[:count])
         torch.testing.assert_close(given, expected[:count], rtol=0, atol=off)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_convolutions_are_fused_on_a_gpu(precision: str, logged: Logged) -> None:
+    cuda(precision=precision, device="cuda:0")
+    (line,) = logged()
+    assert (line["event"], line["convolutions"]) == ("fused", 26)
+    assert line["refused"] < 26, line["reason"]  # few channels may be refused
 
 
 @pytest.mark.gpu

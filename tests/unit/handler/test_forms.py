@@ -262,7 +262,17 @@ def test_another_boundary_than_the_types_is_called_that() -> None:
     assert "does not hold the boundary" in str(error)
 
 
-@pytest.mark.parametrize("kind", ["mixed", "related", "alternative", "byteranges", "x" * 300])
+@pytest.mark.parametrize("gateway", [True, False])
+def test_multipart_mixed_needs_no_names(gateway: bool) -> None:
+    """As RFC 2046 has it: text may come before the first boundary, and parts may lack a name."""
+    nameless = b"--x\r\nContent-Type: image/png\r\n\r\n" + OTHER + b"\r\n"
+    body = b"for old readers\r\n" + form(part("image", JPEG), nameless, part("top_k", b"3"))
+    headers = {"x-body-type" if gateway else "content-type": "Multipart/Mixed; boundary=x"}
+    answer = read_request({"body": bytearray(body)}, headers, 1000, Settings())
+    assert (answer.images, answer.top_k) == ([JPEG, OTHER], 3)
+
+
+@pytest.mark.parametrize("kind", ["related", "alternative", "byteranges", "x" * 300])
 def test_other_kinds_of_multipart_are_refused_by_name(kind: str) -> None:
     error = refusal(request, form(part("file", JPEG)), f"multipart/{kind}; boundary=x")
     assert f"multipart/{kind}"[:40] in str(error)

@@ -149,6 +149,7 @@ def test_describe(classifier: ImageClassifier) -> None:
     }
     assert (facts["engine"], facts["precision"], facts["device"]) == ("torch-fp32", "fp32", "cpu")
     assert facts["decoder"] == "cpu"
+    assert facts["gpu_samplings"] == []
     assert facts["libraries"]["torch"] == torch.__version__.partition("+")[0]
     assert facts["settings"]["threads"] == facts["threads"] == 1
     assert facts["settings"]["top_k"] == 5

@@ -216,6 +216,18 @@ def test_a_gif_of_many_comments_is_refused() -> None:
     assert isinstance(outcome(data[:head] + comments * 1001 + data[head:]), UnsupportedFormat)
 
 
+@pytest.mark.usefixtures("one_more_gigabyte")
+@pytest.mark.parametrize("disposal", range(8))
+def test_a_gif_prepares_for_no_second_frame_before_its_size_is_known(disposal: int) -> None:
+    """Pillow would fill an image of 60000x60000 while it opens the file."""
+    data = announced("GIF", 60_000, 60_000)
+    frame = data.index(b",\0\0\0\0")
+    control = struct.pack("<4BHBB", 0x21, 0xF9, 4, disposal << 2 | 1, 0, 0, 0)
+    error = outcome(data[:frame] + control + data[frame:])
+    assert isinstance(error, TooManyPixels)
+    assert "60000x60000" in str(error)
+
+
 def test_a_run_length_encoded_bmp_is_refused() -> None:
     header = struct.pack("<IiiHHIIiiII", 40, 64, 64, 1, 8, 1, 2, 2835, 2835, 256, 0)
     body = header + bytes(1024) + b"\x00\x01"

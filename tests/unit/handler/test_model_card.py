@@ -44,7 +44,9 @@ def test_a_card_of_another_version_is_refused(change: Callable[[dict[str, Any]],
         ModelCard.from_json(json.dumps(facts))
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"card"', "{}", b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "null", '"card"', "{}", b"\xff\xfe", "[" * 3000]
+)
 def test_what_is_no_card_is_refused(text: str | bytes) -> None:
     with pytest.raises(InvalidModel, match="is not a model card"):
         ModelCard.from_json(text)

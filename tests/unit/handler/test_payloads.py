@@ -307,6 +307,12 @@ def test_bad_top_k_in_a_part_or_header(value: str) -> None:
     assert type(refusal({"body": JPEG}, {"x-top-k": value})) is InvalidTopK
 
 
+@pytest.mark.parametrize("blank", ["\x1c", "\x1d", "\x1e", "\x1f", "\x85", "\xa0", "\u2003"])
+def test_any_blank_around_top_k_is_left_out(blank: str) -> None:
+    """int() itself takes only some of those that a regular expression does."""
+    assert read({"body": JPEG}, {"x-top-k": f"3{blank}"}).top_k == 3
+
+
 def test_undecodable_top_k_is_refused() -> None:
     assert type(refusal({"file": JPEG, "top_k": b"\xff\xfe3"})) is InvalidTopK
 

@@ -185,6 +185,26 @@ def test_a_class_archive_that_fails_is_done_without(
     assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
 
 
+@pytest.mark.parametrize(("build", "gpu"), [("cuda", True), ("cuda", False), ("cpu", True)])
+def test_what_only_gpus_need_is_installed_if_there_is_one(
+    repository: Path, monkeypatch: pytest.MonkeyPatch, build: str, gpu: bool
+) -> None:
+    """If that fails, the set-up goes on, and is not tried again at every start."""
+    asked = []
+
+    def failing(command: list[Any]) -> None:
+        if any("requirements-gpu.txt" in str(word) for word in command):
+            asked.append(command)
+            raise subprocess.CalledProcessError(1, command)
+
+    monkeypatch.setattr(bootstrap, "_run", failing)
+    monkeypatch.setattr(bootstrap, "has_gpu", lambda: gpu)
+    for _ in range(2):
+        set_up(["requirements-dev.txt"], build)
+    assert len(asked) == (1 if build == "cuda" and gpu else 0)
+    assert json.loads(bootstrap.STAMP.read_text())["torch"] == build
+
+
 def test_a_failing_set_up_is_one_line_and_starts_over(
     repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -75,3 +75,10 @@ def test_the_first_answer_is_expected_again() -> None:
     assert expectations.problem("a.jpg", [("cat", 0.9)]) is None
     assert expectations.problem("b.jpg", [("dog", 0.9)]) is None
     assert expectations.problem("a.jpg", [("dog", 0.9)]) == "WrongClass"
+
+
+def test_classes_that_say_nothing_are_not_compared() -> None:
+    expectations = Expectations(classes=False)
+    assert expectations.problem("a.jpg", [("cat", 0.9)]) is None
+    assert expectations.problem("a.jpg", [("dog", 0.9)]) is None
+    assert expectations.problem("a.jpg", [("dog", 1.9)]) == "NoProbabilities"

@@ -130,6 +130,9 @@ def test_what_is_wrong_in_a_file_is_refused_by_its_name(
         (b"- 1", "the file must be a mapping"),
         (b"{", "is not valid YAML"),
         (b"\xff", "is not valid YAML"),
+        (b"model: 2001-02-30", "is not valid YAML"),
+        (b"model: !!bool x", "is not valid YAML"),
+        (b"[" * 600, "is not valid YAML"),
         (b"model: squeezenet1_1", "options is missing"),
     ],
 )

@@ -6,6 +6,7 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import ROOT
 from tests.fuzz.running import describe, keep_last_input, run
@@ -93,7 +94,7 @@ def test_a_planted_difference_from_pillow_is_found(
     elif planted == "level":
         monkeypatch.setattr(images, "to_rgb", lambda image: image.convert("RGB"))
     else:
-        monkeypatch.setattr(images, "_open", lambda data: images.Image.open(BytesIO(data[:100])))
+        monkeypatch.setattr(images, "_open", lambda data: Image.open(BytesIO(data[:100])))
 
     def check_all() -> None:
         for seed in target.seeds():

@@ -11,7 +11,6 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.serialization import (
     BestAvailableEncryption,
@@ -31,6 +30,7 @@ from service.logs import Log
 from service.options import parse_serve
 from service.plan import plan_service
 from tests import skip
+from tests.keys import make_keys, public_of
 from tests.processes import free_ports
 from tests.unit.service.planning import MODEL
 
@@ -40,20 +40,7 @@ Contents = dict[str, bytes]
 @pytest.fixture
 def private(tmp_path: Path) -> Path:
     """A private key, with its public one beside it."""
-    return make_keys(tmp_path, "key")
-
-
-def make_keys(folder: Path, name: str) -> Path:
-    key = Ed25519PrivateKey.generate()
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    (folder / f"{name}.pem").write_bytes(pem)
-    pem = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
-    (folder / f"{name}-public.pem").write_bytes(pem)
-    return folder / f"{name}.pem"
-
-
-def public_of(private: Path) -> Path:
-    return private.with_name(f"{private.stem}-public.pem")
+    return make_keys(tmp_path)
 
 
 @pytest.fixture

@@ -45,9 +45,10 @@ def read_deadline(headers: Mapping[str, Any], arrival: float) -> float:
     text = headers.get("x-request-timeout")
     if text is None:
         return inf
-    if not _SECONDS.fullmatch(str(text).strip()):
+    seconds = str(text).strip()  # of more blanks than float() takes
+    if not _SECONDS.fullmatch(seconds):
         raise MalformedRequest("X-Request-Timeout must be a number of seconds, such as 2.5")
-    return arrival - (read_queue_seconds(headers, arrival) or 0) + float(text)
+    return arrival - (read_queue_seconds(headers, arrival) or 0) + float(seconds)
 
 
 def is_probe(headers: Mapping[str, Any]) -> bool:

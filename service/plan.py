@@ -18,7 +18,7 @@ from handler.machine import available_cores, count_gpus, gpu_memory
 from handler.model_card import ModelCard
 from handler.rules import Rule, check_mapping
 from handler.settings import Settings
-from service.archive.mar import read_card, read_config, read_target
+from service.archive.mar import CONFIG_FILE, read_card, read_config, read_target
 from service.archive.signing import read_public_key
 from service.gateway.settings import GatewaySettings
 from service.options import DEFAULT_VERSION, ModelOptions, ServeOptions
@@ -51,6 +51,7 @@ ARCHIVED_CONFIG = MODEL_CONFIG | {
     "deviceType": Rule(type=str, choices=("cpu", "gpu")),
     "minWorkers": Rule(type=int, low=1),
     "maxWorkers": Rule(type=int, low=1),
+    "handler": Rule(type=dict),
 }
 
 
@@ -217,10 +218,7 @@ def _plan_given(
                 raise InvalidModel(
                     f"{archive} is damaged, or was not made by ./scripts/package as it is now"
                 )
-            try:
-                own = check_mapping(ARCHIVED_CONFIG, read_config(archive))
-            except InvalidSettings as exc:
-                raise InvalidSettings(f"{archive}: {exc}") from exc
+            own = _archived_config(archive)
             config, settings = _under_options(own, options, options, server)
             if not (card.weights.trained or settings.allow_untrained):
                 raise InvalidSettings(
@@ -238,6 +236,19 @@ def _plan_given(
             )
             plan.check_limits(card.labels)
             yield plan
+
+
+def _archived_config(archive: Path) -> dict[str, Any]:
+    """The configuration in an archive, held against the rules. Raises InvalidSettings."""
+    try:
+        config = check_mapping(ARCHIVED_CONFIG, read_config(archive))
+        for name in ("batchSize", "handler"):
+            if name not in config:
+                raise InvalidSettings(f"{name} is missing")
+    except Exception as exc:  # PyYAML and zipfile raise many types
+        reason = " ".join(str(exc).split())
+        raise InvalidSettings(f"{archive}: {CONFIG_FILE}: {reason}") from exc
+    return config
 
 
 def _plan_public_key(asked: str | None, models: Sequence[ModelPlan]) -> "Ed25519PublicKey | None":

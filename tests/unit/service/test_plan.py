@@ -13,7 +13,7 @@ import yaml
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.settings import Settings
 from service import plan as planning
-from service.archive.mar import configure, read_config
+from service.archive.mar import CONFIG_FILE, configure, put, read_config
 from service.options import parse_package, parse_serve
 from service.plan import (
     CONFIGS,
@@ -307,6 +307,17 @@ def test_a_given_archives_configuration_is_held_against_the_rules(
     """No hash covers it, and TorchServe would take whatever it says."""
     configure(archive, read_config(archive) | change)
     with pytest.raises(InvalidSettings, match=words):
+        given("--archive", str(archive))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1", b"!!bool x", b"3", b"handler: null\nbatchSize: 1", b"batchSize: 1"]
+)
+def test_a_given_archive_with_a_broken_configuration_is_one_line(
+    archive: Path, content: bytes
+) -> None:
+    put(archive, CONFIG_FILE, content)
+    with pytest.raises(InvalidSettings, match=r"mar: model-config\.yaml: [^\n]+$"):
         given("--archive", str(archive))
 
 

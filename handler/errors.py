@@ -2,7 +2,8 @@
 
     SetupError              the service cannot start: one line for the operator
       InvalidSettings       a setting is unknown, of the wrong type or out of range
-      InvalidModel          weights, labels and architecture do not go together
+      InvalidModel          weights, labels and architecture do not go together, or an archive is
+                            not as it was packaged
 
     RequestError            one request, or one image of it, is refused; its neighbours are answered
       400  MalformedRequest   the body is not what its form promises
@@ -31,7 +32,7 @@ class InvalidSettings(SetupError):
 
 
 class InvalidModel(SetupError):
-    """Weights, labels, recipe and architecture do not go together."""
+    """Weights, labels and architecture do not go together, or an archive is not as packaged."""
 
 
 class RequestError(Exception):

@@ -102,6 +102,7 @@ class ImageClassifier(BaseHandler):
         self.metrics.add(metrics.HUNG, count_hung(model_dir))
         self.metrics.flush()  # before what may fail
         self.card = ModelCard.read(model_dir)
+        self.card.check_files(model_dir)
         if not self.card.weights.trained and not self.settings.allow_untrained:
             raise SetupError("the weights are untrained, and allow_untrained is false")
         self.identity = {  # what every answer and log line says about the model

@@ -1,5 +1,6 @@
 """The facts about a packaged model: written by ./scripts/package, read by every worker."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +14,15 @@ WEIGHTS_FILE = "weights.safetensors"  # for torch
 OPENVINO_FILE = "openvino.xml"
 INT8_FILE = "openvino-int8.xml"  # only if calibration images were given
 UNTRAINED = "untrained"
+
+
+def file_sha256(path: Path) -> str:
+    """In hexadecimal digits. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,7 @@ class ModelCard:
     inputs_sha256: str  # of everything the archive was made from: decides whether to rebuild
     code_sha256: tuple[str, str]  # of the code among it: of its files, and of what they do
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
+    files: dict[str, str]  # sha256 of each file of the archive, but service.archive.mar.UNHASHED
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1, ensure_ascii=False)
@@ -63,6 +74,7 @@ class ModelCard:
             facts["weights"] = WeightsFacts(**facts["weights"])
             facts["labels"] = tuple(facts["labels"])
             facts["code_sha256"] = tuple(facts["code_sha256"])
+            facts["files"] = {**facts["files"]}
             transform = facts["transform"]
             transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
             facts["transform"] = InputTransform(**transform)
@@ -78,3 +90,16 @@ class ModelCard:
         except OSError as exc:
             raise InvalidModel(f"the archive has no {CARD_FILE}: package it again") from exc
         return cls.from_json(text)
+
+    def check_files(self, model_dir: Path) -> None:
+        """Raise InvalidModel for the first file that is not as it was packaged, with its name."""
+        for name, expected in self.files.items():
+            try:
+                actual = file_sha256(model_dir / name)
+            except OSError as exc:
+                raise InvalidModel(f"{name} of the archive cannot be read: {exc.strerror}") from exc
+            if actual != expected:
+                raise InvalidModel(
+                    f"{name} of the archive is not as it was packaged: its sha256 is {actual}, "
+                    f"and {CARD_FILE} says {expected}"
+                )

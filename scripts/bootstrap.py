@@ -24,17 +24,20 @@ def main(argv: list[str]) -> int:
             "name another with PYTHON=/path/to/python3"
         )
     command, *rest = argv
-    torch_build = "auto"
+    torch_build, signatures = "auto", False
     if command in ("serve", "package"):  # their mistakes and --help need no set-up
         from service import options  # after the version check: newer syntax
 
         if command == "serve":
-            torch_build = options.parse_serve(rest).torch
+            serve = options.parse_serve(rest)
+            torch_build, signatures = serve.torch, serve.require_signed not in (None, "off")
         else:
-            options.parse_package(rest)
+            signatures = options.parse_package(rest).sign is not None
     requirements = [REQUIREMENTS.get(command, "requirements.txt")]
     if any(word.partition("=")[0] == "--calibration" for word in rest):
         requirements.append("requirements-int8.txt")
+    if signatures:
+        requirements.append("requirements-signing.txt")
     try:
         set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:

@@ -8,7 +8,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import chaos, gateway, healthcheck, predict
+from scripts import chaos, gateway, healthcheck, predict, sbom
 from service.generated import ROOT, outdated
 from service.options import package_parser, serve_parser
 
@@ -31,6 +31,7 @@ PARSERS = {
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,
     "chaos": chaos.make_parser,
+    "sbom": sbom.make_parser,
     "generate": make_parser,
 }
 

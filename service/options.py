@@ -188,6 +188,11 @@ class ModelOptions:
         default=DEFAULT_VERSION,
         type=_version,
     )
+    sign: str | None = _option(
+        "sign the archive with this private key (Ed25519, PEM), also if it is up to date "
+        "(default: no signature)",
+        "KEY.pem",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +222,11 @@ class ServeOptions(ModelOptions):
     log_format: str | None = _option(
         "one JSON object a line, or lines for people (default: text at a terminal, else json)",
         choices=["json", "text"],
+    )
+    require_signed: str | None = _option(
+        "the public key of whoever has to have signed every archive (./scripts/package --sign); "
+        "off: nobody; with CLASSIFIER_ENV=production one of the two has to be said (default: off)",
+        "PUBLIC.pem|off",
     )
     gateway: bool = _option(
         "start nginx in front of TorchServe as well; GATEWAY_ variables are its settings "
@@ -261,7 +271,7 @@ def parse_package(argv: Sequence[str] | None = None) -> ModelOptions:
 def serve_parser() -> argparse.ArgumentParser:
     about = "Package models and serve them with TorchServe."
     parser = argparse.ArgumentParser("./scripts/serve", description=about, allow_abbrev=False)
-    add_options(parser, ServeOptions, without=["version"])
+    add_options(parser, ServeOptions, without=["version", "sign"])
     return parser
 
 
@@ -320,7 +330,7 @@ def to_argv(options: ModelOptions) -> list[str]:
     argv = [f"--model={model}" for model in options.models]
     for spec in fields(ModelOptions):
         value = getattr(options, spec.name)
-        if spec.name not in ("models", "version") and value != spec.default:
+        if spec.name not in ("models", "version", "sign") and value != spec.default:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             argv.append(f"{_flag(spec.name)}={text}")
     return argv

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -18,12 +18,16 @@ from handler.machine import available_cores, count_gpus, gpu_memory
 from handler.model_card import ModelCard
 from handler.rules import Rule, check_mapping
 from handler.settings import Settings
-from service.archive.mar import read_card, read_config, read_target
+from service.archive.mar import CONFIG_FILE, read_card, read_config, read_target
+from service.archive.signing import read_public_key
 from service.gateway.settings import GatewaySettings
 from service.options import DEFAULT_VERSION, ModelOptions, ServeOptions
 from service.torchserve.config import ROOT, ServerConfig
 from service.torchserve.gpus import check_gpus, gpu_environment
 from service.tuning.tuned import describe_differences, find_tuned
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 CONFIGS = ROOT / "handler" / "configs"
 
@@ -40,6 +44,14 @@ MODEL_CONFIG = dict.fromkeys(
     "maxBatchDelay": Rule(type=int, low=0),
     "deviceIds": Rule(type=list[int]),
     "handler": Rule(type=dict | None),
+}
+
+# The same of an archive, which has its maker's options in it. No hash covers it.
+ARCHIVED_CONFIG = MODEL_CONFIG | {
+    "deviceType": Rule(type=str, choices=("cpu", "gpu")),
+    "minWorkers": Rule(type=int, low=1),
+    "maxWorkers": Rule(type=int, low=1),
+    "handler": Rule(type=dict),
 }
 
 
@@ -92,6 +104,7 @@ class PackagePlan(ModelPlan):
     labels: Path | None  # None: the recipe's
     calibration: Path | None
     minimum_agreement: float
+    sign: Path | None  # the private key
     notes: tuple[str, ...]  # for the operator: what is not as the file of --tuned says
 
     @property
@@ -112,6 +125,7 @@ class ServicePlan:
     server: ServerConfig
     packages: tuple[PackagePlan, ...]
     given: tuple[ModelPlan, ...]  # archives that are served as they are
+    public_key: "Ed25519PublicKey | None"  # of whoever must have signed the archives
     gateway: GatewaySettings | None
     environ: Mapping[str, str]  # what Java's environment has besides ours
     notes: tuple[str, ...]  # for the operator
@@ -139,6 +153,7 @@ def plan_service(options: ServeOptions) -> ServicePlan:
         server=server,
         packages=packages,
         given=given,
+        public_key=_plan_public_key(options.require_signed, [*packages, *given]),
         gateway=_plan_gateway(options, server, [*packages, *given]) if options.gateway else None,
         environ=server.environment() | gpu_environment(options.device, gpus, os.environ),
         notes=tuple([warning, *notes] if warning else notes),
@@ -174,6 +189,7 @@ def plan_package(name: str, options: ModelOptions, server: ServerConfig) -> Pack
         labels=Path(options.labels) if options.labels else None,
         calibration=Path(options.calibration) if options.calibration else None,
         minimum_agreement=options.minimum_agreement,
+        sign=Path(options.sign) if options.sign else None,
         notes=tuple(notes),
     )
 
@@ -199,8 +215,11 @@ def _plan_given(
             taken.add(target)
             card = read_card(archive)
             if card is None:
-                raise InvalidModel(f"{archive} is damaged, or was not made by ./scripts/package")
-            config, settings = _under_options(read_config(archive), options, options, server)
+                raise InvalidModel(
+                    f"{archive} is damaged, or was not made by ./scripts/package as it is now"
+                )
+            own = _archived_config(archive)
+            config, settings = _under_options(own, options, options, server)
             if not (card.weights.trained or settings.allow_untrained):
                 raise InvalidSettings(
                     f"{archive.name} is untrained, and allow_untrained is false (CLASSIFIER_ENV is "
@@ -217,6 +236,29 @@ def _plan_given(
             )
             plan.check_limits(card.labels)
             yield plan
+
+
+def _archived_config(archive: Path) -> dict[str, Any]:
+    """The configuration in an archive, held against the rules. Raises InvalidSettings."""
+    try:
+        config = check_mapping(ARCHIVED_CONFIG, read_config(archive))
+        for name in ("batchSize", "handler"):
+            if name not in config:
+                raise InvalidSettings(f"{name} is missing")
+    except Exception as exc:  # PyYAML and zipfile raise many types
+        reason = " ".join(str(exc).split())
+        raise InvalidSettings(f"{archive}: {CONFIG_FILE}: {reason}") from exc
+    return config
+
+
+def _plan_public_key(asked: str | None, models: Sequence[ModelPlan]) -> "Ed25519PublicKey | None":
+    """The key of `--require-signed`, about which production has to say something."""
+    if asked is None and any(model.settings.env == "production" for model in models):
+        raise InvalidSettings(
+            "CLASSIFIER_ENV is production, which serves signed archives: give --require-signed "
+            "PUBLIC.pem, or --require-signed off if nobody else can write where they lie"
+        )
+    return None if asked in (None, "off") else read_public_key(Path(asked))
 
 
 def _plan_gateway(

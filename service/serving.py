@@ -10,7 +10,8 @@ from threading import Event
 
 import requests
 
-from handler.errors import SetupError
+from handler.errors import InvalidModel, SetupError
+from handler.model_card import ModelCard
 from service.archive.digest import is_current
 from service.archive.mar import read_card
 from service.banner import announce
@@ -51,21 +52,28 @@ def prepare(plan: ServicePlan, log: Log) -> tuple[TorchServe, Gateway | None]:
     check_ports(plan.server.addresses.by_purpose() | ports)
     java = find_java()
     stale = [package for package in plan.packages if not is_current(package)]
+    if stale and plan.public_key:
+        raise InvalidModel(
+            f"{stale[0].archive} is missing or out of date, and would be made without a signature: "
+            "make it with ./scripts/package --sign KEY.pem"
+        )
     if stale and (status := package_apart(stale)):
         raise SystemExit(status)
     # The plan's card was read before the archive was checked, so that no other archive than the
     # checked one is served.
     served = [
-        Served(model.archive, model.config, digest_of(model, made=model in stale))
+        Served(model.archive, model.config, card_of(model, made=model in stale), plan.public_key)
         for model in plan.models
     ]
     return TorchServe(java, plan.server, served, plan.environ), gateway
 
 
-def digest_of(model: ModelPlan, made: bool) -> str | None:
-    """What the archive of a model was made from; `made`: since it was planned."""
+def card_of(model: ModelPlan, made: bool) -> ModelCard:
+    """That of a model's archive; `made`: since it was planned. Raises InvalidModel."""
     card = read_card(model.archive) if made else model.card
-    return card.inputs_sha256 if card else None
+    if card is None:
+        raise InvalidModel(f"{model.archive} is damaged")
+    return card
 
 
 def package_apart(plans: Sequence[PackagePlan]) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from handler.errors import SetupError
 from handler.machine import has_gpu
-from handler.model_card import UNTRAINED, ModelCard, WeightsFacts
+from handler.model_card import UNTRAINED, ModelCard, WeightsFacts, file_sha256
 from handler.selection import Hardware, select
 from service.plan import PackagePlan
 from service.torchserve.config import ROOT
@@ -76,15 +76,6 @@ def untrained_facts(architecture: str) -> WeightsFacts:
 def file_facts(path: Path) -> WeightsFacts:
     """Weights of the user's. Raises OSError."""
     return WeightsFacts(name=path.name, trained=True, source="file", sha256=file_sha256(path))
-
-
-def file_sha256(path: Path) -> str:
-    """Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def digest(plan: PackagePlan, weights: WeightsFacts) -> str:

@@ -1,19 +1,30 @@
 """A model archive (.mar) as a file: what it says about itself, read, repacked and unpacked."""
 
+import hashlib
 import json
 import shutil
 import tempfile
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from handler.errors import InvalidModel, SetupError
 from handler.model_card import CARD_FILE, ModelCard
+from service.archive.signing import check_signature
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import (
+        Ed25519PrivateKey,
+        Ed25519PublicKey,
+    )
 
 CONFIG_FILE = "model-config.yaml"
+SIGNATURE_FILE = "model.json.sig"  # of CARD_FILE
+UNHASHED = {CARD_FILE, SIGNATURE_FILE, CONFIG_FILE}  # the configuration is each start's own
 DELAY = "maxBatchDelayOfServe"
 
 
@@ -64,8 +75,36 @@ def dump_config(config: Mapping[str, Any]) -> str:
 
 def configure(archive: Path, config: Mapping[str, Any]) -> None:
     """Put a configuration into an archive, if it has another. Raises SetupError."""
-    if read_config(archive) == config:
-        return
+    if read_config(archive) != config:
+        put(archive, CONFIG_FILE, dump_config(config).encode())
+
+
+def seal(archive: Path, card: ModelCard) -> None:
+    """Add the card to an archive without one, with the sha256 of each of its files. Raises OSError.
+
+    The archiver adds a manifest of its own to what it is given, so this comes after it.
+    """
+    with zipfile.ZipFile(archive, "a") as content:
+        files = {}
+        for item in content.infolist():
+            if not item.is_dir() and item.filename not in UNHASHED:
+                digest = hashlib.sha256()
+                with content.open(item) as file:
+                    while chunk := file.read(2**20):
+                        digest.update(chunk)
+                files[item.filename] = digest.hexdigest()
+        content.writestr(CARD_FILE, replace(card, files=files).to_json())
+
+
+def sign(archive: Path, key: "Ed25519PrivateKey") -> None:
+    """Put the signature of its card into an archive. Raises SetupError."""
+    with zipfile.ZipFile(archive) as content:
+        card = content.read(CARD_FILE)
+    put(archive, SIGNATURE_FILE, key.sign(card))
+
+
+def put(archive: Path, name: str, content: bytes) -> None:
+    """Put a file into an archive, in place of the one of this name. Raises SetupError."""
     try:
         with (
             zipfile.ZipFile(archive) as old,
@@ -74,32 +113,60 @@ def configure(archive: Path, config: Mapping[str, Any]) -> None:
             made = Path(folder, archive.name)
             with zipfile.ZipFile(made, "w") as new:
                 for item in old.infolist():
-                    if item.filename == CONFIG_FILE:
-                        new.writestr(item, dump_config(config))
+                    if item.filename == name:
+                        new.writestr(item, content)
                     else:  # piece by piece: an archive may be larger than the memory
                         with old.open(item) as source, new.open(item, "w") as target:
                             shutil.copyfileobj(source, target)
+                if name not in old.namelist():
+                    new.writestr(name, content)
             made.replace(archive)
     except OSError as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc
 
 
 def unpack(
-    archive: Path, config: Mapping[str, Any] | None, folder: Path, digest: str | None = None
+    archive: Path,
+    config: Mapping[str, Any] | None,
+    folder: Path,
+    card: ModelCard | None = None,
+    public_key: "Ed25519PublicKey | None" = None,
 ) -> Path:
     """Lay an archive out in `folder`, with this configuration in place of its own unless None.
 
     TorchServe takes such a folder as it takes an archive, and does not unpack it again.
-    Raises SetupError, also if the archive was not made from the inputs with this digest.
+    Raises SetupError, also if the card in it is not `card`, its files are not those that the card
+    lists, or the card is not signed for `public_key`. What is checked is the folder, and not the
+    archive, which others may write in the meantime. An archive without `card` is not checked.
     """
     try:
         folder.mkdir(parents=True)
         with zipfile.ZipFile(archive) as content:
             content.extractall(folder)
+        if card is not None:
+            check_folder(folder, archive, card, public_key)
         if config is not None:
             (folder / CONFIG_FILE).write_text(dump_config(config), "utf-8")
     except (OSError, zipfile.BadZipFile) as exc:
         raise SetupError(f"{archive} cannot be unpacked in {folder}: {exc}") from exc
-    if digest is not None and ModelCard.read(folder).inputs_sha256 != digest:
-        raise SetupError(f"{archive} was replaced by another while this started: start again")
     return folder
+
+
+def check_folder(
+    folder: Path, archive: Path, card: ModelCard, public_key: "Ed25519PublicKey | None"
+) -> None:
+    """Hold an unpacked archive against its card. Raises SetupError."""
+    if ModelCard.read(folder) != card:
+        raise SetupError(f"{archive} was replaced by another while this started: start again")
+    try:
+        if public_key:
+            check_signature(folder / CARD_FILE, folder / SIGNATURE_FILE, public_key)
+        found = {
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        }
+        # Whatever it is called, the worker's Python might import it: the folder is on its path.
+        if unknown := sorted(found - UNHASHED - card.files.keys()):
+            raise InvalidModel(f"{unknown[0]} was not packaged with it")
+        card.check_files(folder)
+    except InvalidModel as exc:
+        raise InvalidModel(f"{archive}: {exc}") from exc

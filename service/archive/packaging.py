@@ -23,7 +23,6 @@ from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.golden import GOLDEN_FILE
 from handler.model_card import (
-    CARD_FILE,
     INT8_FILE,
     OPENVINO_FILE,
     WEIGHTS_FILE,
@@ -38,8 +37,9 @@ from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.golden import make_golden
 from service.archive.labels import check_labels, read_labels
-from service.archive.mar import CONFIG_FILE, configure, dump_config
+from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
+from service.archive.signing import read_private_key
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -73,8 +73,11 @@ def package_all(plans: Sequence[PackagePlan]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what is half made is cleaned up
     os.environ["CI"] = "true"  # or OpenVINO's converter reports its use to its makers
     try:
-        for plan in plans:
+        keys = [read_private_key(plan.sign) if plan.sign else None for plan in plans]
+        for plan, key in zip(plans, keys, strict=True):
             archive = package(plan)
+            if key:
+                sign(archive, key)
             print(f"{archive}  {archive.stat().st_size / 2**20:.1f} MiB")
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
@@ -229,6 +232,7 @@ def make_card(
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},
+        files={},  # seal() lists them
     )
 
 
@@ -272,7 +276,6 @@ def _archive(
     package_dir.mkdir(parents=True)
     for path in HANDLER.glob("*.py"):
         shutil.copy(path, package_dir)
-    (stage / CARD_FILE).write_text(card.to_json(), "utf-8")
     save_file(model.state, folder / WEIGHTS_FILE)
     golden = make_golden(model.network, model.transform)
     save_file(golden.tensors(), stage / GOLDEN_FILE)
@@ -301,4 +304,6 @@ def _archive(
     )
     if done.returncode != 0:
         raise InvalidModel(f"torch-model-archiver failed: {done.stderr.strip().splitlines()[-1:]}")
-    return folder / f"{plan.name}.mar"
+    made = folder / f"{plan.name}.mar"
+    seal(made, card)
+    return made

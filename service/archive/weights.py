@@ -11,10 +11,10 @@ import torch
 from torchvision.models import WeightsEnum
 
 from handler.errors import InvalidModel
-from handler.model_card import WeightsFacts
+from handler.model_card import WeightsFacts, file_sha256
 from handler.networks import SCALE_INPUT_AGAIN, build_network
 from service.archive.checkpoints import Checkpoint, find_tables, read_checkpoint
-from service.archive.digest import SEED, file_facts, file_sha256, untrained_facts
+from service.archive.digest import SEED, file_facts, untrained_facts
 
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from zipfile import ZipFile
 
 from handler.errors import SetupError
+from handler.model_card import CARD_FILE, ModelCard
+from service.archive.mar import seal
 from service.chaos.colours import LABELS, LABELS_FILE, WEIGHTS, encoded
 from service.chaos.requests import Mixture, Picture
 from service.torchserve.config import ROOT
@@ -59,7 +61,10 @@ def make_archive(folder: Path) -> Path:
     with ZipFile(made) as old, ZipFile(archive, "w") as new:
         for item in old.infolist():
             more = HANG if item.filename == "handler/engines.py" else ""
-            new.writestr(item, old.read(item) + more.encode())
+            if item.filename != CARD_FILE:
+                new.writestr(item, old.read(item) + more.encode())
+        card = ModelCard.from_json(old.read(CARD_FILE))
+    seal(archive, card)
     return archive
 
 

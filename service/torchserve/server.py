@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from handler.errors import SetupError
 from handler.machine import available_cores, available_memory
+from handler.model_card import ModelCard
 from service.archive.mar import unpack
 from service.processes import Guardian, end
 from service.torchserve.config import CONFIG, ServerConfig
@@ -29,6 +30,9 @@ from service.torchserve.java import (
 from service.torchserve.snapshot import make_snapshot
 from service.torchserve.watchdog import Hung, Watchdog
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
@@ -40,7 +44,8 @@ class Served:
 
     archive: Path
     config: Mapping[str, Any] | None = None  # the model configuration; None: the one in the archive
-    digest: str | None = None  # what the checked archive was made from: another is refused
+    card: ModelCard | None = None  # of the archive that was looked at: another is refused
+    public_key: "Ed25519PublicKey | None" = None  # of whoever must have signed it
 
 
 def _pool_options() -> list[str]:
@@ -100,8 +105,13 @@ class TorchServe:
         # What is served is a copy: no start changes an archive, or is changed by another start.
         store = Path(self._folder, "store")
         models = [
-            # Two may have one name.
-            unpack(one.archive, one.config, store / f"{number}-{one.archive.stem}", one.digest)
+            unpack(
+                one.archive,
+                one.config,
+                store / f"{number}-{one.archive.stem}",  # two may have one name
+                one.card,
+                one.public_key,
+            )
             for number, one in enumerate(self._served)
         ]
         options = [

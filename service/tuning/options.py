@@ -18,7 +18,7 @@ def make_parser() -> argparse.ArgumentParser:
         "A model option that is given (--precision, --workers, …) is kept and not varied.",
         allow_abbrev=False,
     )
-    add_options(parser, ModelOptions, without=["tuned", "version"])
+    add_options(parser, ModelOptions, without=["tuned", "version", "sign"])
     add = parser.add_argument_group("tuning").add_argument
     limit = "99 of 100 requests must be answered within this time"
     add("--slo-p99-ms", type=positive, required=True, metavar="MS", help=limit)

@@ -14,6 +14,8 @@ from zipfile import ZipFile
 import psutil
 import requests
 
+from handler.model_card import CARD_FILE, ModelCard
+from service.archive.mar import seal
 from tests import ROOT
 from tests.processes import events, free_ports, lines_of, wait_for
 
@@ -179,7 +181,10 @@ def copy_changed(store: Path, folder: Path, more: Mapping[str, str]) -> None:
     for path in store.glob("*.mar"):
         with ZipFile(path) as old, ZipFile(folder / "store" / path.name, "w") as new:
             for item in old.infolist():
-                new.writestr(item, old.read(item) + more.get(item.filename, "").encode())
+                if item.filename != CARD_FILE:
+                    new.writestr(item, old.read(item) + more.get(item.filename, "").encode())
+            card = ModelCard.from_json(old.read(CARD_FILE))
+        seal(folder / "store" / path.name, card)
 
 
 def copy_with_engine(store: Path, folder: Path, change: str, more: Mapping[str, str] = {}) -> None:

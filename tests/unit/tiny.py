@@ -1,5 +1,6 @@
 """A small model in an unpacked archive: three classes, seeded weights, sure answers."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,7 +9,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from handler.golden import GOLDEN_FILE
-from handler.model_card import CARD_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard, WeightsFacts
+from handler.model_card import (
+    CARD_FILE,
+    OPENVINO_FILE,
+    WEIGHTS_FILE,
+    ModelCard,
+    WeightsFacts,
+    file_sha256,
+)
 from handler.networks import build_network, get_recipe, input_transform
 from service.archive.conversion import to_openvino
 from service.archive.golden import make_golden
@@ -48,6 +56,7 @@ def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCa
         inputs_sha256="1" * 64,
         code_sha256=("2" * 64, "3" * 64),
         packaged_with={"torch": torch.__version__},
+        files={},
     )
 
 
@@ -56,7 +65,6 @@ def make_model_dir(
 ) -> Path:
     """What TorchServe unpacks for a worker, as far as our code reads it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CARD_FILE).write_text(tiny_card(architecture, trained).to_json(), "utf-8")
     state = {
         name: tensor.clone() for name, tensor in tiny_network(architecture).state_dict().items()
     }
@@ -66,4 +74,7 @@ def make_model_dir(
     if openvino:
         converted = to_openvino(tiny_network(architecture), tiny_card(architecture).transform)
         save_model(converted, folder / OPENVINO_FILE, compress_to_fp16=False)
+    files = {path.name: file_sha256(path) for path in folder.iterdir() if path.is_file()}
+    card = replace(tiny_card(architecture, trained), files=files)
+    (folder / CARD_FILE).write_text(card.to_json(), "utf-8")
     return folder

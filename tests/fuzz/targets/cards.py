@@ -37,6 +37,7 @@ def seeds() -> list[bytes]:
         inputs_sha256="0",
         code_sha256=("0", "1"),
         packaged_with={},
+        files={"b": "0"},
     )
     text = json.dumps(json.loads(card.to_json())).encode()
     deep = b'{"weights": ' + b"[" * 3000
@@ -52,5 +53,14 @@ def seeds() -> list[bytes]:
 TARGET = Target(
     check=check,
     seeds=seeds,
-    tokens=(b'"weights": ', b'"labels": ', b'"transform": ', b"null", b"NaN", b"1e999", b"\\ud800"),
+    tokens=(
+        b'"weights": ',
+        b'"labels": ',
+        b'"transform": ',
+        b'"files": ',
+        b"null",
+        b"NaN",
+        b"1e999",
+        b"\\ud800",
+    ),
 )

@@ -11,7 +11,9 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler.image_classifier
+from handler.golden import GOLDEN_FILE
 from handler.image_classifier import ImageClassifier
+from handler.model_card import WEIGHTS_FILE
 from tests.drawing import noise
 from tests.unit.handler.worker import (
     JPEG,
@@ -217,6 +219,19 @@ def test_untrained_weights_can_be_forbidden(
     [line] = log(caplog, "startup_failed")
     assert (line["level"], line["model"]) == ("ERROR", "birds")
     assert line["message"] == "the weights are untrained, and allow_untrained is false"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, GOLDEN_FILE])
+def test_a_changed_file_stops_the_start_before_it_is_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """It would not be read as tensors: that is not what the worker complains about."""
+    (make_model_dir(tmp_path) / name).write_bytes(b"something else")
+    with pytest.raises(RuntimeError, match="is not as it was packaged: its sha256 is "):
+        start(tmp_path)
+    [line] = log(caplog, "startup_failed")
+    assert line["message"].startswith(f"{name} of the archive ")
+    assert "cause" not in line or line["cause"] is None
 
 
 def test_trained_weights_start_in_production(

@@ -218,6 +218,25 @@ def test_a_failing_set_up_is_one_line_and_starts_over(
     assert not bootstrap.STAMP.exists()
 
 
+@pytest.mark.parametrize(
+    ("argv", "needed"),
+    [
+        ("serve --require-signed public.pem", True),
+        ("serve --require-signed=off", False),
+        ("package --sign key.pem", True),
+        ("serve", False),
+    ],
+)
+def test_what_only_signatures_need_is_installed_for_them(
+    monkeypatch: pytest.MonkeyPatch, argv: str, needed: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
+    monkeypatch.setattr("os.execv", lambda *command: None)
+    assert main(argv.split()) == 0
+    assert ("requirements-signing.txt" in asked) is needed
+
+
 def test_old_pythons_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

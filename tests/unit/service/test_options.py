@@ -33,7 +33,7 @@ def test_every_model_option() -> None:
     argv = "--model resnet18 --weights w.pth --recipe R --labels l.txt --device cuda "
     argv += "--precision bf16 --workers 3 --batch-size 16 --max-batch-delay-ms 7 --tuned t.yaml "
     argv += "--device-ids 0,2 --workers-per-gpu 2 --calibration photos --minimum-agreement 0.9 "
-    argv += "--weights-prefix ema --version 2024-05-01_b"
+    argv += "--weights-prefix ema --version 2024-05-01_b --sign key.pem"
     assert parse_package(argv.split()) == ModelOptions(
         models=("resnet18",),
         version="2024-05-01_b",
@@ -51,12 +51,14 @@ def test_every_model_option() -> None:
         batch_size=16,
         max_batch_delay_ms=7,
         tuned="t.yaml",
+        sign="key.pem",
     )
 
 
 def test_every_server_option() -> None:
     argv = "--host 0.0.0.0 --port 1 --management-port 2 --metrics-port 65535 --torch cpu "
-    argv += "--log-format text --gateway --gateway-port 4 --archive a.mar --archive b.mar"
+    argv += "--log-format text --gateway --gateway-port 4 --archive a.mar --archive b.mar "
+    argv += "--require-signed public.pem"
     assert parse_serve(argv.split()) == ServeOptions(
         archives=("a.mar", "b.mar"),
         host="0.0.0.0",
@@ -66,6 +68,7 @@ def test_every_server_option() -> None:
         log_format="text",
         gateway=True,
         gateway_port=4,
+        require_signed="public.pem",
         torch="cpu",
     )
 
@@ -169,8 +172,8 @@ def test_help_shows_every_option_with_its_default(
     text = capsys.readouterr().out.partition("show this help")[2]
     entries = [f"--{entry}" for entry in re.split(r"\n  --", text)[1:]]
     without = [entry.split()[0] for entry in entries if "(default: " not in entry]
-    # packaging has --version; for serving it is always the default
-    assert len(entries) == len(vars(parse([]))) - (parse is parse_serve)
+    # packaging has --version and --sign; for serving they are always the default
+    assert len(entries) == len(vars(parse([]))) - 2 * (parse is parse_serve)
     assert without == []
 
 

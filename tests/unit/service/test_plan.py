@@ -13,7 +13,7 @@ import yaml
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.settings import Settings
 from service import plan as planning
-from service.archive.mar import read_config
+from service.archive.mar import CONFIG_FILE, configure, put, read_config
 from service.options import parse_package, parse_serve
 from service.plan import (
     CONFIGS,
@@ -290,6 +290,35 @@ def test_a_given_archive_of_others_is_refused(tmp_path: Path) -> None:
         content.writestr("MAR-INF/MANIFEST.json", json.dumps(manifest))
     with pytest.raises(InvalidModel, match=r"other\.mar is damaged, or was not made by"):
         given("--archive", str(tmp_path / "other.mar"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"parallelType": "custom"}, "parallelType is unknown"),
+        ({"minWorkers": 0}, "minWorkers must be a whole number, 1 or more, got 0"),
+        ({"deviceType": "tpu"}, "deviceType must be one of cpu, gpu, got 'tpu'"),
+        ({"handler": {"topk": 3}}, "handler.topk is unknown"),
+    ],
+)
+def test_a_given_archives_configuration_is_held_against_the_rules(
+    archive: Path, change: dict[str, Any], words: str
+) -> None:
+    """No hash covers it, and TorchServe would take whatever it says."""
+    configure(archive, read_config(archive) | change)
+    with pytest.raises(InvalidSettings, match=words):
+        given("--archive", str(archive))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1", b"!!bool x", b"3", b"handler: null\nbatchSize: 1", b"batchSize: 1"]
+)
+def test_a_given_archive_with_a_broken_configuration_is_one_line(
+    archive: Path, content: bytes
+) -> None:
+    put(archive, CONFIG_FILE, content)
+    with pytest.raises(InvalidSettings, match=r"mar: model-config\.yaml: [^\n]+$"):
+        given("--archive", str(archive))
 
 
 def test_a_folder_stands_for_its_archives(archive: Path, tmp_path: Path) -> None:

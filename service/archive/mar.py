@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ import yaml
 
 from handler.errors import InvalidModel, SetupError
 from handler.model_card import CARD_FILE, ModelCard
+from service.temporary import TemporaryFolder
 
 CONFIG_FILE = "model-config.yaml"
 DELAY = "maxBatchDelayOfServe"
@@ -69,9 +69,9 @@ def configure(archive: Path, config: Mapping[str, Any]) -> None:
     try:
         with (
             zipfile.ZipFile(archive) as old,
-            tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-") as folder,
+            TemporaryFolder(".packaging-", archive.parent) as folder,
         ):
-            made = Path(folder, archive.name)
+            made = folder / archive.name
             with zipfile.ZipFile(made, "w") as new:
                 for item in old.infolist():
                     if item.filename == CONFIG_FILE:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, skip
 from tests.server.serving import environment
 
 SECONDS = 400  # for a campaign, its set-up included; some 80 on two quiet cores
@@ -25,6 +25,11 @@ MENDS = {
     ),
     "orphans": ("service/processes.py", "kill -9 $groups", ":"),
     "held up": ("service/gateway/watch.py", "FAILURES = 2 ", "FAILURES = 1000000 "),
+    "no alert": (
+        "deploy/monitoring/alerts.yml",
+        'up{job="classifier"} == 0',
+        'up{job="classifier"} == -1',
+    ),
 }
 
 
@@ -38,7 +43,12 @@ def campaign(
     schedule.write_text("\n".join(lines))
     command = [sys.executable, str(root / "scripts" / "chaos.py"), "--seed=1"]
     done = subprocess.run(
-        [*command, f"--replay={schedule}", f"--archive={store / 'mobilenet_v2.mar'}"],
+        [
+            *command,
+            f"--replay={schedule}",
+            f"--archive={store / 'mobilenet_v2.mar'}",
+            "--prometheus",
+        ],
         env=environment(folder, {"PYTHONPATH": str(root)}),
         capture_output=True,
         text=True,
@@ -51,6 +61,13 @@ def campaign(
     assert line["requests"] > 50
     print(done.stdout)
     return line
+
+
+@pytest.fixture(autouse=True)
+def prometheus() -> None:
+    """Whoever has not installed it runs ./scripts/chaos without the option."""
+    if not shutil.which("prometheus"):
+        skip("prometheus is not installed (apt-get install prometheus)")
 
 
 @pytest.mark.timeout(SECONDS + 200)  # the archive is packaged within it

@@ -123,7 +123,7 @@ def _png_decoration(data: bytes) -> Iterator[Span]:
 
 def _is_sound(data: bytes, start: int, end: int) -> bool:
     """Whether a PNG's chunk has its checksum, and a tRNS the length for the image's colours."""
-    length, colour_type = end - start - 12, data[25]
+    length, colour_type = end - start - 12, int.from_bytes(data[25:26], "big")
     if data[start + 4 : start + 8] == b"tRNS" and length not in _TRNS_LENGTHS.get(colour_type, ()):
         return False
     checksum = int.from_bytes(data[end - 4 : end], "big")

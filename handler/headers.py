@@ -42,12 +42,12 @@ def read_deadline(headers: Mapping[str, Any], arrival: float) -> float:
     `X-Request-Timeout: <seconds>` counts from X-Request-Start, or, if there is none, from
     `arrival` at the worker. Raises MalformedRequest.
     """
-    text = headers.get("x-request-timeout")
-    if text is None:
+    seconds = str(headers.get("x-request-timeout", "")).strip()  # of more blanks than float() takes
+    if not seconds:
         return inf
-    if not _SECONDS.fullmatch(str(text).strip()):
+    if not _SECONDS.fullmatch(seconds):
         raise MalformedRequest("X-Request-Timeout must be a number of seconds, such as 2.5")
-    return arrival - (read_queue_seconds(headers, arrival) or 0) + float(text)
+    return arrival - (read_queue_seconds(headers, arrival) or 0) + float(seconds)
 
 
 def is_probe(headers: Mapping[str, Any]) -> bool:

@@ -36,7 +36,7 @@ end
 -- X-Request-Timeout. nil if that makes no sense, which the handler then says.
 local function time_left(location, asked)
     local seconds = settings.seconds[location]
-    if not asked then
+    if not asked or asked == "" then
         return seconds
     end
     local wait = ngx.re.match(asked, [[^\d{1,9}(\.\d{1,9})?$]], "jo") and tonumber(asked)

@@ -39,7 +39,13 @@ INVALID_CODINGS = (
     b"chunked,",
 )
 CONTROLS = bytes(each for each in (*range(1, 32), 127, 128, 133, 160, 255) if each not in b"\r\n")
-PASSED_ON = (b"Content-Type", b"traceparent", b"tracestate", b"X-Top-K")  # to TorchServe
+PASSED_ON = (
+    b"Content-Type",
+    b"traceparent",
+    b"tracestate",
+    b"X-Top-K",
+    b"X-Request-Timeout",
+)  # to TorchServe
 BROKEN_NAMES = (
     b"X Y",
     b"X\0",

@@ -18,6 +18,7 @@ HEADERS = {
     "x-top-k",
     "x-request-id",
     "x-request-start",
+    "x-request-timeout",
     "traceparent",
     "tracestate",
     "content-length",

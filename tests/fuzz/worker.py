@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,8 @@ def main(argv: list[str]) -> int:
     instrumented = atheris.instrument_imports(INSTRUMENTED) if atheris else nullcontext()
     with instrumented:
         target = load(name)
+        with suppress(Exception):  # what is imported and set up at first use counts for no input
+            target.check(target.seeds()[0])
     tried = Recorder(target, Path(folder))
     run: Callable[..., None] = run_guided if atheris else run_blindly
     run(name, target, tried, int(executions), int(seconds), int(seed))

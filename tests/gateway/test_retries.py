@@ -123,6 +123,7 @@ def test_a_worker_of_nginx_that_is_killed_takes_no_places_with_it(tmp_path: Path
     ("asked", "least", "most"),
     [
         (None, 60, 60),  # what the gateway itself waits
+        ("", 60, 60),
         ("3", 2, 3),
         ("2.5", 1.5, 2.5),
         ("90", 60, 60),
@@ -146,7 +147,7 @@ def timeout_sent(folder: Path, asked: str | None) -> str:
         torchserve_that(answer_of(b"{}"), seen) as upstream,
         running(folder, variables(upstreams=upstream)) as gateway,
     ):
-        headers = {"X-Request-Timeout": asked} if asked else {}
+        headers = {} if asked is None else {"X-Request-Timeout": asked}
         answer = requests.post(
             f"{gateway.url}/predict", data=SMALL, headers=headers, timeout=TIMEOUT
         )

@@ -74,6 +74,7 @@ def test_nonsense_is_no_queue(text: str) -> None:
 
 def test_without_the_header_there_is_no_deadline() -> None:
     assert read_deadline({"x-request-start": f"t={NOW - 9}"}, NOW) == inf
+    assert read_deadline({"x-request-timeout": " "}, NOW) == inf
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("2", 2), ("2.5", 2.5), (" 0.001 ", 0.001)])
@@ -84,9 +85,7 @@ def test_the_deadline_counts_from_the_gateway(text: str, seconds: float) -> None
     assert read_deadline(headers, NOW) == pytest.approx(NOW - 9 + seconds)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "soon", "-1", "1e3", "inf", "nan", "1.", "0x10", "1 2", "\u0661"]
-)
+@pytest.mark.parametrize("text", ["soon", "-1", "1e3", "inf", "nan", "1.", "0x10", "1 2", "\u0661"])
 def test_another_deadline_is_refused(text: str) -> None:
     with pytest.raises(MalformedRequest, match=r"must be a number of seconds, such as 2\.5"):
         read_deadline({"x-request-timeout": text}, NOW)

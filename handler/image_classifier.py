@@ -124,10 +124,15 @@ class ImageClassifier(BaseHandler):
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None
         started = perf_counter()
-        batch_size, rounds = config.get("batchSize", 1), self.settings.warmup_batches
-        pass_seconds = warm_up(self.engine, self.card.transform, batch_size, rounds)
+        step_seconds = warm_up(
+            self.engine,
+            self.card.transform,
+            config.get("batchSize", 1),
+            self.settings.warmup_batches,
+            self.settings.max_image_pixels,
+        )
         self.metrics.set(metrics.WARM_UP, perf_counter() - started)
-        self.pulse = Pulse(model_dir, pass_seconds)
+        self.pulse = Pulse(model_dir, step_seconds)
 
     def _warn_of_errors(self) -> None:
         """Say which engines do not give the network's own answers, used or not."""

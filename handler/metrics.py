@@ -188,9 +188,10 @@ STARTS = _counter(
 HUNG = _counter(
     "classifier_worker_hung_total",
     WORKER,
-    "workers that hung and were killed before this one's start",
-    "The launcher kills a worker that shows no sign of life (`worker_hung` in the log); the worker "
-    "that starts next counts it.",
+    "workers that hung and were ended before this one's start",
+    "The launcher kills a worker that shows no sign of life (`worker_hung` in the log), and one "
+    "whose batch makes no progress ends itself (`worker_stuck`); the worker that starts next "
+    "counts it.",
 )
 STARTUP = _gauge(
     "classifier_worker_startup_seconds",

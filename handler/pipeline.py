@@ -3,7 +3,8 @@
 from collections.abc import Iterable, Iterator
 from io import BytesIO
 from itertools import islice
-from time import perf_counter
+from math import prod
+from time import perf_counter, thread_time
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from handler.errors import SetupError
 from handler.images import read_picture
 from handler.model_card import InputTransform
 from handler.settings import Settings
+
+BLANK_SIZE = 500, 375  # width and height
+DECODES = 3  # the first has some things to load
 
 
 class Timed(Iterator[Decoding]):
@@ -61,22 +65,27 @@ def classify(
 
 
 def warm_up(
-    engine: Engine, transform: InputTransform, batch_size: int, rounds: int
+    engine: Engine, transform: InputTransform, batch_size: int, rounds: int, max_pixels: int
 ) -> float | None:
     """Classify a blank image, alone and as a full batch, so that the first client need not wait.
 
-    Returns the seconds that the largest forward pass would take; None without a round.
+    Returns the seconds that the longest step would take, the largest forward pass or the decoding
+    of a blank JPEG of `max_pixels`; None without a round.
     Raises SetupError if the model gives no probabilities.
     """
     file = BytesIO()
-    Image.new("RGB", (500, 375)).save(file, "JPEG")
+    Image.new("RGB", BLANK_SIZE).save(file, "JPEG")
     seconds = None
+    decodes = []
     for _ in range(rounds):
-        pixels = read_picture(file.getvalue(), transform, Settings()).pixels
+        for _ in range(DECODES):
+            started = thread_time()  # other workers start at the same time
+            pixels = read_picture(file.getvalue(), transform, Settings()).pixels
+            decodes.append(thread_time() - started)
         for images in sorted({1, min(batch_size, engine.max_forward)}):
             started = perf_counter()
             probabilities = engine.probabilities(torch.stack([pixels] * images))
             seconds = (perf_counter() - started) / images * engine.max_forward
             if not torch.isfinite(probabilities).all():
                 raise SetupError("the model gives no finite probabilities for a blank image")
-    return seconds
+    return seconds and max(seconds, min(decodes) / prod(BLANK_SIZE) * max_pixels)

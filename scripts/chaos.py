@@ -30,13 +30,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="begin no fault later (default: %(default)s)",
     )
     add("--seed", type=int, metavar="S", help="decides the schedule (default: a random one)")
-    add("--replay", type=Path, metavar="FILE", help="the faults of a history, in place of a seed's")
+    add(
+        "--replay",
+        type=Path,
+        metavar="FILE",
+        help="the faults of a history, in place of a seed's; an empty file has none",
+    )
     add("--archive", type=Path, metavar="FILE.mar", help="(default: a small model made here)")
     add(
         "--history",
         type=Path,
         metavar="FILE",
         help="write every request and fault, a JSON line each",
+    )
+    add(
+        "--prometheus",
+        action="store_true",
+        help="run Prometheus beside it: each fault must raise its alert",
     )
     return parser
 
@@ -54,6 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steps=steps,
             archive=args.archive and args.archive.resolve(),
             history=args.history,
+            prometheus=args.prometheus,
         )
         return 0 if judge(campaign) else 1
     except (SetupError, OSError) as exc:

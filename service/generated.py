@@ -15,6 +15,9 @@ from handler.errors import SetupError
 from handler.metrics import FAMILIES, Family
 from handler.rules import Rule, rules_of
 from handler.settings import PREFIX, Settings
+from service.chaos.checker import rules
+from service.chaos.cluster import RESPONSE_SECONDS
+from service.chaos.schedule import KINDS, Kind
 from service.gateway.settings import PREFIX as GATEWAY_PREFIX
 from service.gateway.settings import GatewaySettings
 from service.tables import markdown_table
@@ -98,6 +101,25 @@ def tables(parsers: Mapping[str, ArgumentParser]) -> dict[str, list[str]]:
                 if family.note
             ],
         ),
+        "promises": _table(
+            ["rule", "limit", ""],
+            [
+                [f"`{rule.name}`", f"{rule.limit:g} {rule.unit}".strip(), rule.promise]
+                for rule in rules(RESPONSE_SECONDS)
+            ],
+        ),
+        "faults": _table(
+            ["fault", "lasts", "recovered", "alert"],
+            [
+                [
+                    f"`{name}`",
+                    "{:g} to {:g} s".format(*kind.seconds),
+                    f"{kind.recovery:g} s",
+                    _alerts(kind),
+                ]
+                for name, kind in KINDS.items()
+            ],
+        ),
         "settings": _settings(PREFIX, Settings),
         "gateway settings": _settings(GATEWAY_PREFIX, GatewaySettings),
         **{
@@ -105,6 +127,15 @@ def tables(parsers: Mapping[str, ArgumentParser]) -> dict[str, list[str]]:
             for name, rows in options.items()
         },
     }
+
+
+def _alerts(kind: Kind) -> str:
+    """Those that a fault must raise, or why there are none."""
+    raised = [
+        f"`{name}`" + (f", from {seconds:g} s" if seconds else "")
+        for name, seconds in kind.alerts.items()
+    ]
+    return "; ".join(raised) or f"none: {kind.unraised}"
 
 
 def _sentences(family: Family) -> str:

@@ -1,8 +1,10 @@
 """Child processes that never outlive their parent, and waiting for what they do."""
 
 import os
+import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -73,7 +75,7 @@ class Guardian:
         Raises OSError if it cannot be run.
         """
         process = subprocess.Popen(
-            [str(word) for word in command],
+            [*_bound(command[0]), *map(str, command)],
             stdin=stdin,
             start_new_session=True,
             **options,
@@ -90,6 +92,20 @@ class Guardian:
     def _tell(self, line: str) -> None:
         with suppress(BrokenPipeError):  # somebody has ended it: we go on without
             os.write(self._pipe, f"{line}\n".encode())
+
+
+def _bound(program: object) -> list[str]:
+    """What makes the kernel kill the command that follows when this process ends; Linux only.
+
+    The guardian does that and more, but may be killed with us, by whoever ends all of a service's
+    processes at once. The kernel means the thread that starts the command, so only ours that lives
+    as long as we do counts.
+    """
+    setpriv = shutil.which("setpriv")  # of util-linux
+    lasting = threading.current_thread() is threading.main_thread()
+    if not (setpriv and lasting and shutil.which(str(program))):  # else Popen says what is wrong
+        return []
+    return [setpriv, "--pdeathsig", "KILL", "--"]
 
 
 def end(

@@ -2,7 +2,10 @@
 local ffi = require "ffi"
 local settings = require "settings"
 
-ffi.cdef "int kill(int process, int signal);"
+ffi.cdef [[
+    int kill(int process, int signal);
+    int prctl(int option, unsigned long, unsigned long, unsigned long, unsigned long);
+]]
 
 local counts, workers = ngx.shared.places, ngx.shared.workers
 local own = "" -- this worker's process id, a part of its keys
@@ -13,6 +16,9 @@ local places = {}
 
 -- Places are counted by worker, so that those of a killed worker go with it.
 function places.start_worker()
+    if ffi.os == "Linux" then
+        ffi.C.prctl(1, 9, 0, 0, 0) -- PR_SET_PDEATHSIG, SIGKILL: no worker outlives its master
+    end
     own = tostring(ngx.worker.pid())
     for _, key in ipairs(counts:get_keys(0)) do
         if key:find(own .. " ", 1, true) == 1 then -- of an earlier process with this number

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +14,7 @@ import yaml
 from handler.errors import InvalidModel, SetupError
 from handler.model_card import CARD_FILE, ModelCard
 from service.archive.signing import check_signature
+from service.temporary import TemporaryFolder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import (
@@ -108,9 +108,9 @@ def put(archive: Path, name: str, content: bytes) -> None:
     try:
         with (
             zipfile.ZipFile(archive) as old,
-            tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-") as folder,
+            TemporaryFolder(".packaging-", archive.parent) as folder,
         ):
-            made = Path(folder, archive.name)
+            made = folder / archive.name
             with zipfile.ZipFile(made, "w") as new:
                 for item in old.infolist():
                     if item.filename == name:

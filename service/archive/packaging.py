@@ -49,6 +49,7 @@ from service.archive.weights import (
 )
 from service.plan import PackagePlan
 from service.processes import Guardian
+from service.temporary import TemporaryFolder
 from service.torchserve.config import ROOT
 
 HANDLER = ROOT / "handler"
@@ -245,9 +246,8 @@ def write_archive(
     """Put the archive in its place, whole or not at all. Raises SetupError."""
     archive, old = plan.archive, plan.card
     try:
-        packaging = tempfile.TemporaryDirectory(dir=archive.parent, prefix=".packaging-")
-        with packaging as folder, Guardian(folder):
-            made = _archive(Path(folder), plan, card, model, converted)
+        with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
+            made = _archive(folder, plan, card, model, converted)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)

@@ -1,11 +1,10 @@
 """A campaign from its begin to its verdicts."""
 
 import json
-import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import dataclass, replace
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -20,13 +19,15 @@ from service.chaos.checker import Verdict, check
 from service.chaos.cluster import RESPONSE_SECONDS, Cluster
 from service.chaos.colours import LABELS
 from service.chaos.faults import FAULTS, NotPossible, Scene
-from service.chaos.history import Attempt, Fault, History
+from service.chaos.history import Attempt, Fault, History, Monitored
+from service.chaos.prometheus import Prometheus, running_prometheus
 from service.chaos.requests import Mixture, Picture
 from service.chaos.schedule import Step, make_schedule
 from service.chaos.traffic import Traffic
 from service.load.answers import NEAR_TIE, read_predictions
 from service.load.images import load_images
 from service.tables import text_table
+from service.temporary import TemporaryFolder
 from service.torchserve.management import direct_session
 
 READY_SECONDS = 180
@@ -34,6 +35,8 @@ POLL_SECONDS = 0.25
 SAMPLE_SECONDS = 2.0
 LEAST_PICTURES = 3  # of which an archive must be sure
 SHOWN = 5  # of the cases that break a rule
+SCRAPE_SECONDS = 2  # a Java that is killed does not answer for longer than that
+SETTLE_SECONDS = 5  # until what is true now is scraped and evaluated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +49,13 @@ class Campaign:
     archive: Path | None = None  # None: one of three colours is made
     history: Path | None = None
     replicas: int = 2
+    prometheus: bool = False  # beside it, for the alerts
 
     def run(self) -> History:
         """What happened. Ctrl-C ends it early. Raises SetupError."""
         history = History(self.history)
         with ExitStack() as stack:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="chaos-")))
+            folder = stack.enter_context(TemporaryFolder("chaos-"))
             archive = self.archive or make_archive(folder)
             card = read_card(archive)
             if card is None:
@@ -69,11 +73,43 @@ class Campaign:
                 raise SetupError(f"not ready within {READY_SECONDS} s: {cluster.missing()}")
             if card.labels != LABELS:
                 traffic.mixture = learn(cluster)
+            prometheus = stack.enter_context(watching(cluster)) if self.prometheus else None
+            if prometheus:
+                time.sleep(SETTLE_SECONDS)  # it has just seen its first instance
             history.begin()
+            if prometheus:
+                history.add(Monitored(time=0))
             end = time.monotonic() + 60 * self.minutes
             with traffic, suppress(KeyboardInterrupt):
-                director.inject(self.steps or make_schedule(self.seed, len(cluster.replicas)), end)
+                seeded = make_schedule(self.seed, len(cluster.replicas))
+                director.inject(seeded if self.steps is None else self.steps, end)
+            if prometheus:
+                note_alerts(prometheus, cluster, history)
         return history
+
+
+def watching(cluster: Cluster) -> AbstractContextManager[Prometheus]:
+    """Prometheus with the addresses of the replicas."""
+    folder = cluster.folder / "prometheus"
+    folder.mkdir()
+    targets = [f"127.0.0.1:{unit.ports[2]}" for unit in cluster.replicas]
+    return running_prometheus(folder, targets, SCRAPE_SECONDS)
+
+
+def note_alerts(prometheus: Prometheus, cluster: Cluster, history: History) -> None:
+    """What was raised since the campaign began. Raises requests.RequestException."""
+    time.sleep(SETTLE_SECONDS)
+    began = time.time() - history.now()
+    replicas = {f"127.0.0.1:{unit.ports[2]}": unit.number for unit in cluster.replicas}
+    for alert in prometheus.alerts(began, time.time()):
+        history.add(
+            replace(
+                alert,
+                begin=round(alert.begin - began, 1),
+                end=round(alert.end - began, 1),
+                replica=replicas.get(alert.instance, -1),
+            )
+        )
 
 
 def learn(cluster: Cluster) -> Mixture:
@@ -106,13 +142,19 @@ class Director:
     _sampled: float = 0.0
 
     def inject(self, steps: Iterable[Step], end: float) -> None:
-        """Until the time is over, no step is left, or a fault is not recovered from."""
+        """Until the time is over, no step is left, or a fault is not recovered from.
+
+        Without any step, only time passes.
+        """
+        step = None
         for step in steps:
             self._wait(step.calm)
             if time.monotonic() >= end:
                 return
             if not self._inject(step):
                 return
+        if step is None:
+            self._wait(end - time.monotonic())
 
     def _inject(self, step: Step) -> bool:
         """Whether there was a recovery within the limit."""

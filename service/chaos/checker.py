@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from service.chaos.history import Attempt, Ended, Fault, History, Left, Usage
-from service.chaos.schedule import KINDS
+from service.chaos.history import Alert, Attempt, Ended, Fault, History, Left, Monitored, Usage
+from service.chaos.schedule import KINDS, PATIENT, RATIOS
 
 EDGE_SECONDS = 1.0  # by which a fault is noticed earlier or later than it was injected
 HELD_UP_SECONDS = 4.5  # less than the gateway gives a replica until it asks another
 WARM_SECONDS = 60.0  # of a process, in which it takes what it needs
 GROWTH_SECONDS = 120.0  # that a process must have lived after that to show a slope
+ALERT_SECONDS = 10.0  # after a recovery, in which the alert of the fault may still come
 
 
 class Case(NamedTuple):
@@ -71,6 +72,8 @@ def rules(promised_seconds: float) -> list[Rule]:
         Rule("memory", "growth of a process that has warmed up", 20, "MB/min", find_memory),
         Rule("descriptors", "likewise", 10, "/min", find_descriptors),
         Rule("left", "processes, files and ports at the end", 0, "", find_left),
+        Rule("no alert", "each fault raises its alert, with --prometheus", 0, "", find_unraised),
+        Rule("false alarm", "no alert that no fault explains, likewise", 0, "", find_false_alarms),
     ]  # fmt: skip
 
 
@@ -174,6 +177,35 @@ def find_descriptors(history: History) -> Iterator[Case]:
 def find_left(history: History) -> Iterator[Case]:
     for left in history.of(Left):
         yield Case(1, left.what)
+
+
+def find_unraised(history: History) -> Iterator[Case]:
+    for fault in history.of(Fault) if history.of(Monitored) else []:
+        for name, seconds in KINDS[fault.fault].alerts.items():
+            if fault.possible and fault.seconds >= seconds:
+                last = _over(fault) + ALERT_SECONDS
+                raised = any(
+                    alert.alert == name
+                    and alert.replica in (-1, fault.replica)
+                    and fault.begin <= alert.end
+                    and alert.begin <= last
+                    for alert in history.of(Alert)
+                )
+                yield Case(not raised, f"{name} for {fault.fault} at {fault.begin:.1f} s")
+
+
+def find_false_alarms(history: History) -> Iterator[Case]:
+    """A fault may also be the cause of what is raised long after it."""
+    for alert in history.of(Alert):
+        if alert.alert in PATIENT and alert.state == "pending":
+            continue
+        explained = any(
+            fault.begin - EDGE_SECONDS <= alert.begin
+            and alert.alert in {*KINDS[fault.fault].alerts, *KINDS[fault.fault].may_raise, *RATIOS}
+            for fault in history.of(Fault)
+        )
+        what = f"{alert.alert} was {alert.state} from {alert.begin:.0f} to {alert.end:.0f} s"
+        yield Case(not explained, what)
 
 
 def _growth(history: History, value: Callable[[Usage], float]) -> Iterator[Case]:

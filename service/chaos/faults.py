@@ -16,14 +16,13 @@ import psutil
 from handler.errors import SetupError
 from service.chaos.cluster import CLEAR_SECONDS, Cluster, Unit
 from service.chaos.requests import Mixture, Request
-from service.chaos.schedule import Step
+from service.chaos.schedule import PAUSE_SECONDS, Step
 from service.chaos.traffic import Traffic
 from service.processes import wait_until
 from service.torchserve.config import ROOT
 
 MARGIN_BYTES = 8 * 2**20  # that a worker may still take under memory pressure
 LARGE_IMAGES = 12  # at once
-PAUSE_SECONDS = 10  # of a worker, after which it is not continued
 CROWD = 300  # requests at once, more than the gateway lets in for one client
 SLOW_BODIES = 80  # at once
 FORMS = 50  # broken ones at once

@@ -94,7 +94,28 @@ class Left(Record):
     what: str
 
 
-RECORDS = {cls.record: cls for cls in (Attempt, Fault, Ended, Usage, Left)}
+@dataclass(frozen=True, kw_only=True)
+class Monitored(Record):
+    """From this time on a Prometheus evaluated the alerts."""
+
+    record: ClassVar[str] = "monitored"
+    time: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Alert(Record):
+    """An alert was pending or firing for some time."""
+
+    record: ClassVar[str] = "alert"
+    alert: str  # its name
+    state: str
+    instance: str  # HOST:PORT; "" if it is about all of them
+    begin: float
+    end: float
+    replica: int = -1  # the one of the instance; -1: all
+
+
+RECORDS = {cls.record: cls for cls in (Attempt, Fault, Ended, Usage, Left, Monitored, Alert)}
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 import json
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from handler.errors import SetupError
 
 CALM_SECONDS = (1.0, 3.0)  # between a recovery and the next fault
+PAUSE_SECONDS = 10  # of a worker, after which it is not continued
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,30 +24,72 @@ class Kind:
     cuts: bool = False  # clients' connections may break; their second attempt must be answered
     stalls: bool = False  # clients may wait so much longer as it lasts
     sheds: bool = False  # more than fits: 429 and 503 with a reason are right answers
+    # Alerts that it must raise, and how many seconds it must last for that. Pending is enough, as a
+    # fault is shorter than the minutes that some wait.
+    alerts: Mapping[str, float] = field(default_factory=dict)
+    may_raise: tuple[str, ...] = ()  # besides RATIOS
+    unraised: str = ""  # why it must raise no alert
 
+
+DOWN, NO_WORKER, HUNG = "ClassifierDown", "ClassifierNoWorker", "ClassifierWorkerHung"
+RESTARTING, REFUSED = "ClassifierWorkerRestarting", "ClassifierImagesRefused"
+# About shares of requests and means of a minute, which few requests of any fault may change in a
+# campaign that is short and has some 13 requests a second.
+RATIOS = {
+    "ClassifierErrors",
+    "ClassifierErrorsLasting",
+    "ClassifierSlow",
+    "ClassifierSlowLasting",
+    "ClassifierQueueGrowing",
+}
+# These wait a quarter of an hour or longer: they are pending whenever there are few requests or a
+# process has just started, and only what fires is an alarm.
+PATIENT = {"ClassifierConfidenceFell", "ClassifierWorkerMemoryGrowing", REFUSED}
+FEW = f"a worker is back within seconds; `{RESTARTING}` after more than 3 in an hour"
+SPARED = "the replicas serve on"
+BEFORE = "the replicas notice nothing; clients and the supervisor of the gateway do"
+REFUSING = "what was asked for is refused, and nothing else"
 
 # The limits of recovery are those of two slow, shared cores: a start takes some 20 s there, and
-# a hung worker is noticed after 10 to 30 s.
+# a hung worker is noticed after 10 to 15 s.
 KINDS = {
-    "kill_worker": Kind(seconds=(0, 1), recovery=60),
-    "stop_worker": Kind(seconds=(2, 20), recovery=90),
-    "kill_java": Kind(seconds=(0, 1), recovery=120, ends=True),
-    "stop_java": Kind(seconds=(2, 15), recovery=90),
-    "kill_launcher": Kind(seconds=(0, 1), recovery=120, ends=True),
-    "stop_launcher": Kind(seconds=(2, 15), recovery=60),
+    "kill_worker": Kind(seconds=(0, 1), recovery=60, may_raise=(RESTARTING,), unraised=FEW),
+    "stop_worker": Kind(
+        seconds=(2, 20), recovery=90, alerts={HUNG: PAUSE_SECONDS}, may_raise=(RESTARTING,)
+    ),
+    "kill_java": Kind(
+        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: 0}, may_raise=(NO_WORKER,)
+    ),
+    "stop_java": Kind(seconds=(2, 15), recovery=90, alerts={DOWN: 5}, may_raise=(NO_WORKER,)),
+    "kill_launcher": Kind(
+        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: 0}, may_raise=(NO_WORKER,)
+    ),
+    "stop_launcher": Kind(seconds=(2, 15), recovery=60, unraised=SPARED),
     # The gateway asks for a prediction every 10 s, waits 10 s, and does so twice.
-    "hung_model": Kind(seconds=(2, 40), recovery=90, noticed=35),
-    "full_disk": Kind(seconds=(5, 15), recovery=60),
-    "memory_pressure": Kind(seconds=(5, 15), recovery=90),
-    "scale": Kind(seconds=(1, 5), recovery=90),
-    "rolling_restart": Kind(seconds=(0, 1), recovery=180),
-    "kill_nginx_worker": Kind(seconds=(0, 1), recovery=30, target="gateway", cuts=True),
-    "stop_nginx_worker": Kind(seconds=(1, 5), recovery=30, target="gateway", stalls=True),
-    "kill_gateway": Kind(seconds=(0, 1), recovery=60, target="gateway", ends=True, cuts=True),
-    "new_keys": Kind(seconds=(0, 1), recovery=30, target="gateway"),
-    "bad_multipart": Kind(seconds=(0, 1), recovery=30, target="gateway"),
-    "slow_bodies": Kind(seconds=(0, 1), recovery=30, target="gateway"),
-    "crowd": Kind(seconds=(0, 1), recovery=60, target="gateway", sheds=True),
+    "hung_model": Kind(
+        seconds=(2, 40), recovery=90, noticed=35, alerts={HUNG: 25}, may_raise=(RESTARTING,)
+    ),
+    "full_disk": Kind(seconds=(5, 15), recovery=60, unraised=SPARED),
+    "memory_pressure": Kind(
+        seconds=(5, 15), recovery=90, may_raise=(RESTARTING, HUNG), unraised=FEW
+    ),
+    "scale": Kind(seconds=(1, 5), recovery=90, may_raise=(RESTARTING,), unraised="as was asked"),
+    "rolling_restart": Kind(seconds=(0, 1), recovery=180, alerts={DOWN: 0}, may_raise=(NO_WORKER,)),
+    "kill_nginx_worker": Kind(
+        seconds=(0, 1), recovery=30, target="gateway", cuts=True, unraised=BEFORE
+    ),
+    "stop_nginx_worker": Kind(
+        seconds=(1, 5), recovery=30, target="gateway", stalls=True, unraised=BEFORE
+    ),
+    "kill_gateway": Kind(
+        seconds=(0, 1), recovery=60, target="gateway", ends=True, cuts=True, unraised=BEFORE
+    ),
+    "new_keys": Kind(seconds=(0, 1), recovery=30, target="gateway", unraised="as was asked"),
+    "bad_multipart": Kind(
+        seconds=(0, 1), recovery=30, target="gateway", may_raise=(REFUSED,), unraised=REFUSING
+    ),
+    "slow_bodies": Kind(seconds=(0, 1), recovery=30, target="gateway", unraised=REFUSING),
+    "crowd": Kind(seconds=(0, 1), recovery=60, target="gateway", sheds=True, unraised=REFUSING),
 }
 
 

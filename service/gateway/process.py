@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -19,6 +18,7 @@ from service.gateway.watch import Watch
 from service.logs import Log
 from service.ports import check_ports
 from service.processes import Guardian, end, wait_until
+from service.temporary import TemporaryFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = "nginx libnginx-mod-http-lua lua-cjson"  # Debian's and Ubuntu's names
@@ -53,12 +53,14 @@ class Gateway:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
         self._guardian: Guardian | None = None
+        self._temporary: TemporaryFolder | None = None
         self._folder = Path()
 
     def start(self) -> None:
         """Check the configuration and start nginx. Raises SetupError."""
         check_ports({"the gateway (GATEWAY_PORT)": self.address})
-        self._folder = Path(tempfile.mkdtemp(prefix="gateway-"))
+        self._temporary = TemporaryFolder("gateway-")
+        self._folder = self._temporary.path
         self._guardian = Guardian(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
@@ -84,7 +86,7 @@ class Gateway:
                 raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
-            self._process = self._guardian.start(command, pass_fds=[writer])
+            self._process = self._guardian.start(command, pass_fds=[writer, self._temporary.lock])
         finally:
             os.close(writer)
             self._log = threading.Thread(target=self._relay, args=(reader,))
@@ -182,8 +184,8 @@ class Gateway:
                 end(self._process, seconds + 5, signal.SIGQUIT)
         if self._log is not None:
             self._log.join()
-        if self._folder != Path():
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if self._temporary is not None:
+            self._temporary.remove()
         if self._guardian is not None:
             self._guardian.dismiss()
 

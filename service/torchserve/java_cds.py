@@ -6,7 +6,6 @@ build and the same jar, and otherwise starts as if there were none.
 
 import os
 import subprocess
-import tempfile
 from pathlib import Path
 
 import requests
@@ -14,6 +13,7 @@ import requests
 from handler.errors import SetupError
 from service.ports import free_ports
 from service.processes import Guardian, wait_until
+from service.temporary import TemporaryFolder
 from service.torchserve.java import FRONTEND, server_command, utf8_locale
 from service.torchserve.management import Management
 
@@ -24,8 +24,7 @@ DUMP_SECONDS = 120
 def make_java_cds(java: Path, file: Path) -> None:
     """Replace the file, as a whole or not at all. Raises SetupError."""
     try:
-        with tempfile.TemporaryDirectory(dir=file.parent, prefix=".classes-") as name:
-            folder = Path(name)
+        with TemporaryFolder(".classes-", file.parent) as folder:
             _list_classes(java, folder)
             _dump_classes(java, folder)
             (folder / "archive").replace(file)

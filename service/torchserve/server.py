@@ -1,11 +1,9 @@
 """TorchServe as a process: started, watched and stopped."""
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from handler.machine import available_cores, available_memory
 from handler.model_card import ModelCard
 from service.archive.mar import unpack
 from service.processes import Guardian, end
+from service.temporary import TemporaryFolder
 from service.torchserve.config import CONFIG, ServerConfig
 from service.torchserve.java import (
     JAVA_CDS,
@@ -57,16 +56,16 @@ def _pool_options() -> list[str]:
     return ["-Djava.util.concurrent.ForkJoinPool.common.parallelism=2"] if few else []
 
 
-def make_folder() -> str:
-    """A temporary folder for sockets and unpacked archives. Raises SetupError."""
+def make_folder() -> TemporaryFolder:
+    """For sockets and unpacked archives. Raises SetupError."""
     try:
-        folder = tempfile.mkdtemp(prefix="torchserve-")
+        folder = TemporaryFolder("torchserve-")
     except OSError as exc:
         raise SetupError(f"no temporary folder can be made (TMPDIR): {exc}") from exc
-    if len(os.fsencode(folder)) > MAX_FOLDER:
-        Path(folder).rmdir()
+    if len(os.fsencode(folder.path)) > MAX_FOLDER:
+        folder.remove()
         raise SetupError(
-            f"TMPDIR leads to {folder}, too long for the sockets in it: {MAX_FOLDER} bytes fit"
+            f"TMPDIR leads to {folder.path}, too long for the sockets in it: {MAX_FOLDER} bytes fit"
         )
     return folder
 
@@ -90,7 +89,7 @@ class TorchServe:
         self._reader: Thread | None = None
         self._guardian: Guardian | None = None
         self._watchdog: Watchdog | None = None
-        self._folder = ""
+        self._folder: TemporaryFolder | None = None
         self._out_of_memory: str | None = None  # in Java's words
 
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
@@ -101,9 +100,10 @@ class TorchServe:
         server per machine (its PID file), and remains as a process.
         """
         self._folder = make_folder()
-        self._guardian = Guardian(self._folder)
+        folder = self._folder.path
+        self._guardian = Guardian(folder)
         # What is served is a copy: no start changes an archive, or is changed by another start.
-        store = Path(self._folder, "store")
+        store = folder / "store"
         models = [
             unpack(
                 one.archive,
@@ -123,12 +123,10 @@ class TorchServe:
             *_pool_options(),
             *self._config.vmargs,
         ]
-        config = Path(self._folder, CONFIG.name)
+        config = folder / CONFIG.name
         config.write_text(CONFIG.read_text("utf-8") + make_snapshot(models), "utf-8")
-        command = server_command(
-            self._java, options, Path(self._folder), config, self._config.plugins_path
-        )
-        ours = dict.fromkeys(("TEMP", "TMPDIR", "LOG_LOCATION", "METRICS_LOCATION"), self._folder)
+        command = server_command(self._java, options, folder, config, self._config.plugins_path)
+        ours = dict.fromkeys(("TEMP", "TMPDIR", "LOG_LOCATION", "METRICS_LOCATION"), str(folder))
         ours |= {
             "TS_MODEL_STORE": str(store),
             # The handler reads JSON itself; TorchServe's worker would log a traceback for each
@@ -143,7 +141,8 @@ class TorchServe:
             self._process = self._guardian.start(
                 command,
                 env=environ,
-                cwd=self._folder,
+                cwd=folder,
+                pass_fds=[self._folder.lock],
                 stdout=subprocess.PIPE if relay else None,
                 stderr=subprocess.STDOUT if relay else None,
             )
@@ -185,6 +184,7 @@ class TorchServe:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # from here on it takes no time
         if self._reader is not None:  # its last lines
             self._reader.join(READ_SECONDS)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._folder is not None:
+            self._folder.remove()
         if self._guardian is not None:
             self._guardian.dismiss()

@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -26,6 +25,7 @@ from handler.machine import available_cores, cpu_model, has_gpu
 from handler.settings import PREFIX
 from service.load.images import load_images
 from service.options import ModelOptions
+from service.temporary import TemporaryFolder
 from service.torchserve.config import ServerConfig
 from service.tuning.bench import Bench, TuningOptions
 from service.tuning.report import plot_trials, report
@@ -66,7 +66,7 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
         flush=True,
     )
     trials: list[Trial] = []
-    with tempfile.TemporaryDirectory(prefix="tune-") as folder:
+    with TemporaryFolder("tune-") as folder:
         bench = Bench(
             model_options=model,
             options=options,
@@ -78,7 +78,7 @@ def tune(model: ModelOptions, options: TuningOptions) -> int:
                 versions={name: version(name) for name in ("torchserve", "torch", "openvino")},
             ),
             device=device,
-            folder=Path(folder),
+            folder=folder,
             images=images,
         )
         archive = server.model_store / f"{name}.mar"

@@ -1,11 +1,13 @@
 """kill -9 of a launcher: nothing of what it has started may be left."""
 
 import socket
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests import skip
 from tests.gateway.conftest import serving_with_gateway
 from tests.gateway.running import running
 from tests.processes import alive, wait_for
@@ -50,6 +52,42 @@ def test_serve(tmp_path: Path, temporary: Path, colours: list[str], store: Path)
         assert len(list(temporary.iterdir())) == 2
         server.process.kill()
         wait_until_nothing_is_left(started, temporary, [served.port, *server.ports.values()])
+
+
+def test_serve_and_its_guardians(
+    tmp_path: Path, temporary: Path, colours: list[str], store: Path
+) -> None:
+    """The kernel ends what is left, and the next start removes the folders."""
+    if sys.platform != "linux":
+        skip("only Linux ends a process with its parent")
+    with serving_with_gateway(tmp_path, colours, store, TMPDIR=str(temporary)) as served:
+        server = served.server
+        started = psutil.Process(server.process.pid).children(recursive=True)
+        folders = set(temporary.iterdir())
+        found = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if process.info["cmdline"] and Path(process.info["cmdline"][-1]) in folders
+            if process.info["cmdline"][0] == "/bin/sh"
+        ]
+        assert len(found) == len(folders) == 2
+        for process in found:
+            process.kill()
+        server.process.kill()
+        server.process.wait()
+
+        def left() -> list[object]:
+            return [*alive(started), *filter(is_taken, [served.port, *server.ports.values()])]
+
+        try:
+            wait_for(lambda: not left(), SECONDS, left)
+        finally:
+            for process in alive(started):
+                process.kill()
+        assert set(temporary.iterdir()) == folders
+        server.start()
+        assert len(set(temporary.iterdir())) == 2
+        assert not folders & set(temporary.iterdir())
 
 
 def test_gateway(tmp_path: Path, temporary: Path) -> None:

@@ -1,42 +1,23 @@
 """A real Prometheus (Debian's package `prometheus`) beside the real service, both ended always."""
 
 import shutil
-import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import requests
-import yaml
 
 from handler.accounting import SETTLE_SECONDS
 from handler.metrics import FLUSH_SECONDS, LAST_FLUSH, SLOW_FLUSHES
-from tests import ROOT, skip
-from tests.processes import free_port, wait_for
+from service.chaos import prometheus as chaos
+from service.chaos.prometheus import running_prometheus
+from tests import skip
+from tests.processes import wait_for
 from tests.server.serving import Server, serving
 
-MONITORING = ROOT / "deploy" / "monitoring"
 
-
-@dataclass
-class Prometheus:
+class Prometheus(chaos.Prometheus):
     """A running Prometheus that scrapes the service every second."""
-
-    url: str
-
-    def ask(self, path: str, **params: str | float) -> Any:
-        response = requests.get(f"{self.url}/api/v1/{path}", params=params, timeout=30)
-        assert response.status_code == 200, (params, response.text)
-        return response.json()["data"]
-
-    def query(self, expr: str) -> list[tuple[dict[str, str], float]]:
-        """Labels and value of each series of an instant query."""
-        found = self.ask("query", query=expr)["result"]
-        return [(series["metric"], float(series["value"][1])) for series in found]
 
     def value(self, expr: str) -> float:
         """The value of a query that has one."""
@@ -81,35 +62,6 @@ def service(
 def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """With the configuration that is shipped, on other ports and in a second's steps."""
     folder = tmp_path_factory.mktemp("prometheus")
-    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
-    [scrape] = config["scrape_configs"]
-    scrape["static_configs"] = [{"targets": [service.metrics.removeprefix("http://")]}]
-    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    address = f"127.0.0.1:{free_port()}"
-    with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [
-                binary("prometheus"),
-                f"--config.file={folder / 'prometheus.yml'}",
-                f"--storage.tsdb.path={folder / 'data'}",
-                f"--web.listen-address={address}",
-            ],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    prometheus = Prometheus(f"http://{address}")
-
-    def is_ready() -> bool:
-        with suppress(requests.ConnectionError):
-            return requests.get(f"{prometheus.url}/-/ready", timeout=5).ok
-        return False
-
-    try:
-        wait_for(is_ready, 60, (folder / "log").read_text)
-        prometheus.wait('up{job="classifier"} == 1')
-        yield prometheus
-    finally:
-        process.kill()
-        process.wait()
+    target = service.metrics.removeprefix("http://")
+    with running_prometheus(folder, [target], seconds=1) as running:
+        yield Prometheus(running.url)

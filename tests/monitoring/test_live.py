@@ -15,9 +15,10 @@ import requests
 import yaml
 
 from handler.metrics import FAMILIES, OUTCOMES, STAGE, STAGES, STATUSES
+from service.chaos.prometheus import MONITORING
 from tests.drawing import encode, noise
 from tests.load import Load
-from tests.monitoring.conftest import MONITORING, Prometheus
+from tests.monitoring.conftest import Prometheus
 from tests.monitoring.test_rules import ALERTS, DASHBOARD, PANELS
 from tests.server.colours import LABELS, encoded
 from tests.server.serving import Server

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from service.chaos.prometheus import MONITORING
 from tests import ROOT
-from tests.monitoring.conftest import MONITORING
 
 ALERTS = [
     rule

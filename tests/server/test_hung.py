@@ -13,6 +13,7 @@ from tests.server.colours import encoded
 from tests.server.serving import Server, copy_with_engine, serving
 
 NOTICED_SECONDS = 40  # some 12 on a quiet machine; TorchServe itself takes responseTimeout, 120 s
+STUCK_SECONDS = 25  # likewise
 PAUSE_SECONDS = 15  # more than a worker may be silent
 READY_AGAIN_SECONDS = 120
 
@@ -36,6 +37,13 @@ def wait_until_replaced(server: Server, pid: int) -> None:
         return len(ready) == 2 and pid not in ready
 
     wait_for(is_replaced, READY_AGAIN_SECONDS, server.text)
+
+
+def hung_counts(server: Server) -> list[str]:
+    """How many workers of each slot have hung."""
+    page = requests.get(f"{server.metrics}/metrics", timeout=10).text
+    counts = [line for line in page.splitlines() if line.startswith("classifier_worker_hung")]
+    return sorted(line.rpartition(" ")[2] for line in counts)
 
 
 def test_a_worker_that_was_stopped_is_replaced(
@@ -62,16 +70,13 @@ def test_a_worker_that_was_stopped_is_replaced(
         [line] = server.log("worker_hung")
         assert (line["pid"], line["model"], line["level"]) == (hung, "mobilenet_v2", "ERROR")
         assert max(before) in server.worker_pids()
-        page = requests.get(f"{server.metrics}/metrics", timeout=10).text
-        counts = [line for line in page.splitlines() if line.startswith("classifier_worker_hung")]
-        assert sorted(line.rpartition(" ")[2] for line in counts) == ["0.0", "1.0"]
+        assert hung_counts(server) == ["0.0", "1.0"]
 
 
 def test_a_worker_whose_model_never_returns_is_replaced(
     tmp_path: Path, colours: list[str], store: Path
 ) -> None:
-    impatient = {"handler/pulse.py": "\nMIN_PATIENCE_SECONDS = 3.0\n"}
-    copy_with_engine(store, tmp_path, HANG, impatient)
+    copy_with_engine(store, tmp_path, HANG)
     switch = tmp_path / "hang"
     options = (*colours, "--precision", "fp32")
     with serving(tmp_path, *options, env={"HANG": str(switch)}) as server:
@@ -79,8 +84,11 @@ def test_a_worker_whose_model_never_returns_is_replaced(
         reply = requests.post(server.predictions, data=encoded("red"), timeout=130)
         switch.unlink()
         assert reply.status_code in (500, 507)
-        assert reply.elapsed.total_seconds() < 30
-        [stuck], [hung] = server.log("worker_stuck"), server.log("worker_hung")
-        assert stuck["pid"] == hung["pid"]
+        print(f"answered with {reply.status_code} after {reply.elapsed.total_seconds():.1f} s")
+        assert reply.elapsed.total_seconds() < STUCK_SECONDS
+        wait_for(lambda: server.log("worker_stuck"))
+        [stuck] = server.log("worker_stuck")
         assert "in hang" in stuck["cause"]
-        wait_until_replaced(server, hung["pid"])
+        assert not server.log("worker_hung"), "it has ended itself"
+        wait_until_replaced(server, stuck["pid"])
+        assert hung_counts(server) == ["0.0", "1.0"]

@@ -12,6 +12,9 @@ import pytest
 from handler import errors
 from handler.metrics import FAMILIES
 from handler.settings import PREFIX, Settings
+from service.chaos.checker import rules
+from service.chaos.cluster import RESPONSE_SECONDS
+from service.chaos.schedule import KINDS
 from service.gateway.settings import GatewaySettings
 from tests import ROOT
 
@@ -71,6 +74,15 @@ def test_every_file_that_is_named_exists(page: str) -> None:
     named = re.findall(rf"(?<![\w/.-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)", TEXTS[page])
     missing = {name for name in named if not (ROOT / name).exists()}
     assert missing <= OTHER_FILES
+
+
+def test_every_rule_of_a_campaign_is_one_of_a_promise() -> None:
+    """And no promise names another."""
+    promises = re.findall(r"\*In a campaign.*?(?=\n\n)", TEXTS["reliability.md"], re.DOTALL)
+    rows = [" ".join(text.split()) for text in promises[1:]]
+    assert len(rows) == 6
+    named = {name for row in rows for name in re.findall(r"`([\w ]+)`", row)}
+    assert named - KINDS.keys() == {rule.name for rule in rules(RESPONSE_SECONDS)}
 
 
 def test_every_error_is_listed_under_its_status() -> None:

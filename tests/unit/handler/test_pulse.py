@@ -5,9 +5,8 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from typing import Any
 import pytest
 
 from handler import pulse
+from handler.pipeline import warm_up
 from handler.pulse import HUNG_PREFIX, PREFIX, Pulse, count_hung
 from service.torchserve import watchdog
 from service.torchserve.watchdog import LATE_SECONDS, SILENT_LOOKS, Hung, Watchdog
+from tests import ROOT
+from tests.unit.handler.worker import start
 
 # --- The worker
 
@@ -62,45 +64,59 @@ def test_a_batch_that_gets_on_beats_however_long_it_takes(
         assert beats(tmp_path)
 
 
-def test_a_batch_that_does_not_get_on_stops_the_beat(
-    tmp_path: Path, fast: None, monkeypatch: pytest.MonkeyPatch
+# A worker whose batch does not return, or does so in time; it lives until it is killed.
+WORKER = """
+import sys, time
+from pathlib import Path
+from handler import pulse
+pulse.BEAT_SECONDS, pulse.MIN_PATIENCE_SECONDS = 0.02, 0.5
+worker = pulse.Pulse(Path(sys.argv[1]), 0.001)
+worker.start()
+
+def works(seconds):
+    with worker.batch():
+        time.sleep(seconds)
+
+works(float(sys.argv[2]))
+time.sleep(2)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(0.2, False), (60, True)])
+def test_a_batch_that_does_not_get_on_ends_the_process(
+    tmp_path: Path, seconds: float, ends: bool
 ) -> None:
-    lines: list[dict[str, Any]] = []
-    monkeypatch.setattr(pulse, "log_line", lambda level, event, **facts: lines.append(facts))
-    monkeypatch.setattr(pulse, "process_time", lambda: 0)  # other tests have threads that compute
-    worker = Pulse(tmp_path, 0.001)
-    worker.start()
-
-    def never_returns() -> None:
-        with worker.batch():
-            time.sleep(1.5)
-
-    thread = threading.Thread(target=never_returns)
-    thread.start()
-    time.sleep(0.7)
-    assert not beats(tmp_path)
-    thread.join()
-    [line] = lines
-    assert line["pid"] == os.getpid()
-    assert "in never_returns" in line["cause"], "the log says where it hangs"
-    assert beats(tmp_path), "it did return"
+    done = subprocess.run(
+        [sys.executable, "-c", WORKER, str(tmp_path), str(seconds)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert done.returncode == int(ends), done.stderr
+    assert count_hung(tmp_path) == int(ends)
+    assert len(list(tmp_path.glob(f"{PREFIX}*"))) == int(not ends)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [line["event"] for line in lines] == ["worker_stuck"] * ends
+    assert all("in works" in line["cause"] for line in lines), "the log says where it hangs"
 
 
 @pytest.mark.parametrize(
     ("seconds", "cpu_seconds", "stuck"),
     [
-        (19, 0, False),
-        (19, 300, False),  # in many threads
-        (21, 0.01, True),  # waits for what does not come
-        (21, 21, True),  # computes without end
-        (21, 2, False),  # has a tenth of a core
-        (100, 19, False),
+        (9, 0, False),
+        (9, 300, False),  # in many threads
+        (11, 0.01, True),  # waits for what does not come
+        (11, 11, True),  # computes without end
+        (11, 1, False),  # has a tenth of a core
+        (100, 9, False),
     ],
 )
 def test_a_process_that_starves_is_not_stuck(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
+    seconds: int,
     cpu_seconds: float,
     stuck: bool,
 ) -> None:
@@ -110,48 +126,78 @@ def test_a_process_that_starves_is_not_stuck(
     worker = Pulse(tmp_path, 0.1)
     with worker.batch():
         assert not worker.is_stuck()
-        now[0], cpu_now[0] = seconds, cpu_seconds
+        for _ in range(seconds):
+            found = worker.is_stuck()
+            now[0] += 1
+            cpu_now[0] += cpu_seconds / seconds
+        assert not found or stuck
         assert worker.is_stuck() is stuck
 
 
-def test_a_step_counts_from_the_first_look_at_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def look(monkeypatch: pytest.MonkeyPatch) -> Callable[..., bool]:
+    """Look at a process that waits, once a second for so long; the last finding."""
     now = [0.0]
     monkeypatch.setattr(pulse, "monotonic", lambda: now[0])
     monkeypatch.setattr(pulse, "process_time", lambda: 0)
+
+    def look(worker: Pulse, seconds: int, step: float = 1.0) -> bool:
+        for _ in range(seconds):
+            now[0] += step
+            found = worker.is_stuck()
+        return found
+
+    return look
+
+
+def test_a_step_counts_from_the_first_look_at_it(tmp_path: Path, look: Callable[..., bool]) -> None:
     worker = Pulse(tmp_path, 0.1)
-
-    def look(seconds: float) -> bool:
-        now[0] += seconds
-        return worker.is_stuck()
-
     with worker.batch():
-        assert not look(100)
-        assert not look(15)
-        assert look(15)
+        assert not look(worker, 8)
+        assert look(worker, 8)
         worker.step()
-        assert not look(15)
-        assert not look(15)
-        assert look(15)
-    assert not look(100)
+        assert not look(worker, 8)
+        assert look(worker, 8)
+    assert not look(worker, 100)
     with worker.batch():
-        assert not look(100)
-        assert look(30)
+        assert not look(worker, 8)
+        assert look(worker, 8)
+
+
+def test_a_look_of_the_worker_that_comes_late_counts_for_nothing(
+    tmp_path: Path, look: Callable[..., bool]
+) -> None:
+    """After a pause of the machine or of the worker, the batch gets the time to go on."""
+    worker = Pulse(tmp_path, 0.1)
+    with worker.batch():
+        for _ in range(3):
+            assert not look(worker, 8)
+            assert not look(worker, 1, step=3600)
+        assert not look(worker, 100, step=pulse.LATE_SECONDS + 0.1)
+        assert look(worker, 12)
 
 
 @pytest.mark.parametrize(("pass_seconds", "stuck"), [(2, True), (3, False), (None, False)])
 def test_a_slow_model_has_patience(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pass_seconds: float | None, stuck: bool
+    tmp_path: Path, look: Callable[..., bool], pass_seconds: float | None, stuck: bool
 ) -> None:
     """Ten times what its largest forward pass takes; for ever without a warm-up."""
     worker = Pulse(tmp_path, pass_seconds)
     with worker.batch():
-        assert not worker.is_stuck()
-        end = time.monotonic() + 25
-        monkeypatch.setattr(pulse, "monotonic", lambda: end)
-        monkeypatch.setattr(pulse, "process_time", lambda: time.process_time() + 25)
-        assert worker.is_stuck() is stuck
+        assert look(worker, 25) is stuck
+
+
+@pytest.mark.usefixtures("isolation")
+def test_the_longest_step_of_large_images_is_to_decode_them(model_dir: Path) -> None:
+    worker = start(model_dir)
+
+    def step_seconds(max_pixels: int) -> float:
+        seconds = warm_up(worker.engine, worker.card.transform, 1, 1, max_pixels)
+        assert seconds is not None
+        return seconds
+
+    assert step_seconds(1) < 0.5
+    assert step_seconds(2**30) > 1, "no machine decodes a thousand million pixels a second"
 
 
 def test_an_exception_ends_a_batch(tmp_path: Path, fast: None) -> None:

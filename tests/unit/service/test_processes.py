@@ -4,6 +4,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ import psutil
 import pytest
 
 from service.processes import Guardian, end, wait_until
-from tests import ROOT
+from tests import ROOT, skip
 from tests.processes import alive
 
 # Starts a server that has a child and ignores SIGTERM, tells its pid, and waits.
@@ -123,6 +125,30 @@ def test_a_launcher_whose_guardian_is_gone_goes_on(tmp_path: Path) -> None:
         wait_until_gone([guardian])
         process.communicate("stop\n", timeout=10)
         assert process.returncode == 0
+
+
+def test_what_a_launcher_has_started_ends_with_it_though_its_guardian_is_gone(
+    tmp_path: Path,
+) -> None:
+    """By the kernel; its children are left, and what they have is the next start's to remove."""
+    if sys.platform != "linux":
+        skip("only Linux ends a process with its parent")
+    with launcher(tmp_path / "folder") as (process, started):
+        (guardian,) = guardians(tmp_path / "folder")
+        guardian.kill()
+        process.kill()
+        wait_until_gone(started[:1])
+
+
+def test_what_a_thread_has_started_outlives_it(tmp_path: Path) -> None:
+    """The kernel would take the thread for the parent."""
+    with Guardian() as guardian:
+        thread = threading.Thread(target=guardian.start, args=[["sleep", "600"]])
+        thread.start()
+        thread.join()
+        time.sleep(0.3)
+        (process,) = psutil.Process().children()
+        assert process.cmdline() == ["sleep", "600"]
 
 
 def test_what_was_started_ends_with_the_block(tmp_path: Path) -> None:

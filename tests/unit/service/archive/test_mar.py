@@ -59,7 +59,7 @@ def test_an_archive_that_cannot_be_written_is_an_error(
     def refuse(*args: object, **options: object) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(SetupError, match=r"mar cannot be written: no space left"):
         configure(archive, {"batchSize": 3})
 

@@ -7,11 +7,13 @@ import pytest
 
 from service.chaos.checker import check
 from service.chaos.history import (
+    Alert,
     Attempt,
     Ended,
     Fault,
     History,
     Left,
+    Monitored,
     Record,
     Usage,
     from_lines,
@@ -39,6 +41,8 @@ REFUSED = replace(
 KILLED = Fault(
     fault="kill_nginx_worker", replica=-1, seconds=0, calm=1, begin=49, end=50, recovered=52
 )
+DOWN = Alert(alert="ClassifierDown", state="pending", instance="a:1", replica=0, begin=43, end=57)
+MONITORED = Monitored(time=0)
 UNANSWERED = replace(GOOD, status=0, answered="", answer_id="", error="ConnectionResetError")
 AGAIN = replace(GOOD, attempt=2, time=51)
 
@@ -90,6 +94,18 @@ def using(pid: int, megabytes_per_minute: float, per_minute: float = 0) -> list[
         # Not possible on this machine.
         [replace(KILLED, fault="full_disk", recovered=None, possible=False)],
         [replace(KILLED, fault="kill_launcher", cleared=3)],
+        # Its alert was raised; nobody looked; it was too short for one; it needs none.
+        [MONITORED, STOPPED, DOWN],
+        [STOPPED],
+        [MONITORED, replace(STOPPED, seconds=2)],
+        [MONITORED, KILLED],
+        # An alert may come after its fault, even long after.
+        [MONITORED, STOPPED, replace(DOWN, begin=60, end=65)],
+        [MONITORED, STOPPED, DOWN, replace(DOWN, begin=300, end=310)],
+        # A worker that has just started grows.
+        [MONITORED, replace(DOWN, alert="ClassifierWorkerMemoryGrowing")],
+        # So many requests failed.
+        [MONITORED, KILLED, replace(DOWN, alert="ClassifierErrors", replica=-1, begin=52)],
     ],
 )  # fmt: skip
 def test_promises_that_were_kept(records: list[Record]) -> None:
@@ -126,6 +142,16 @@ def test_promises_that_were_kept(records: list[Record]) -> None:
         ("memory", using(1, megabytes_per_minute=50)),
         ("descriptors", using(1, 0, per_minute=30)),
         ("left", [Left(what="replica 0: file x")]),
+        ("no alert", [MONITORED, STOPPED]),
+        ("no alert", [MONITORED, STOPPED, replace(DOWN, replica=1)]),
+        ("no alert", [MONITORED, STOPPED, replace(DOWN, begin=70, end=80)]),
+        ("no alert", [MONITORED, STOPPED, replace(DOWN, alert="ClassifierNoWorker")]),
+        ("false alarm", [MONITORED, DOWN]),
+        ("false alarm", [MONITORED, replace(DOWN, alert="ClassifierWorkerMemoryGrowing",
+                                            state="firing")]),
+        ("false alarm", [MONITORED, KILLED, replace(DOWN, begin=52)]),
+        ("false alarm", [MONITORED, STOPPED, DOWN, replace(DOWN, begin=20, end=22)]),
+        ("false alarm", [MONITORED, STOPPED, DOWN, replace(DOWN, alert="ClassifierUntrained")]),
     ],
 )  # fmt: skip
 def test_promises_that_were_broken(rule: str, records: list[Record]) -> None:
@@ -146,7 +172,9 @@ def test_the_worst_case_is_named() -> None:
 
 
 def test_a_history_is_read_as_it_was_written(tmp_path: Path) -> None:
-    records: list[Record] = [GOOD, UNANSWERED, KILLED, Left(what="x"), *using(1, 1)[:1]]
+    records: list[Record] = [
+        *(GOOD, UNANSWERED, KILLED, Left(what="x"), *using(1, 1)[:1], MONITORED, DOWN)
+    ]
     history = History(tmp_path / "history")
     for record in records:
         history.add(record)

@@ -6,11 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import yaml
 
 from handler.errors import SetupError
 from service.chaos.faults import FAULTS
 from service.chaos.history import Attempt, Fault, History
-from service.chaos.schedule import KINDS, Step, make_schedule, read_schedule
+from service.chaos.prometheus import MONITORING
+from service.chaos.schedule import KINDS, PATIENT, RATIOS, Step, make_schedule, read_schedule
 
 
 def steps(seed: int, count: int) -> list[Step]:
@@ -36,6 +38,20 @@ def test_faults_hit_what_they_are_for() -> None:
 
 def test_every_fault_can_be_injected() -> None:
     assert KINDS.keys() == FAULTS.keys()
+
+
+def test_every_alert_of_a_fault_exists() -> None:
+    groups = yaml.safe_load((MONITORING / "alerts.yml").read_text("utf-8"))["groups"]
+    known = {rule["alert"]: rule.get("for", "0m") for group in groups for rule in group["rules"]}
+    assert known.keys() >= RATIOS
+    assert {name for name, wait in known.items() if wait in ("15m", "1h")} == PATIENT
+    for kind in KINDS.values():
+        assert {*kind.alerts, *kind.may_raise} <= known.keys()
+        assert all(seconds < kind.seconds[1] for seconds in kind.alerts.values())
+
+
+def test_a_fault_raises_an_alert_or_there_is_a_reason() -> None:
+    assert all(bool(kind.alerts) != bool(kind.unraised) for kind in KINDS.values())
 
 
 def test_a_history_is_a_schedule(tmp_path: Path) -> None:

@@ -54,9 +54,7 @@ def test_serve(tmp_path: Path, temporary: Path, colours: list[str], store: Path)
         wait_until_nothing_is_left(started, temporary, [served.port, *server.ports.values()])
 
 
-def test_serve_and_its_guardians(
-    tmp_path: Path, temporary: Path, colours: list[str], store: Path
-) -> None:
+def test_guardians(tmp_path: Path, temporary: Path, colours: list[str], store: Path) -> None:
     """The kernel ends what is left, and the next start removes the folders."""
     if sys.platform != "linux":
         skip("only Linux ends a process with its parent")

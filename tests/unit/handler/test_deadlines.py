@@ -45,6 +45,14 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     return seen
 
 
+@pytest.fixture
+def slow(decoded: list[bytes], monkeypatch: pytest.MonkeyPatch) -> float:
+    """The time now; the clock jumps by 10 s whenever somebody begins to decode an image."""
+    now = time.time()
+    monkeypatch.setattr(handler.batch, "time", lambda: now + 10 * len(decoded))
+    return now
+
+
 def test_a_request_that_was_too_long_in_the_queue_is_not_decoded(
     classifier: ImageClassifier, engine: Fake, decoded: list[bytes]
 ) -> None:
@@ -73,20 +81,10 @@ def test_an_image_that_was_decoded_too_late_is_not_classified(
     classifier: ImageClassifier,
     engine: Fake,
     decoded: list[bytes],
-    monkeypatch: pytest.MonkeyPatch,
+    slow: float,
 ) -> None:
-    """Of two images the first takes all the time: the clock jumps while it is decoded."""
-    now = time.time()
-    begin = CpuDecoder.start
-
-    def slow(self: CpuDecoder, encoded: Encoded) -> Decoding:
-        nonlocal now
-        now += 10
-        return begin(self, encoded)
-
-    monkeypatch.setattr(CpuDecoder, "start", slow)
-    monkeypatch.setattr(handler.batch, "time", lambda: now)
-    headers = {"X-Request-Timeout": "5", "X-Request-Start": f"t={now:.3f}"}
+    """Of two images the first takes all the time."""
+    headers = {"X-Request-Timeout": "5", "X-Request-Start": f"t={slow:.3f}"}
     [reply] = ask(classifier, {"file1": JPEG, "file2": OTHER}, headers=headers)
     assert (reply.status, reply.body["status"]) == (504, "error")
     assert [one["type"] for one in reply.body["results"]] == ["DeadlineExceeded"] * 2
@@ -95,18 +93,8 @@ def test_an_image_that_was_decoded_too_late_is_not_classified(
 
 
 def test_an_image_that_somebody_else_waits_for_is_classified(
-    classifier: ImageClassifier, monkeypatch: pytest.MonkeyPatch
+    classifier: ImageClassifier, slow: float
 ) -> None:
-    now = time.time()
-    begin = CpuDecoder.start
-
-    def slow(self: CpuDecoder, encoded: Encoded) -> Decoding:
-        nonlocal now
-        now += 10
-        return begin(self, encoded)
-
-    monkeypatch.setattr(CpuDecoder, "start", slow)
-    monkeypatch.setattr(handler.batch, "time", lambda: now)
-    impatient = {"X-Request-Timeout": "5", "X-Request-Start": f"t={now:.3f}"}
+    impatient = {"X-Request-Timeout": "5", "X-Request-Start": f"t={slow:.3f}"}
     replies = ask(classifier, {"body": JPEG}, {"body": JPEG}, headers=[impatient, {}])
     assert [reply.status for reply in replies] == [200, 200]

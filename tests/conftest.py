@@ -66,10 +66,14 @@ def colours(colour_model: list[str]) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory, colours: list[str]) -> Path:
-    """The archive of that model, which all servers share: packaging takes seconds."""
+def store(tmp_path_factory: pytest.TempPathFactory, colours: list[str]) -> Iterator[Path]:
+    """The archive of that model, which all servers share and none may change: it takes seconds."""
     from tests.server.serving import package
 
     folder = tmp_path_factory.mktemp("packaging")
     package(folder, *colours)
-    return folder / "store"
+    (archive,) = (folder / "store").iterdir()
+    content = archive.read_bytes()
+    yield folder / "store"
+    assert [path.name for path in (folder / "store").iterdir()] == [archive.name]
+    assert archive.read_bytes() == content

@@ -21,20 +21,20 @@ CALM = 0.1  # seconds between requests, so that a replica can start beside them
 
 
 @pytest.fixture(scope="module")
-def versions(tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path) -> str:
-    """The archive of a second version, beside the first."""
-    env = {"TS_MODEL_STORE": str(store)}
-    package(tmp_path_factory.mktemp("packaging"), *colours, "--version", "2.0", env=env)
-    return str(store / "mobilenet_v2-2.0.mar")
+def version_two(tmp_path_factory: pytest.TempPathFactory, colours: list[str]) -> str:
+    """The archive of a second version."""
+    folder = tmp_path_factory.mktemp("packaging")
+    package(folder, *colours, "--version", "2.0")
+    return str(folder / "store" / "mobilenet_v2-2.0.mar")
 
 
 @pytest.fixture(scope="module")
 def replicas(
-    tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path, versions: str
+    tmp_path_factory: pytest.TempPathFactory, colours: list[str], store: Path, version_two: str
 ) -> Iterator[list[Server]]:
     with ExitStack() as stack:
         env = {"TS_MODEL_STORE": str(store)}
-        options = ["--model", "mobilenet_v2", *colours, "--workers", "1", "--archive", versions]
+        options = ["--model", "mobilenet_v2", *colours, "--workers", "1", "--archive", version_two]
         yield [
             stack.enter_context(serving(tmp_path_factory.mktemp("replica"), *options, env=env))
             for _ in range(2)

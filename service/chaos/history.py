@@ -30,7 +30,8 @@ class Attempt(Record):
     request: int
     attempt: int
     time: float  # when it began
-    seconds: float  # from the last byte sent to the last received
+    sent: float = 0.0  # seconds until its last byte was sent
+    seconds: float  # from there to the last byte of the answer
     form: str
     target: str
     statuses: tuple[int, ...]  # of which one is right; none if the client hangs up
@@ -44,8 +45,8 @@ class Attempt(Record):
 
     @property
     def end(self) -> float:
-        """Not before the answer was there."""
-        return self.time + self.seconds
+        """When the answer was there."""
+        return self.time + self.sent + self.seconds
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -334,7 +334,7 @@ def test_the_code_for_grpc_says_what_the_page_cannot_know(visit: Visit) -> None:
     text = code_of(visit, "leaf.jpg", "V2 over gRPC")
     compile(text, "code", "exec")
     assert "GATEWAY_GRPC_PORT" in text
-    assert '"127.0.0.1"' in text
+    assert '"127.0.0.1:"' in text
     assert '"mobilenet_v2"' in text
 
 

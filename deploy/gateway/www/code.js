@@ -21,7 +21,8 @@ ${connect(request)}
 answer = client.infer(
     ${python(model)}, [image], parameters={"top_k": ${topK}},${key}
 )
-print(answer.as_numpy("label"), answer.as_numpy("confidence"))
+print(answer.as_numpy("label"))
+print(answer.as_numpy("confidence"))
 `;
 };
 
@@ -41,8 +42,9 @@ export const CLIENTS = {
     return `# pip install requests
 ${os(hasKey)}import requests
 
+url = ${python(predict(request))}
 with open(${python(file.name)}, "rb") as file:
-    answer = requests.post(${python(predict(request))}, data=file${key})
+    answer = requests.post(url, data=file${key})
 print(answer.json())
 `;
   },
@@ -59,8 +61,8 @@ print(answer.json())
   "V2 over gRPC": triton(
     "grpc",
     (request) =>
-      `address = ${python(request.url.hostname)} + ":GRPC_PORT"  # the server's GATEWAY_GRPC_PORT
-client = v2.InferenceServerClient(address${secure(request)})`,
+      `port = "…"  # GATEWAY_GRPC_PORT of the server
+client = v2.InferenceServerClient(${python(`${request.url.hostname}:`)} + port${secure(request)})`,
     '"x-api-key"', // of gRPC's metadata, which has lower case alone
   ),
 };

@@ -47,13 +47,15 @@ def of_this_model() -> dict[str, Any]:
     schemas["ModelName"] = {"enum": ["mobilenet_v2", "unknown"]}
     schemas["ModelVersion"] = {"enum": ["1.0", "9"]}
     del schemas["Form"]["properties"]["filename"]  # which goes with one image only
-    for path in document["paths"].values():
+    for name, path in document["paths"].items():
+        # In the open protocols, so is the query.
+        farther = ("Header", "/topK") if name.startswith(("/v1", "/v2")) else ("Header",)
         for operation in path.values():
             if isinstance(operation, dict) and "parameters" in operation:
                 operation["parameters"] = [
                     parameter
                     for parameter in operation["parameters"]
-                    if not parameter["$ref"].endswith("Header")
+                    if not parameter["$ref"].endswith(farther)
                 ]
     return document
 

@@ -34,7 +34,7 @@ def of_this_model() -> dict[str, Any]:
     schemas["JsonTopK"]["anyOf"][0] = {"enum": [*range(1, len(LABELS) + 1)]}
     schemas["JsonTopK"]["anyOf"][1]["pattern"] = f"^[1-{len(LABELS)}]$"
     # Nor can it say that data has as many elements as a shape, or that no output comes twice.
-    whole = {"enum": [*range(1, len(LABELS) + 1)]}
+    whole = {"enum": [*range(1, len(LABELS) + 1), None]}
     schemas["V2Output"]["oneOf"][1]["properties"]["parameters"]["properties"]["classification"] = (
         whole
     )

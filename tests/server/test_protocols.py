@@ -20,7 +20,7 @@ from tests.server.test_requests import TIMEOUT, b64, best, post
 IMAGES = [picture(label) for label in LABELS]
 IMAGES += [noise((320, 240)), noise((201, 333), seed=1), quarters((640, 480))]
 FILES = [encode(image, "JPEG" if index % 2 else "PNG") for index, image in enumerate(IMAGES)]
-NEAR = {"abs": 1e-6}
+NEAR = 1e-6
 
 Classes = list[tuple[str, int]]
 Confidences = list[float]
@@ -42,7 +42,7 @@ def compare(
 ) -> None:
     assert [classes for classes, _ in found] == [classes for classes, _ in raw]
     for (_, seen), (_, expected) in zip(found, raw, strict=True):
-        assert seen == pytest.approx(expected, **NEAR)
+        assert seen == pytest.approx(expected, abs=NEAR)
 
 
 def rows(label: list[str], class_id: Any, confidence: Any) -> list[tuple[Classes, Confidences]]:
@@ -150,7 +150,7 @@ def test_v2_of_all_probabilities(server: Server, raw: Any) -> None:
     assert (output["datatype"], output["shape"]) == ("FP32", [len(FILES), 3])
     probabilities = np.reshape(output["data"], output["shape"])
     for row, (classes, confidences) in zip(probabilities, raw, strict=True):
-        assert [row[class_id] for _, class_id in classes] == pytest.approx(confidences, **NEAR)
+        assert [row[class_id] for _, class_id in classes] == pytest.approx(confidences, abs=NEAR)
 
 
 def test_errors_have_the_protocols_form(server: Server) -> None:

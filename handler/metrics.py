@@ -149,7 +149,7 @@ IMAGE_BYTES = _histogram(
     "classifier_image_bytes",
     MODEL,
     "bytes of an encoded image",
-    "Images that could not be decoded are included.",
+    "Images that could not be decoded are included, and those that came as pixels (V2) are not.",
     bounds=(10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000, 10_000_000),
 )
 IMAGE_PIXELS = _histogram(

@@ -105,7 +105,7 @@ def ask(
         for index, sent in enumerate(bodies)
         for status, phrase in [context.get_response_status(index)]
         for content_type in [context.get_response_content_type(index)]
-        for body in [json.loads(sent) if content_type == "application/json" else sent]
+        for body in [sent if content_type == "application/octet-stream" else json.loads(sent)]
     ]
 
 

@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
             "name another with PYTHON=/path/to/python3"
         )
     command, *rest = argv
+    if command == "conformance":  # for anybody's server: no torch, and environments of its own
+        os.execv(sys.executable, [sys.executable, str(ROOT / "scripts" / "conformance.py"), *rest])
     torch_build, signatures = "auto", False
     if command in ("serve", "package"):  # their mistakes and --help need no set-up
         from service import options  # after the version check: newer syntax

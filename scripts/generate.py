@@ -8,7 +8,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import chaos, gateway, healthcheck, predict, sbom
+from scripts import chaos, conformance, gateway, healthcheck, predict, sbom
 from service.generated import ROOT, outdated
 from service.options import package_parser, serve_parser
 
@@ -32,6 +32,7 @@ PARSERS = {
     "gateway": gateway.make_parser,
     "chaos": chaos.make_parser,
     "sbom": sbom.make_parser,
+    "conformance": conformance.make_parser,
     "generate": make_parser,
 }
 

@@ -4,11 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import service.chaos.options
 import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import chaos, conformance, gateway, healthcheck, predict, sbom
+from scripts import conformance, gateway, healthcheck, predict, sbom
 from service.generated import ROOT, outdated
 from service.options import package_parser, serve_parser
 
@@ -30,7 +31,7 @@ PARSERS = {
     "benchmark": service.load.options.make_parser,
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,
-    "chaos": chaos.make_parser,
+    "chaos": service.chaos.options.make_parser,
     "sbom": sbom.make_parser,
     "conformance": conformance.make_parser,
     "generate": make_parser,

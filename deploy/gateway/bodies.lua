@@ -1,7 +1,7 @@
 -- Bodies of predictions: taken in whole, with a limit in time and in memory, before a request counts as
 -- one that is under way.
 local semaphore = require "ngx.semaphore"
-local cjson = require "cjson.safe"
+local errors = require "errors"
 local settings = require "settings"
 
 local GRACE_SECONDS = 2 -- a body that takes longer may be given up to make room for another
@@ -89,12 +89,7 @@ function bodies.refuse()
     if entry then
         entry.is_refused = true
     end
-    ngx.ctx.refusal = cjson.encode {
-        status = "error",
-        code = ngx.status,
-        type = ngx.var.error_type,
-        message = ngx.var.error_message,
-    }
+    ngx.ctx.refusal = errors.body()
     ngx.header["Content-Type"] = "application/json"
     ngx.header["Content-Length"] = #ngx.ctx.refusal
 end

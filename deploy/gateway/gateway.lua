@@ -3,6 +3,7 @@
 -- places, replicas, and health.
 local bodies = require "bodies"
 local cjson = require "cjson.safe"
+local errors = require "errors"
 local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
@@ -127,16 +128,13 @@ function gateway.predict()
         -- TorchServe's message, if it tells the client something.
         local content = reply.status < 500 and cjson.decode(reply.body)
         local theirs = type(content) == "table" and content.message
-        return ngx.print(cjson.encode {
-            status = "error",
-            code = ngx.status,
-            type = ngx.var.error_type,
-            message = theirs or ngx.var.error_message,
-        })
+        return ngx.print(errors.body(theirs))
     end
     ngx.status = reply.status
     ngx.header["Content-Type"] = reply.header["Content-Type"]
     ngx.header["X-Model-Version"] = reply.header["X-Model-Version"]
+    -- Of an answer with binary tensors: where they begin.
+    ngx.header["Inference-Header-Content-Length"] = reply.header["Inference-Header-Content-Length"]
     ngx.header["Content-Length"] = #reply.body
     ngx.print(reply.body)
 end

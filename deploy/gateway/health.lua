@@ -1,5 +1,6 @@
 -- /health, /info and /metrics: from the answers of several replicas.
 local cjson = require "cjson.safe"
+local errors = require "errors"
 local places = require "places"
 local replicas = require "replicas"
 local settings = require "settings"
@@ -8,9 +9,9 @@ local MAKE_SECONDS = 10 -- after which another request tries to make the answer
 
 local health = {}
 
--- Send the answer that `make` gave a moment ago. While one request makes a new one, the others get the
+-- The status and the text that `make` gave a moment ago; 503 and "" if it failed. While one request makes a new one, the others get the
 -- last, or wait. In memory, so that a full disk does not make a healthy service look unhealthy.
-local function answer(name, seconds, make)
+local function remembered(name, seconds, make)
     local answers = ngx.shared.answers
     local text, status = answers:get(name)
     while not text and not answers:add(name .. " is made", true, MAKE_SECONDS) do
@@ -25,12 +26,16 @@ local function answer(name, seconds, make)
         made, status, text = pcall(make)
         if not made then -- whatever a replica has said
             ngx.log(ngx.ERR, status)
-            status, text = 503, cjson.encode { status = "unhealthy" }
+            status, text = 503, ""
         end
         answers:set(name, text, status == 200 and seconds or 1, status)
         answers:set(name .. " before", text, 60, status)
         answers:delete(name .. " is made")
     end
+    return status, text
+end
+
+function health.send(status, text)
     ngx.status = status
     ngx.header["Content-Type"] = "application/json"
     ngx.print(text, "\n")
@@ -41,14 +46,18 @@ local function decoded(reply)
     return type(content) == "table" and type(content[1]) == "table" and content[1] or {}
 end
 
-local function is_ready(reply)
-    local workers = decoded(reply).workers
+local function has_ready_worker(facts)
+    local workers = facts.workers
     for _, worker in ipairs(type(workers) == "table" and workers or {}) do
         if type(worker) == "table" and worker.status == "READY" then
             return true
         end
     end
     return false
+end
+
+local function is_ready(reply)
+    return has_ready_worker(decoded(reply))
 end
 
 -- 200 if every model has a READY worker on some replica, and some replica answers predictions; else
@@ -94,18 +103,65 @@ local function make_health()
     }
 end
 
-function health.health()
-    answer("health", 1, make_health)
+-- Whether some replica is not left out.
+function health.answers_predictions()
+    for _, replica in ipairs(settings.replicas) do
+        if not replicas.left_out(replica) then
+            return true
+        end
+    end
+    return false
 end
 
--- The handler's own description of the model, verbatim, from the first replica that gives one. One that
--- still loads is not asked: it would answer when it has, or never.
-function health.info()
-    if not places.take() then
-        return ngx.exit(429)
-    end
-    local target = ngx.var.described
-    answer("info " .. target, 10, function()
+-- Whether the service is ready, as a status and a text.
+function health.check()
+    return remembered("health", 1, make_health)
+end
+
+function health.health()
+    local status, text = health.check()
+    health.send(status, text ~= "" and text or cjson.encode { status = "unhealthy" })
+end
+
+-- What is known of a model: its `versions`, in order, its `default`, and by version whether a replica
+-- has a READY worker of it (`ready`). `versions` is nil if no replica says.
+function health.versions(model)
+    local _, text = remembered("versions " .. model, 1, function()
+        local asked = {}
+        for replica = 0, settings.management - 1 do
+            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, model) }
+            asked[#asked + 1] = { ("/_management/%d/%s/all"):format(replica, model) }
+        end
+        local replies = { ngx.location.capture_multi(asked) }
+        local ready, default = {}, nil
+        for i, reply in ipairs(replies) do
+            local content = reply.status == 200 and cjson.decode(reply.body)
+            for _, facts in ipairs(type(content) == "table" and content or {}) do
+                local version = type(facts) == "table" and facts.modelVersion
+                if type(version) == "string" then
+                    default = default or i % 2 == 1 and version or nil
+                    ready[version] = ready[version] or has_ready_worker(facts)
+                end
+            end
+        end
+        local versions = {}
+        for version in pairs(ready) do
+            versions[#versions + 1] = version
+        end
+        table.sort(versions)
+        return 200, cjson.encode {
+            versions = #versions > 0 and versions or nil,
+            default = default,
+            ready = ready,
+        }
+    end)
+    return cjson.decode(text) or {}
+end
+
+-- The handler's own description of a model, verbatim, from the first replica that gives one. One that
+-- still loads is not asked: it would answer when it has, or never. `target` is MODEL or MODEL/VERSION.
+function health.describe(target)
+    return remembered("info " .. target, 10, function()
         local asked = {}
         for replica = 0, settings.management - 1 do
             asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
@@ -121,13 +177,18 @@ function health.info()
                 return 200, text
             end
         end
-        return 503, cjson.encode {
-            status = "error",
-            code = 503,
-            type = "Unavailable",
-            message = "no replica describes " .. target,
-        }
+        return 503, ""
     end)
+end
+
+function health.info()
+    if not places.take() then
+        return ngx.exit(429)
+    end
+    local target = ngx.var.described
+    local status, text = health.describe(target)
+    ngx.status = status
+    health.send(status, status == 200 and text or errors.body("no replica describes " .. target))
 end
 
 function health.metrics()

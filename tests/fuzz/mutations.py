@@ -45,6 +45,8 @@ PASSED_ON = (
     b"tracestate",
     b"X-Top-K",
     b"X-Request-Timeout",
+    b"X-Protocol",
+    b"Inference-Header-Content-Length",
 )  # to TorchServe
 BROKEN_NAMES = (
     b"X Y",
@@ -85,6 +87,9 @@ TARGETS = (
     b"/predictions/a%2f..%2fb",
     b"/predictions/a%20HTTP/1.1%0d%0aX:%20y",
     b"/predictions/a%0a",
+    b"/v1/models/m:predict%0d%0aX:y",
+    b"/v2/models/a/versions/b%20c/infer",
+    b"//v2/models/m/infer",
     b"/predict?top_k=1%0d%0aX:y",
     b"/predict?model=a%20b",
     b"http://",

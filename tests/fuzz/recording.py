@@ -16,6 +16,8 @@ HEADERS = {
     "x-body-type",
     "host",
     "x-top-k",
+    "x-protocol",
+    "inference-header-content-length",
     "x-request-id",
     "x-request-start",
     "x-request-timeout",
@@ -23,9 +25,7 @@ HEADERS = {
     "tracestate",
     "content-length",
 }
-PATH = re.compile(
-    rb"POST (/predictions/[A-Za-z0-9][A-Za-z0-9_./-]*|/v[12]/models/[\w.:/-]+) HTTP/1\.1"
-)
+PATH = re.compile(rb"POST /predictions/[A-Za-z0-9][A-Za-z0-9_./-]* HTTP/1\.1")
 WATCH = b"\r\nUser-Agent: python-requests/"  # service/gateway/watch.py, past nginx
 LINE = re.compile(rb"([A-Za-z-]+): ([^\r\n\0]*)")
 

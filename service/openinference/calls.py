@@ -69,7 +69,7 @@ class Calls:
 
     def _unary(
         self, kind: type[Message], answer: Callable[[Any, Caller], Awaitable[Message]]
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(_: object, context: Any) -> bytes:
             caller = self._caller(context)
             try:
@@ -87,7 +87,7 @@ class Calls:
 
     def _stream(
         self, answer: Callable[[Any, Caller], AsyncIterator[Message]]
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(_: object, context: Any) -> AsyncIterator[bytes]:
             caller = self._caller(context)
             try:

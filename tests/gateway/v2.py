@@ -1,4 +1,4 @@
-"""A stand-in for TorchServe that speaks V2 over REST with binary tensors, and a plain gRPC client."""
+"""A stand-in for TorchServe that speaks V2 with binary tensors, and a plain gRPC client."""
 
 import json
 import struct
@@ -178,7 +178,9 @@ def infer(channel: grpc.Channel, request: pb.ModelInferRequest, **options: Any) 
     return call(channel, "ModelInfer", request, pb.ModelInferResponse, **options)
 
 
-def refused(channel: grpc.Channel, request: pb.ModelInferRequest, **options: Any) -> tuple[str, str]:
+def refused(
+    channel: grpc.Channel, request: pb.ModelInferRequest, **options: Any
+) -> tuple[str, str]:
     """The name of the error's code, and its message."""
     try:
         infer(channel, request, **options)

@@ -141,13 +141,13 @@ class Served:
 
 
 @contextmanager
-def serving_grpc(folder: Path, **settings: str) -> Iterator[Served]:
+def serving_grpc(folder: Path, scheme: str = "http", **settings: str) -> Iterator[Served]:
     """./scripts/gateway with gRPC in front of a stand-in."""
     port = free_port()
     with replica() as (behind, address):
         known = {"upstreams": address, "management": address, "models": "resnet50", "rate": "0"}
         env = variables(**known | {"grpc_port": str(port)} | settings)
-        with running(folder, env) as gateway:
+        with running(folder, env, scheme) as gateway:
             yield Served(gateway, behind, port)
 
 
@@ -165,7 +165,7 @@ def call(
 
 def image_request(*images: bytes, raw: bool = True, **more: Any) -> pb.ModelInferRequest:
     """Encoded images as one tensor of BYTES, as raw or as typed contents."""
-    request = pb.ModelInferRequest(model_name="resnet50", **more)
+    request = pb.ModelInferRequest(**{"model_name": "resnet50"} | more)
     tensor = request.inputs.add(name="image", datatype="BYTES", shape=[len(images)])
     if raw:
         request.raw_input_contents.append(byte_tensor(*images))

@@ -24,6 +24,7 @@ OPTIONS = (
     ("grpc.max_connection_idle_ms", 75_000),  # as nginx's keepalive_timeout
     ("grpc.server_handshake_timeout_ms", 10_000),
 )
+SHOWS_METADATA = "Invalid encoding on"  # grpc prints what a client sent, which may be a key
 GET_DEATH_SIGNAL, SET_DEATH_SIGNAL = 2, 1  # of Linux's prctl
 
 
@@ -35,6 +36,8 @@ class _Lines(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
+        if SHOWS_METADATA in str(record.msg):
+            return
         message = self.format(record)  # with its traceback
         self._log.event(record.levelname, "grpc", message=message)
 

@@ -1,6 +1,7 @@
 """gRPC has the gateway's keys, limits, addresses, deadlines and TLS, and its start and end."""
 
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -78,6 +79,21 @@ def test_keys(tmp_path: Path) -> None:
         assert (line["code"], line["address"]) == ("NOT_FOUND", "127.0.0.1")
         seen += served.gateway.stdout.read_text() + served.gateway.stderr.read_text()
     assert not [key for key in KEYS.values() if key in seen]
+
+
+def test_a_key_that_is_no_header_is_not_logged(tmp_path: Path) -> None:
+    """A careful client does not send it, and grpcio prints it."""
+    frames = call_in_frames([(b"x-api-key", b"secret\xff")], image_request().SerializeToString())
+    with serving_grpc(tmp_path) as served:
+        with socket.create_connection(("127.0.0.1", served.port), TIMEOUT) as connection:
+            connection.sendall(frames)
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(65536)
+        wait_for(lambda: [line for line in served.gateway.lines("grpc") if "code" in line])
+        assert served.gateway.stop() == 0
+        seen = served.gateway.stdout.read_text() + served.gateway.stderr.read_text()
+    assert "the metadata x-api-key has characters" in seen
+    assert "secret" not in seen
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A stand-in for TorchServe that speaks V2 with binary tensors, and a plain gRPC client."""
 
 import json
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,6 +37,7 @@ class Replica:
     document: dict[str, Any] = field(default_factory=dict)
     tensors: bytes = b""
     requests: int = 0
+    faults: list[str] = field(default_factory=list)  # requests that are no V2
     answer: tuple[int, bytes] | None = None  # an error's status and body
     is_ready: bool = True
     held: Event | None = None  # to be set before it answers
@@ -48,11 +50,16 @@ class Replica:
         self.path = request.path
         size = int(self.headers.get("inference-header-content-length", len(body)))
         self.document, self.tensors = json.loads(body[:size]), body[size:]
+        inputs = self.document["inputs"]
+        if fault := self._fault(inputs):
+            self.faults.append(f"{fault}: {request.path} {body[:1000]!r}")
+        if len(inputs) != 1 or not inputs[0]["shape"] or not 0 <= inputs[0]["shape"][0] <= 10:
+            return send(request, 400, b'{"error": "MalformedRequest: not one tensor of images"}')
         if self.held:
             self.held.wait(TIMEOUT)
         if self.answer:
             return send(request, *self.answer)
-        n = self.document["inputs"][0]["shape"][0]
+        n = inputs[0]["shape"][0]
         outputs = [
             ("label", "BYTES", byte_tensor(*LABELS) * n),
             ("class_id", "INT64", struct.pack("<2q", *CLASSES) * n),
@@ -77,6 +84,15 @@ class Replica:
         text = json.dumps(answer).encode()
         head = {"Inference-Header-Content-Length": str(len(text))}
         return send(request, 200, text + b"".join(data for *_, data in outputs), head)
+
+    def _fault(self, inputs: list[dict[str, Any]]) -> str:
+        """What of a request our own server should never have let through; "" if nothing."""
+        if not re.fullmatch(
+            r"/predictions/[A-Za-z0-9][A-Za-z0-9_.-]*(/[A-Za-z0-9_.-]+)?", self.path
+        ):
+            return "path"
+        sizes = [each["parameters"]["binary_data_size"] for each in inputs]
+        return "sizes" if sum(sizes) != len(self.tensors) else ""
 
     def manage(self, request: BaseHTTPRequestHandler) -> None:
         status = "READY" if self.is_ready else "UNLOADING"
@@ -117,7 +133,11 @@ def replica() -> Iterator[tuple[Replica, str]]:
         def log_message(self, *args: object) -> None:
             """Nothing."""
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, *args: object) -> None:
+            """A connection that is cut is no matter."""
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
         thread = Thread(target=server.serve_forever)
         thread.start()

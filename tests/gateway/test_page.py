@@ -1,7 +1,11 @@
 """The demo page in a real browser, on the real gateway."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from base64 import b64encode
 from collections.abc import Iterator
 from pathlib import Path
@@ -285,6 +289,55 @@ def test_untrained_weights_are_warned_of(visit: Visit) -> None:
     expect(visit.page.get_by_text("The answers mean nothing")).to_be_visible()
 
 
+def code_of(visit: Visit, name: str, client: str) -> str:
+    """What the card's button copies."""
+    code = visit.card(name).locator(".code")
+    if code.get_attribute("open") is None:
+        code.locator("summary").click()
+    code.get_by_role("button", name=client, exact=True).click()
+    code.get_by_role("button", name="Copy", exact=True).click()
+    expect(code.get_by_role("button", name="Copied")).to_be_visible()
+    return str(visit.page.evaluate("navigator.clipboard.readText()"))
+
+
+@pytest.mark.parametrize("client", ["curl", "Python", "V2 over HTTP"])
+@pytest.mark.parametrize("has_key", [False, True])
+def test_the_code_that_is_copied_works(
+    visit: Visit, tmp_path: Path, client: str, has_key: bool
+) -> None:
+    """With a name that shells would read otherwise; the key comes from the environment."""
+    name = """it's "$HOME" {a,b}.jpg"""
+    visit.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    if has_key:
+        visit.page.evaluate("sessionStorage.setItem('api-key', 'open sesame')")
+    visit.choose((name, encoded("blue")))
+    visit.expect_best(name, "blue")
+    visit.page.get_by_label("Classes per image").select_option("2")
+    text = code_of(visit, name, client)
+    assert ("API_KEY" in text) == has_key
+    assert "sesame" not in text
+    (tmp_path / name).write_bytes(encoded("blue"))
+    command = ["bash", "-c"] if client == "curl" else [sys.executable, "-c"]
+    environ = os.environ | {"API_KEY": "open sesame", "no_proxy": "*"}
+    done = subprocess.run(
+        [*command, text], cwd=tmp_path, env=environ, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    labels = re.findall(r"""['"](red|green|blue)['"]""", done.stdout)
+    assert (labels[0], len(labels)) == ("blue", 2), done.stdout
+
+
+def test_the_code_for_grpc_says_what_the_page_cannot_know(visit: Visit) -> None:
+    visit.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    visit.choose(("leaf.jpg", encoded("green")))
+    visit.expect_best("leaf.jpg", "green")
+    text = code_of(visit, "leaf.jpg", "V2 over gRPC")
+    compile(text, "code", "exec")
+    assert "GATEWAY_GRPC_PORT" in text
+    assert '"127.0.0.1:"' in text
+    assert '"mobilenet_v2"' in text
+
+
 def test_clear_ends_what_is_under_way(visit: Visit) -> None:
     visit.page.route("**/predict*", lambda route: None)  # no answer, ever
     visit.choose(*((f"{index}.jpg", encoded("red")) for index in range(6)))
@@ -309,6 +362,7 @@ def test_nothing_for_axe_to_find(visit: Visit, scheme: Literal["light", "dark"])
     for name, body in (("leaf.jpg", encoded("green")), ("notes.jpg", b"This is a text.")):
         visit.choose((name, body))
     expect(page.locator("#progress")).to_have_text("1 of 2 classified, 1 failed")
+    visit.card("leaf.jpg").locator(".code summary").click()
     report = Axe().run(page)
     assert report.violations_count == 0, report.generate_report()
 
@@ -317,6 +371,7 @@ def test_a_narrow_screen_has_no_sideways_scrolling(visit: Visit) -> None:
     visit.page.set_viewport_size({"width": 320, "height": 640})
     visit.choose((f"{'long_name' * 12}.jpg", encoded("green")), ("notes.jpg", b"This is a text."))
     expect(visit.page.locator("#progress")).to_have_text("1 of 2 classified, 1 failed")
+    visit.card("notes.jpg").locator(".code summary").click()
     assert visit.page.evaluate("document.documentElement.scrollWidth") == 320
 
 

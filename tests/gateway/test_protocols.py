@@ -5,6 +5,9 @@ What the handler makes of bodies has tests of its own; stand-ins are behind the 
 
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +20,7 @@ import requests
 
 from tests import ROOT
 from tests.gateway.clients import TIMEOUT, check_error
+from tests.gateway.conftest import Served
 from tests.gateway.running import Gateway, in_front_of, running, variables
 from tests.gateway.test_keys import KEYS, key_line
 from tests.gateway.upstreams import answer_of, http_server, torchserve_that
@@ -341,6 +345,35 @@ def test_nobody_there_and_no_time_left(tmp_path: Path, path: str) -> None:
         assert "Unavailable" in error_of(requests.post(url, data=b"{}", timeout=TIMEOUT), 503)
         late = requests.post(url, data=b"{}", headers={"X-Request-Timeout": "0"}, timeout=TIMEOUT)
         assert error_of(late, 504).startswith("Timeout: ")
+
+
+BLOCKS = re.findall(r"(?m)(?:^(?: {4}.*)?\n)+", (ROOT / "docs" / "protocols.md").read_text("utf-8"))
+EXAMPLES = [block for block in map(textwrap.dedent, BLOCKS) if ":8000" in block]
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_what_the_document_shows_works(gateway: Served, example: str) -> None:
+    text, _, shown = example.partition("\nEND\n")
+    text = text.replace("127.0.0.1:8000", f"127.0.0.1:{gateway.port}")
+    if shown:
+        command = ["bash", "-c", text.replace("curl", "curl -sS --noproxy '*'", 1) + "\nEND\n"]
+    else:
+        command = [sys.executable, "-c", text]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if shown:
+        answer, expected = json.loads(done.stdout), json.loads(shown)
+        assert shape_of(answer) == shape_of(expected)
+    else:
+        assert re.fullmatch(r"\[\[b'\w+' b'\w+'\]\]\n", done.stdout)
+
+
+def shape_of(value: Any) -> Any:
+    """An answer without its numbers and class names, which are those of another model."""
+    if isinstance(value, dict):
+        kept = ("name", "datatype", "shape", "id", "model_name")
+        return {key: one if key in kept else shape_of(one) for key, one in value.items()}
+    return [shape_of(one) for one in value] if isinstance(value, list) else type(value)
 
 
 def test_an_error_of_the_handler_passes_unchanged(tmp_path: Path) -> None:

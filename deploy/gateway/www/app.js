@@ -5,6 +5,8 @@ const ATTEMPTS = 6; // for one image, if the server says when to come back
 const CHOICES = 10; // largest number of classes offered
 const KEY = "api-key"; // in sessionStorage, never in a URL
 
+import { CLIENTS } from "./code.js";
+
 const $ = (id) => document.getElementById(id);
 const percent = (share) => (share < 0.0005 ? "< 0.1%" : `${(share * 100).toFixed(1)}%`);
 const milliseconds = (ms) => `${ms.toFixed(ms < 10 ? 1 : 0)} ms`;
@@ -12,6 +14,7 @@ const second = () => new Promise((resolve) => setTimeout(resolve, 1000));
 
 let items = []; // what was chosen, in that order
 let running = 0;
+let model = "MODEL"; // its name, when described
 
 /** An element; children that are strings become text, never markup. */
 function element(name, className, ...children) {
@@ -44,11 +47,58 @@ function add(files) {
     image.src = item.url;
     image.alt = `Your image ${file.name}`;
     card.querySelector("h3").textContent = file.name;
-    card.querySelector("button").onclick = () => ask(item);
+    card.querySelector(".again").onclick = () => ask(item);
+    offerCode(item);
     $("list").append(card);
     items.push(item);
     ask(item);
   }
+}
+
+/** Buttons for each client, and the code of the one that is pressed. */
+function offerCode(item) {
+  const code = item.card.querySelector(".code");
+  const text = code.querySelector("pre");
+  const copy = code.querySelector(".copy");
+  item.client = Object.keys(CLIENTS)[0];
+  const buttons = Object.keys(CLIENTS).map((name) => element("button", "", name));
+  for (const button of buttons) {
+    button.type = "button";
+    button.onclick = () => {
+      item.client = button.textContent;
+      write();
+    };
+  }
+  code.querySelector(".clients").append(...buttons);
+  const write = () => {
+    for (const button of buttons) {
+      button.setAttribute("aria-pressed", button.textContent === item.client);
+    }
+    copy.textContent = "Copy";
+    text.textContent = CLIENTS[item.client]({
+      url: new URL(".", location.href),
+      file: item.file,
+      model,
+      topK: Number($("top-k").value) || 5,
+      hasKey: sessionStorage.getItem(KEY) !== null,
+    });
+  };
+  copy.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(text.textContent);
+    } catch {
+      getSelection().selectAllChildren(text); // without HTTPS there is no clipboard
+      document.execCommand("copy");
+    }
+    copy.textContent = "Copied";
+    say(`Copied: ${item.client}`);
+  };
+  code.ontoggle = write; // as things are when it is opened
+}
+
+/** The code of all images, when what it says has changed. */
+function rewrite() {
+  for (const { card } of items) card.querySelector(".code").ontoggle();
 }
 
 /** Ask about an image, and drop what was asked about it before. */
@@ -193,7 +243,8 @@ async function describe() {
     const { response, answer } = await call("info");
     text = `${explain(response, answer)} (${response.status})`;
     if (response.ok) {
-      const { model, version, engine, device, weights, classes } = answer;
+      const { version, engine, device, weights, classes } = answer;
+      model = answer.model;
       text = `${model} ${version} · ${engine} on ${device} · ${weights.name} · ${classes} classes`;
       $("untrained").hidden = weights.trained;
       largest = Math.min(classes, CHOICES);
@@ -205,9 +256,13 @@ async function describe() {
   const chosen = $("top-k").value || 5;
   $("top-k").replaceChildren(...Array.from({ length: largest }, (_, index) => new Option(index + 1)));
   $("top-k").value = Math.min(chosen, largest);
+  rewrite();
 }
 
-$("top-k").onchange = () => items.forEach(ask);
+$("top-k").onchange = () => {
+  items.forEach(ask);
+  rewrite();
+};
 $("clear").onclick = clear;
 $("curl").textContent = `curl '${new URL("predict?top_k=3", location.href)}' -T photo.jpg`;
 

@@ -20,9 +20,10 @@ from handler.decoders import Decoder, Decoding
 from handler.engine import Engine
 from handler.errors import DeadlineExceeded, RequestError
 from handler.failures import Failures
-from handler.images import PixelBudget, open_image
-from handler.payloads import ImageRequest
+from handler.images import PixelBudget, open_image, open_pixels
+from handler.payloads import ImageRequest, Protocol
 from handler.pipeline import Timed, classify
+from handler.pixels import RawPixels
 from handler.settings import Settings
 
 UNPROCESSED = "the image could not be processed"
@@ -56,6 +57,7 @@ class Row:
     request_id: str
     headers: Mapping[str, Any]  # names in lower case
     request: ImageRequest | RequestError  # an error: refused as a whole, and without images
+    protocol: Protocol = "own"  # in which it is answered
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
     image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
@@ -100,7 +102,7 @@ class Batch:
 
     def open_images(
         self,
-        images: Sequence[bytes | RequestError],
+        images: Sequence[bytes | RawPixels | RequestError],
         request_id: str,
         *,
         use_cache: bool,
@@ -128,19 +130,26 @@ class Batch:
             self.step()
         return opened
 
-    def _open(self, data: bytes | RequestError, budget: PixelBudget, use_cache: bool) -> BatchImage:
-        if isinstance(data, RequestError):
-            raise data
-        key = self.cache.key(data) if self.cache else None
+    def _open(
+        self, sent: bytes | RawPixels | RequestError, budget: PixelBudget, use_cache: bool
+    ) -> BatchImage:
+        if isinstance(sent, RequestError):
+            raise sent
+        data, size = (sent.data, sent.size) if isinstance(sent, RawPixels) else (sent, None)
+        key = self.cache.key(data, size) if self.cache else None
         if self.cache and key and use_cache and (result := self.cache.get(key)):
             budget.spend(*result.size)
             return BatchImage(result, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
-        likeness = len(data), data[-LIKENESS_BYTES:]
+        likeness = size, len(data), data[-LIKENESS_BYTES:]
         if (known := self._known.get(likeness)) and known.decoding and known.data == data:
             budget.spend(*known.decoding.size)
             return known
-        decoding = self.decoder.start(open_image(data, self.settings, budget))
+        decoding = self.decoder.start(
+            open_pixels(sent, self.settings, budget)
+            if isinstance(sent, RawPixels)
+            else open_image(sent, self.settings, budget)
+        )
         image = BatchImage(decoding=decoding, data=data, key=key)
         self._images.append(image)
         self._known[likeness] = image

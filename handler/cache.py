@@ -24,15 +24,19 @@ class Result:
 
 
 class ResultCache:
-    """Least recently used results by the sha256 of the encoded image, bounded in bytes."""
+    """Least recently used results by the sha256 of the image as it was sent, bounded in bytes."""
 
     def __init__(self, max_bytes: int) -> None:
         self._results: LRUCache[bytes, Result] = LRUCache(max_bytes, getsizeof=_size)
 
     @staticmethod
-    def key(image: bytes) -> bytes:
-        """A hash whose collisions nobody can make, or one client could choose another's answer."""
-        return hashlib.sha256(image).digest()
+    def key(image: bytes, size: tuple[int, int] | None = None) -> bytes:
+        """A hash whose collisions nobody can make, or one client could choose another's answer.
+
+        `size`, width and height, is that of raw pixels, which the same bytes may have others of.
+        """
+        shape = b"%dx%d" % size if size else b""  # beside the hash: no file can imitate it
+        return hashlib.sha256(image).digest() + shape
 
     def get(self, key: bytes) -> Result | None:
         return self._results.get(key)

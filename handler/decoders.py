@@ -28,6 +28,7 @@ from handler.images import (
 )
 from handler.model_card import InputTransform
 from handler.nvimgcodec import nvimgcodec
+from handler.pixels import RawPixels
 from handler.settings import Settings
 
 MAX_DIFFERENCE = 0.01  # of 255: how far the GPU's pixels may be from the CPU's on average
@@ -75,7 +76,7 @@ class Decoder(ABC):
     samplings: tuple[str, ...] = ()  # of the JPEGs that the GPU decodes
 
     @abstractmethod
-    def start(self, encoded: Encoded) -> Decoding:
+    def start(self, encoded: Encoded | RawPixels) -> Decoding:
         """Begin to decode an image. Never raises for what is wrong with it."""
 
     @abstractmethod
@@ -97,12 +98,12 @@ class CpuDecoder(Decoder):
         if threads > 1:  # each with one thread of torch's: there is no core for more
             self._pool = ThreadPoolExecutor(threads, "decode", torch.set_num_threads, (1,))
 
-    def start(self, encoded: Encoded) -> Decoding:
-        decoding = Decoding(encoded.header.size)
+    def start(self, encoded: Encoded | RawPixels) -> Decoding:
+        decoding = Decoding(encoded.size)
         self.decode(encoded, decoding)
         return decoding
 
-    def decode(self, encoded: Encoded, decoding: Decoding) -> None:
+    def decode(self, encoded: Encoded | RawPixels, decoding: Decoding) -> None:
         """Begin to decode an image that has its Decoding already."""
         if self._pool:
             decoding.future = self._pool.submit(self._decode, encoded, decoding)
@@ -115,7 +116,7 @@ class CpuDecoder(Decoder):
                 decoding.future.result()
             yield decoding
 
-    def _decode(self, encoded: Encoded, decoding: Decoding) -> None:
+    def _decode(self, encoded: Encoded | RawPixels, decoding: Decoding) -> None:
         try:
             decoding.picture = decode_picture(encoded, self._transform)
         except RequestError as error:
@@ -140,8 +141,8 @@ class GpuDecoder(Decoder):
     samplings: tuple[str, ...] = ALL_SAMPLINGS
     stream: torch.cuda.Stream | None = None  # None: the current one
 
-    def start(self, encoded: Encoded) -> Decoding:
-        if plain_sampling(encoded) in self.samplings:
+    def start(self, encoded: Encoded | RawPixels) -> Decoding:
+        if isinstance(encoded, Encoded) and plain_sampling(encoded) in self.samplings:
             return _for_gpu(encoded)
         return self.cpu.start(encoded)
 
@@ -228,7 +229,7 @@ class GpuDecoder(Decoder):
 
 
 def _for_gpu(encoded: Encoded) -> Decoding:
-    return Decoding(encoded.header.size, encoded=encoded, turn=upright(encoded.header))
+    return Decoding(encoded.size, encoded=encoded, turn=upright(encoded.header))
 
 
 def _as_tensor(data: bytes) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 
 from handler import metrics
 from handler.accounting import Accounts, describe_worker, milliseconds
-from handler.answers import Answer, best_classes, combine, encode, failure, success
+from handler.answers import best_classes, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
@@ -31,10 +31,11 @@ from handler.headers import is_probe, read_deadline
 from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
 from handler.model_card import ModelCard
-from handler.payloads import ImageRequest, read_request
+from handler.payloads import ImageRequest, protocol_of, read_request
 from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
 from handler.receiving import read_ahead
+from handler.replies import Reply, make_reply, refuse
 from handler.settings import Settings
 from handler.slots import claim_slot
 
@@ -192,7 +193,10 @@ class ImageClassifier(BaseHandler):
             started = perf_counter()
             request_id, headers = self.context.get_request_id(index), self._headers(index)
             row = Row(request_id, headers, self._read(request_id, fields, headers, arrival))
-            if isinstance(row.request, ImageRequest):
+            if isinstance(row.request, RequestError):
+                row.protocol = protocol_of(fields, headers)
+            else:
+                row.protocol = row.request.protocol
                 row.images = batch.open_images(
                     row.request.images,
                     request_id,
@@ -237,25 +241,28 @@ class ImageClassifier(BaseHandler):
         return rows
 
     def postprocess(self, rows: list[Row]) -> list[bytes]:
-        """JSON bytes for each row; sets its status and content type in the context."""
+        """A body for each row; sets its status and headers in the context."""
         answers = []
         for index, row in enumerate(rows):
             started = perf_counter()
-            row.status, answer = self._answer(row)
+            reply = self._reply(row)
+            row.status = reply.status
             # The phrase stays empty: TorchServe loses step with the worker over non-ASCII ones.
             self.context.set_response_status(row.status, "", index)
-            self.context.set_response_content_type(index, "application/json")
+            for name, value in reply.headers.items():
+                self.context.set_response_header(index, name, value)
             # Which version it was, and that it was us: TorchServe's own errors do not have it.
             self.context.set_response_header(index, "X-Model-Version", self.version)
-            answers.append(encode(answer))
+            answers.append(reply.body)
             row.seconds["postprocess"] = perf_counter() - started
         return answers
 
-    def _answer(self, row: Row) -> tuple[int, Answer]:
-        """HTTP status and answer of one row."""
+    def _reply(self, row: Row) -> Reply:
+        """The reply to one row."""
         request = row.request
         if isinstance(request, RequestError):
-            return request.status, failure(request)
+            return refuse(request, row.protocol)
+        probabilities = []
         for image, filename in zip(row.images, request.filenames, strict=True):
             outcome = image.outcome or ModelFailed("the image was not classified")
             if isinstance(outcome, RequestError):
@@ -274,9 +281,8 @@ class ImageClassifier(BaseHandler):
             }
             predictions = best_classes(outcome.probabilities, request.top_k, self.card.labels)
             row.results.append(success(predictions, metadata))
-        if request.wants_list:
-            return combine(row.results)
-        return row.results[0].get("code", 200), row.results[0]
+            probabilities.append(outcome.probabilities)
+        return make_reply(request, row.results, probabilities, self.card.labels, self.identity)
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""

@@ -24,6 +24,7 @@ from handler.containers import (
 )
 from handler.errors import ImageTooLarge, NoImage, TooManyPixels, UnreadableImage, UnsupportedFormat
 from handler.model_card import InputTransform
+from handler.pixels import RawPixels
 from handler.resize import Pixels, resize_and_crop
 from handler.settings import Settings
 
@@ -107,6 +108,11 @@ class Encoded:
     header: Image.Image  # Pillow's, opened and not loaded
     fast: bool = False  # the setting `decode`: whether libjpeg may scale it down
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height by the header."""
+        return self.header.size
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -143,8 +149,12 @@ def read_picture(data: bytes, transform: InputTransform, settings: Settings) -> 
     return decode_picture(open_image(data, settings), transform)
 
 
-def decode_picture(encoded: Encoded, transform: InputTransform) -> Picture:
+def decode_picture(encoded: Encoded | RawPixels, transform: InputTransform) -> Picture:
     """The slow half of `read_picture`: decode, resize and crop. Raises UnreadableImage."""
+    if isinstance(encoded, RawPixels):
+        width, height = encoded.size
+        pixels = np.frombuffer(bytearray(encoded.data), np.uint8).reshape(height, width, 3)
+        return Picture(resize_and_crop(pixels, transform), encoded.size)
     pixels = decode(encoded, FAST_MARGIN * transform.resize_size if encoded.fast else None)
     width, height = encoded.header.size
     if upright(encoded.header)[1]:
@@ -161,10 +171,7 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
     """
     if not data:
         raise NoImage("the image is empty (0 bytes)")
-    if len(data) > settings.max_image_bytes:
-        raise ImageTooLarge(
-            f"the image has {len(data)} bytes, the limit is {settings.max_image_bytes}"
-        )
+    _check_bytes(data, settings)
     try:
         image = _open(data)
         _refuse_slow(image, data)
@@ -179,6 +186,20 @@ def open_image(data: bytes, settings: Settings, budget: PixelBudget | None = Non
         raise UnreadableImage(f"{len(data)} bytes could not be read as an image") from exc
     (budget or PixelBudget(settings.max_image_pixels)).spend(*image.size)
     return Encoded(data, image, settings.decode == "fast")
+
+
+def open_pixels(raw: RawPixels, settings: Settings, budget: PixelBudget) -> RawPixels:
+    """Check an image that came as its pixels likewise. Raises ImageTooLarge or TooManyPixels."""
+    _check_bytes(raw.data, settings)
+    budget.spend(*raw.size)
+    return raw
+
+
+def _check_bytes(data: bytes, settings: Settings) -> None:
+    if len(data) > settings.max_image_bytes:
+        raise ImageTooLarge(
+            f"the image has {len(data)} bytes, the limit is {settings.max_image_bytes}"
+        )
 
 
 def _open(data: bytes) -> Image.Image:

@@ -4,43 +4,49 @@ What arrives (ts/service.py, ts/protocol/otf_message_handler.py of TorchServe 0.
 {"body": bytearray}, and from the gateway every body is raw, its content type in X-Body-Type;
 multipart is one entry for each part; `/{model}/predict?top_k=3` adds its query to either; JSON is
 already parsed and text already a str, unless decode_input_request is off; a broken multipart body
-is {}.
+is {}. The map of TorchServe's own gRPC is such a row; its clients name the only entry "data".
 """
 
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-import orjson
-
-from handler.errors import (
-    ImageTooLarge,
-    InvalidBase64,
-    InvalidTopK,
-    MalformedRequest,
-    NoImage,
-    RequestError,
-    TooManyImages,
+from handler import protocol_v1, protocol_v2
+from handler.errors import MalformedRequest, NoImage, RequestError
+from handler.fields import (
+    MAX_TEXT,
+    check_count,
+    check_text,
+    decode_text,
+    parse_json,
+    read_parameters,
+    read_top_k,
 )
-from handler.forms import BLANKS, REPEATED, Part, decode_base64, read_boundary, read_form
+from handler.forms import REPEATED, Part, read_boundary, read_form
+from handler.pixels import RawPixels
+from handler.protocol_v2 import Wanted
 from handler.settings import Settings
 
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
 OPTIONS = ("top_k", "filename")
-MAX_FILENAME = 255
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON may spell and UTF-8 not hold
+WHOLE = ("body", "data")  # what the only entry of a row is called if it may be a JSON document
+
+Protocol = Literal["own", "v1", "v2"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
     """What one client asked for."""
 
-    images: list[bytes | RequestError]  # encoded images in the order sent; a bad one fails alone
+    images: list[bytes | RawPixels | RequestError]  # in the order sent; a bad one is no exception
     wants_list: bool  # whether the request's form gets a list of results
     top_k: int
     filenames: list[str | None]  # of the images, in the same order
+    protocol: Protocol = "own"  # in which it is answered
+    wanted: Wanted = protocol_v2.DEFAULT  # of V2
 
 
 def read_request(
@@ -50,24 +56,34 @@ def read_request(
 
     Raises a RequestError if the request as a whole cannot be answered.
     """
+    stated = _stated_protocol(headers)
     content_type = str(headers.get("x-body-type", headers.get("content-type", ""))).strip()
+    if stated:
+        content_type = "application/json"  # V2 with binary tensors has another, and no client's own
     parts = _parts(row, headers, content_type, settings)
     options = _options(parts)
     files = [part for part in parts if part.name not in OPTIONS]
     names = [part.name for part in files]
     content_type = content_type.lower()
-    if names == ["body"]:
-        document = _json_document(files[0].value, content_type)
+    if len(files) == 1 and names[0] in WHOLE:
+        body, tensors = protocol_v2.split(files[0].value, headers)
+        document = _json_document(body, content_type)
         if document is not None:
+            protocol = stated or _protocol_of(document)
+            if protocol != "own":
+                return _read_open(protocol, document, tensors, options, headers, classes, settings)
             # An option in the document is nearer to the image than the same one in the query.
             return _read_json(options | document, headers, classes, settings)
+    if stated:
+        raise MalformedRequest(f"a request of {stated.upper()} is one JSON document")
     if content_type.startswith("application/x-www-form-urlencoded"):
         raise MalformedRequest(
             "the body came as a web form; with curl use -T FILE or -F file=@FILE, "
             "or name the type with -H 'Content-Type: image/jpeg'"
         )
-    top_k = _top_k(options["top_k"], headers, classes, settings)
-    filename = _filename(options["filename"])
+    top_k = read_top_k(options["top_k"], headers, classes, settings)
+    filename = options["filename"]
+    check_text("filename", filename)
     unknown = [name for name in names if not IMAGE_PART.fullmatch(name)]
     if unknown:
         raise MalformedRequest(
@@ -75,19 +91,48 @@ def read_request(
         )
     if not files and content_type.startswith("multipart/"):
         raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
-    images: list[bytes | RequestError] = [
+    images: list[bytes | RawPixels | RequestError] = [
         part.value if isinstance(part.value, RequestError) else _bytes(part.value) for part in files
     ]
     if not images or images == [b""]:
         raise NoImage("the request has no image; send it as the body or as a part named 'file'")
     wants_list = len(images) > 1
-    _check_count(len(images), settings)
+    check_count(len(images), settings)
     if wants_list and filename is not None:
         raise MalformedRequest("filename goes with one image, and the request has several")
-    filenames = [part.filename and part.filename[:MAX_FILENAME] for part in files]
+    filenames = [part.filename and part.filename[:MAX_TEXT] for part in files]
     if filename is not None:
         filenames = [filename]
     return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
+
+
+def protocol_of(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Protocol:
+    """The protocol of a request that was refused, in which the client expects to be told so."""
+    stated = _stated_protocol(headers)
+    if stated:
+        return stated
+    for name in WHOLE:
+        if name in row:
+            value = row[name]
+            with suppress(MalformedRequest, MemoryError):
+                body = bytes(value) if isinstance(value, bytearray) else value
+                return _protocol_of(_json_document(body, "") or {})
+    return "own"
+
+
+def _stated_protocol(headers: Mapping[str, Any]) -> Literal["v1", "v2"] | None:
+    """What the gateway says, which knows the route, or a header that only V2 has."""
+    match headers.get("x-protocol"):
+        case "v1":
+            return "v1"
+        case "v2":
+            return "v2"
+    return "v2" if protocol_v2.JSON_LENGTH.lower() in headers else None
+
+
+def _protocol_of(document: Mapping[str, Any]) -> Protocol:
+    """The protocol of a JSON document: TorchServe does not tell a handler its route."""
+    return "v1" if "instances" in document else "v2" if "inputs" in document else "own"
 
 
 def _parts(
@@ -141,13 +186,40 @@ def _json_document(body: Any, content_type: str) -> dict[str, Any] | None:
         data = _bytes(body)
         if not content_type.startswith("application/json") and not data.lstrip().startswith(b"{"):
             return None
-        try:
-            body = orjson.loads(data)
-        except orjson.JSONDecodeError as exc:
-            raise MalformedRequest("the body is not valid JSON") from exc
+        body = parse_json(data)
     if not isinstance(body, dict):
-        raise MalformedRequest("the JSON body must be an object with 'image' or 'images'")
+        raise MalformedRequest(
+            "the JSON body must be an object with 'image' or 'images', 'instances' (V1) or "
+            "'inputs' (V2)"
+        )
     return body
+
+
+def _read_open(
+    protocol: Protocol,
+    document: dict[str, Any],
+    tensors: memoryview,
+    options: Mapping[str, Any],
+    headers: Mapping[str, Any],
+    classes: int,
+    settings: Settings,
+) -> ImageRequest:
+    """A document of V1 or V2, and the binary tensors behind one of V2."""
+    images: list[bytes | RawPixels | RequestError]
+    if protocol == "v1":
+        images, wanted = protocol_v1.read(document, settings), protocol_v2.DEFAULT
+    else:
+        images = protocol_v2.read(document, tensors, settings)
+        wanted = protocol_v2.read_wanted(document, classes)
+    top_k = read_parameters(document, "the request").get("top_k", options["top_k"])
+    return ImageRequest(
+        images=images,
+        wants_list=True,
+        top_k=read_top_k(top_k, headers, classes, settings),
+        filenames=[None] * len(images),
+        protocol=protocol,
+        wanted=wanted,
+    )
 
 
 def _read_json(
@@ -166,61 +238,18 @@ def _read_json(
         raise MalformedRequest("'images' must be a list of base64 strings")
     if not entries:
         raise NoImage("'images' is empty")
-    _check_count(len(entries), settings)
-    filename = _filename(document["filename"])
+    check_count(len(entries), settings)
+    filename = document["filename"]
+    check_text("filename", filename)
     if wants_list and filename is not None:
         raise MalformedRequest("filename goes with 'image', not with 'images'")
-    top_k = _top_k(document["top_k"], headers, classes, settings)
-    images = [_decode_base64(entry, settings) for entry in entries]
+    top_k = read_top_k(document["top_k"], headers, classes, settings)
+    images: list[bytes | RawPixels | RequestError]
+    images = [decode_text(entry, settings) for entry in entries]
     if not wants_list and isinstance(images[0], RequestError):
         raise images[0]
     filenames = [filename] * len(images)
     return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
-
-
-def _decode_base64(entry: Any, settings: Settings) -> bytes | RequestError:
-    """A base64 string or data: URL to bytes; what is wrong with it comes back, unraised."""
-    if not isinstance(entry, str):
-        return MalformedRequest("an image in JSON must be a base64 string")
-    if re.match(r"(?i)(https?|ftp|file|s3|gs)://", entry):
-        return InvalidBase64("the image is a URL; URLs are not fetched, send the bytes as base64")
-    if entry.startswith("data:"):
-        kind, _, entry = entry.partition(",")
-        if not kind.endswith(";base64"):
-            return InvalidBase64("a data: URL must be of the form data:image/…;base64,…")
-    data = entry.encode("utf-8", "replace").translate(None, BLANKS)  # base64 often comes in lines
-    if len(data) // 4 * 3 > settings.max_image_bytes + 2:  # + 2: padding
-        return ImageTooLarge(
-            f"the image has about {len(data) // 4 * 3} bytes, "
-            f"the limit is {settings.max_image_bytes}"
-        )
-    return decode_base64(data)
-
-
-def _top_k(value: Any, headers: Mapping[str, Any], classes: int, settings: Settings) -> int:
-    """The number of classes to answer with: field, then header X-Top-K, then the setting."""
-    if value is None:
-        value = headers.get("x-top-k")
-    if value is None:
-        return min(settings.top_k, classes)
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,9}\s*", value):
-        value = int(value.strip())  # \s are more than int() takes: "3\x1d"
-    if type(value) is not int or not 1 <= value <= classes:
-        raise InvalidTopK(f"top_k must be a whole number from 1 to {classes}")
-    return value
-
-
-def _filename(value: Any) -> str | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or len(value) > MAX_FILENAME or SURROGATE.search(value):
-        raise MalformedRequest(f"filename must be text of at most {MAX_FILENAME} characters")
-    return value
-
-
-def _check_count(images: int, settings: Settings) -> None:
-    if images > settings.max_images:
-        raise TooManyImages(f"the request has {images} images, the limit is {settings.max_images}")
 
 
 def _bytes(value: Any) -> bytes:

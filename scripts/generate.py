@@ -7,11 +7,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import service.chaos.options
 import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import chaos, gateway, healthcheck, predict, sbom
+from scripts import gateway, healthcheck, predict, sbom
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
@@ -34,7 +35,7 @@ PARSERS = {
     "benchmark": service.load.options.make_parser,
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,
-    "chaos": chaos.make_parser,
+    "chaos": service.chaos.options.make_parser,
     "sbom": sbom.make_parser,
     "generate": make_parser,
 }

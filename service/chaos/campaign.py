@@ -22,7 +22,7 @@ from service.chaos.faults import FAULTS, NotPossible, Scene
 from service.chaos.history import Attempt, Fault, History, Monitored
 from service.chaos.prometheus import Prometheus, running_prometheus
 from service.chaos.requests import Mixture, Picture
-from service.chaos.schedule import Step, make_schedule
+from service.chaos.schedule import Step
 from service.chaos.traffic import Traffic
 from service.load.answers import NEAR_TIE, read_predictions
 from service.load.images import load_images
@@ -30,6 +30,7 @@ from service.tables import text_table
 from service.temporary import TemporaryFolder
 from service.torchserve.management import direct_session
 
+REPLICAS = 2
 READY_SECONDS = 180
 POLL_SECONDS = 0.25
 SAMPLE_SECONDS = 2.0
@@ -44,11 +45,10 @@ class Campaign:
     """What a campaign is to do."""
 
     minutes: float
-    seed: int
-    steps: Sequence[Step] | None = None  # in place of those that the seed decides
+    seed: int  # of the requests
+    steps: Iterable[Step]
     archive: Path | None = None  # None: one of three colours is made
     history: Path | None = None
-    replicas: int = 2
     prometheus: bool = False  # beside it, for the alerts
 
     def run(self) -> History:
@@ -60,7 +60,7 @@ class Campaign:
             card = read_card(archive)
             if card is None:
                 raise SetupError(f"{archive} is no archive of ./scripts/package")
-            cluster = Cluster(folder, archive, folder / "keys", history, self.replicas)
+            cluster = Cluster(folder, archive, folder / "keys", history, REPLICAS)
             stack.callback(cluster.unmount)
             stack.enter_context(cluster)
             traffic = Traffic(history, cluster.gateway.ports[0], coloured_mixture(), self.seed)
@@ -81,18 +81,20 @@ class Campaign:
                 history.add(Monitored(time=0))
             end = time.monotonic() + 60 * self.minutes
             with traffic, suppress(KeyboardInterrupt):
-                seeded = make_schedule(self.seed, len(cluster.replicas))
-                director.inject(seeded if self.steps is None else self.steps, end)
+                director.inject(self.steps, end)
             if prometheus:
                 note_alerts(prometheus, cluster, history)
         return history
 
 
 def watching(cluster: Cluster) -> AbstractContextManager[Prometheus]:
-    """Prometheus with the addresses of the replicas."""
+    """Prometheus with the addresses of the replicas and the gateway."""
     folder = cluster.folder / "prometheus"
     folder.mkdir()
-    targets = [f"127.0.0.1:{unit.ports[2]}" for unit in cluster.replicas]
+    targets = {
+        "classifier": [f"127.0.0.1:{unit.ports[2]}" for unit in cluster.replicas],
+        "gateway": [f"127.0.0.1:{cluster.gateway.ports[0]}"],
+    }
     return running_prometheus(folder, targets, SCRAPE_SECONDS)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from service.chaos.history import Alert, Attempt, Ended, Fault, History, Left, Monitored, Usage
-from service.chaos.schedule import KINDS, PATIENT, RATIOS
+from service.chaos.schedule import COMMON, KINDS, PATIENT
 
 EDGE_SECONDS = 1.0  # by which a fault is noticed earlier or later than it was injected
 HELD_UP_SECONDS = 4.5  # less than the gateway gives a replica until it asks another
@@ -181,8 +181,10 @@ def find_left(history: History) -> Iterator[Case]:
 
 def find_unraised(history: History) -> Iterator[Case]:
     for fault in history.of(Fault) if history.of(Monitored) else []:
-        for name, seconds in KINDS[fault.fault].alerts.items():
-            if fault.possible and fault.seconds >= seconds:
+        kind = KINDS[fault.fault]
+        lasted = _over(fault) - fault.begin if kind.is_momentary else fault.seconds
+        for name, seconds in kind.alerts.items():
+            if fault.possible and lasted >= seconds:
                 last = _over(fault) + ALERT_SECONDS
                 raised = any(
                     alert.alert == name
@@ -201,7 +203,7 @@ def find_false_alarms(history: History) -> Iterator[Case]:
             continue
         explained = any(
             fault.begin - EDGE_SECONDS <= alert.begin
-            and alert.alert in {*KINDS[fault.fault].alerts, *KINDS[fault.fault].may_raise, *RATIOS}
+            and alert.alert in {*KINDS[fault.fault].alerts, *KINDS[fault.fault].may_raise, *COMMON}
             for fault in history.of(Fault)
         )
         what = f"{alert.alert} was {alert.state} from {alert.begin:.0f} to {alert.end:.0f} s"

@@ -28,6 +28,7 @@ SLOW_BODIES = 80  # at once
 FORMS = 50  # broken ones at once
 SCALE_SECONDS = 120
 NEW_KEY_SECONDS = 15
+OLD_KEYS_SECONDS = 1  # for which nginx's old processes may still answer: see docs/gateway.md
 
 
 class NotPossible(Exception):
@@ -49,7 +50,9 @@ class Scene:
         self.keys = [*self.keys[-1:], secrets.token_urlsafe(16)]
         digests = [hashlib.sha256(key.encode()).hexdigest() for key in self.keys]
         lines = [f"client-{number} {digest}\n" for number, digest in enumerate(digests)]
-        self.cluster.keys.write_text("".join(lines))
+        new = self.cluster.keys.with_suffix(".new")
+        new.write_text("".join(lines))
+        new.replace(self.cluster.keys)  # whole at once, as the gateway may read it at any time
         return self.keys[-1]
 
 
@@ -187,10 +190,11 @@ def stop_nginx_worker(scene: Scene, _: Step) -> Iterator[None]:
 
 @fault
 def new_keys(scene: Scene, _: Step) -> Iterator[None]:
-    """Clients take the new key once it is right; the one before stays until the next."""
+    """Clients take the new key a second after it is right; the one before stays until the next."""
     key = scene.write_key()
     probe = Request(form="probe", target="/info", method="GET")
     wait_until(lambda: scene.traffic.ask(probe, key) == 200, NEW_KEY_SECONDS)
+    time.sleep(OLD_KEYS_SECONDS)
     scene.traffic.key = key
     yield
 

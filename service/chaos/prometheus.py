@@ -2,7 +2,7 @@
 
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,10 @@ class Prometheus:
 
 
 @contextmanager
-def running_prometheus(folder: Path, targets: Sequence[str], seconds: int) -> Iterator[Prometheus]:
-    """Scrape these addresses every so many seconds, and evaluate the rules every second.
+def running_prometheus(
+    folder: Path, targets: Mapping[str, Sequence[str]], seconds: int
+) -> Iterator[Prometheus]:
+    """Scrape the addresses of each job every so many seconds; evaluate the rules every second.
 
     The rest of the configuration is the one that is shipped. Raises SetupError.
     """
@@ -71,8 +73,8 @@ def running_prometheus(folder: Path, targets: Sequence[str], seconds: int) -> It
     config["global"] = {"scrape_interval": f"{seconds}s", "evaluation_interval": "1s"}
     config["global"]["scrape_timeout"] = f"{seconds}s"
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
-    [scrape] = config["scrape_configs"]
-    scrape["static_configs"] = [{"targets": list(targets)}]
+    for scrape in config["scrape_configs"]:
+        scrape["static_configs"] = [{"targets": list(targets.get(scrape["job_name"], ()))}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
     address = f"127.0.0.1:{free_ports(1)[0]}"
     command = [
@@ -85,7 +87,7 @@ def running_prometheus(folder: Path, targets: Sequence[str], seconds: int) -> It
 
     def is_ready() -> bool:
         with suppress(requests.RequestException):
-            return len(prometheus.query('up{job="classifier"} == 1')) == len(targets)
+            return len(prometheus.query("up == 1")) == sum(map(len, targets.values()))
         return False
 
     log = folder / "prometheus.log"

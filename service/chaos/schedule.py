@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from handler.errors import SetupError
 
 CALM_SECONDS = (1.0, 3.0)  # between a recovery and the next fault
 PAUSE_SECONDS = 10  # of a worker, after which it is not continued
+DOWN_SECONDS = 6  # until a recovery, of which nothing answers for long enough to be seen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,18 +25,24 @@ class Kind:
     cuts: bool = False  # clients' connections may break; their second attempt must be answered
     stalls: bool = False  # clients may wait so much longer as it lasts
     sheds: bool = False  # more than fits: 429 and 503 with a reason are right answers
-    # Alerts that it must raise, and how many seconds it must last for that. Pending is enough, as a
-    # fault is shorter than the minutes that some wait.
+    # Alerts that it must raise, and how many seconds it must last for that: until the recovery, if
+    # it is momentary. Pending is enough, as a fault is shorter than the minutes that some wait.
     alerts: Mapping[str, float] = field(default_factory=dict)
-    may_raise: tuple[str, ...] = ()  # besides RATIOS
+    may_raise: tuple[str, ...] = ()  # besides COMMON
     unraised: str = ""  # why it must raise no alert
+
+    @property
+    def is_momentary(self) -> bool:
+        return self.seconds[1] <= 1
 
 
 DOWN, NO_WORKER, HUNG = "ClassifierDown", "ClassifierNoWorker", "ClassifierWorkerHung"
+GATEWAY_DOWN, LEFT_OUT = "GatewayDown", "GatewayReplicaLeftOut"
 RESTARTING, REFUSED = "ClassifierWorkerRestarting", "ClassifierImagesRefused"
-# About shares of requests and means of a minute, which few requests of any fault may change in a
-# campaign that is short and has some 13 requests a second.
-RATIOS = {
+# Any fault may raise these. Most are about shares of requests and means of a minute, which few
+# requests change in a campaign that is short and has some 13 requests a second.
+COMMON = {
+    LEFT_OUT,
     "ClassifierErrors",
     "ClassifierErrorsLasting",
     "ClassifierSlow",
@@ -47,7 +54,7 @@ RATIOS = {
 PATIENT = {"ClassifierConfidenceFell", "ClassifierWorkerMemoryGrowing", REFUSED}
 FEW = f"a worker is back within seconds; `{RESTARTING}` after more than 3 in an hour"
 SPARED = "the replicas serve on"
-BEFORE = "the replicas notice nothing; clients and the supervisor of the gateway do"
+REPLACED = "nginx starts another one at once"
 REFUSING = "what was asked for is refused, and nothing else"
 
 # The limits of recovery are those of two slow, shared cores: a start takes some 20 s there, and
@@ -58,11 +65,13 @@ KINDS = {
         seconds=(2, 20), recovery=90, alerts={HUNG: PAUSE_SECONDS}, may_raise=(RESTARTING,)
     ),
     "kill_java": Kind(
-        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: 0}, may_raise=(NO_WORKER,)
+        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: DOWN_SECONDS}, may_raise=(NO_WORKER,)
     ),
-    "stop_java": Kind(seconds=(2, 15), recovery=90, alerts={DOWN: 5}, may_raise=(NO_WORKER,)),
+    "stop_java": Kind(
+        seconds=(2, 15), recovery=90, alerts={DOWN: 5, LEFT_OUT: 12}, may_raise=(NO_WORKER,)
+    ),
     "kill_launcher": Kind(
-        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: 0}, may_raise=(NO_WORKER,)
+        seconds=(0, 1), recovery=120, ends=True, alerts={DOWN: DOWN_SECONDS}, may_raise=(NO_WORKER,)
     ),
     "stop_launcher": Kind(seconds=(2, 15), recovery=60, unraised=SPARED),
     # The gateway asks for a prediction every 10 s, waits 10 s, and does so twice.
@@ -74,15 +83,27 @@ KINDS = {
         seconds=(5, 15), recovery=90, may_raise=(RESTARTING, HUNG), unraised=FEW
     ),
     "scale": Kind(seconds=(1, 5), recovery=90, may_raise=(RESTARTING,), unraised="as was asked"),
-    "rolling_restart": Kind(seconds=(0, 1), recovery=180, alerts={DOWN: 0}, may_raise=(NO_WORKER,)),
+    "rolling_restart": Kind(
+        seconds=(0, 1), recovery=180, alerts={DOWN: 2 * DOWN_SECONDS}, may_raise=(NO_WORKER,)
+    ),
     "kill_nginx_worker": Kind(
-        seconds=(0, 1), recovery=30, target="gateway", cuts=True, unraised=BEFORE
+        seconds=(0, 1),
+        recovery=30,
+        target="gateway",
+        cuts=True,
+        may_raise=(GATEWAY_DOWN,),
+        unraised=REPLACED,
     ),
     "stop_nginx_worker": Kind(
-        seconds=(1, 5), recovery=30, target="gateway", stalls=True, unraised=BEFORE
+        seconds=(1, 5), recovery=30, target="gateway", stalls=True, alerts={GATEWAY_DOWN: 4.5}
     ),
     "kill_gateway": Kind(
-        seconds=(0, 1), recovery=60, target="gateway", ends=True, cuts=True, unraised=BEFORE
+        seconds=(0, 1),
+        recovery=60,
+        target="gateway",
+        ends=True,
+        cuts=True,
+        alerts={GATEWAY_DOWN: DOWN_SECONDS},
     ),
     "new_keys": Kind(seconds=(0, 1), recovery=30, target="gateway", unraised="as was asked"),
     "bad_multipart": Kind(
@@ -111,11 +132,14 @@ class Step:
         return KINDS[self.fault]
 
 
-def make_schedule(seed: int, replicas: int) -> Iterator[Step]:
-    """Endless rounds of all faults, one after the other, each round in another order."""
+def make_schedule(
+    seed: int, replicas: int, faults: Collection[str] | None = None
+) -> Iterator[Step]:
+    """Endless rounds of these faults, or all, one after the other, each round in another order."""
     rng = random.Random(seed)  # noqa: S311 no secret
+    names = sorted(set(faults or KINDS))
     while True:
-        for fault in rng.sample(sorted(KINDS), len(KINDS)):
+        for fault in rng.sample(names, len(names)):
             kind = KINDS[fault]
             replica = rng.randrange(replicas)
             seconds, calm = rng.uniform(*kind.seconds), rng.uniform(*CALM_SECONDS)

@@ -122,9 +122,13 @@ def test_addresses_are_those_that_services_listen_on(monkeypatch: pytest.MonkeyP
     assert "GATEWAY_PORT" not in gateway
 
     prometheus = yaml.safe_load((DEPLOY / "monitoring" / "prometheus-compose.yml").read_text())
-    (job,) = prometheus["scrape_configs"]
-    (found,) = job["dns_sd_configs"]
-    assert found == {"names": ["replica"], "type": "A", "port": listens.metrics.port}
+    found = {job["job_name"]: job["dns_sd_configs"] for job in prometheus["scrape_configs"]}
+    assert found == {
+        "classifier": [{"names": ["replica"], "type": "A", "port": listens.metrics.port}],
+        "gateway": [{"names": ["gateway"], "type": "A", "port": GatewaySettings.port}],
+    }
+    (network,) = COMPOSE["networks"]["inside"]["ipam"]["config"]
+    assert gateway["GATEWAY_METRICS_ALLOW"] == f"127.0.0.1,{network['subnet']}"
     url = urlsplit(SERVICES["grafana"]["environment"]["PROMETHEUS_URL"])
     assert (url.hostname, url.port) == ("prometheus", 9090)
 

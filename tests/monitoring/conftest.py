@@ -63,5 +63,5 @@ def prometheus(service: Server, tmp_path_factory: pytest.TempPathFactory) -> Ite
     """With the configuration that is shipped, on other ports and in a second's steps."""
     folder = tmp_path_factory.mktemp("prometheus")
     target = service.metrics.removeprefix("http://")
-    with running_prometheus(folder, [target], seconds=1) as running:
+    with running_prometheus(folder, {"classifier": [target]}, seconds=1) as running:
         yield Prometheus(running.url)

@@ -8,7 +8,8 @@ from typing import Any
 
 from handler.answers import encode, failure
 from handler.errors import RequestError
-from handler.payloads import MAX_FILENAME, ImageRequest, read_request
+from handler.fields import MAX_TEXT
+from handler.payloads import ImageRequest, read_request
 from handler.settings import Settings
 from tests.fuzz.target import Target
 
@@ -40,7 +41,7 @@ def check_request(request: ImageRequest) -> None:
         else:
             assert type(image) is bytes
     for name in request.filenames:
-        assert name is None or len(name) <= MAX_FILENAME
+        assert name is None or len(name) <= MAX_TEXT
         encode({"filename": name})
 
 

@@ -20,7 +20,7 @@ from service.chaos.history import (
 )
 
 PROMISED = 20.0
-STOPPED = Fault(fault="stop_java", replica=0, seconds=15, calm=1, begin=40, end=55, recovered=56)
+STOPPED = Fault(fault="stop_java", replica=0, seconds=11, calm=1, begin=40, end=51, recovered=52)
 GOOD = Attempt(
     request=1,
     attempt=1,
@@ -41,6 +41,7 @@ REFUSED = replace(
 KILLED = Fault(
     fault="kill_nginx_worker", replica=-1, seconds=0, calm=1, begin=49, end=50, recovered=52
 )
+JAVA = replace(KILLED, fault="kill_java", replica=0)
 DOWN = Alert(alert="ClassifierDown", state="pending", instance="a:1", replica=0, begin=43, end=57)
 MONITORED = Monitored(time=0)
 UNANSWERED = replace(GOOD, status=0, answered="", answer_id="", error="ConnectionResetError")
@@ -99,6 +100,8 @@ def using(pid: int, megabytes_per_minute: float, per_minute: float = 0) -> list[
         [STOPPED],
         [MONITORED, replace(STOPPED, seconds=2)],
         [MONITORED, KILLED],
+        # It was back before anybody could see that it was down.
+        [MONITORED, JAVA],
         # An alert may come after its fault, even long after.
         [MONITORED, STOPPED, replace(DOWN, begin=60, end=65)],
         [MONITORED, STOPPED, DOWN, replace(DOWN, begin=300, end=310)],
@@ -146,6 +149,7 @@ def test_promises_that_were_kept(records: list[Record]) -> None:
         ("no alert", [MONITORED, STOPPED, replace(DOWN, replica=1)]),
         ("no alert", [MONITORED, STOPPED, replace(DOWN, begin=70, end=80)]),
         ("no alert", [MONITORED, STOPPED, replace(DOWN, alert="ClassifierNoWorker")]),
+        ("no alert", [MONITORED, replace(JAVA, recovered=57)]),
         ("false alarm", [MONITORED, DOWN]),
         ("false alarm", [MONITORED, replace(DOWN, alert="ClassifierWorkerMemoryGrowing",
                                             state="firing")]),

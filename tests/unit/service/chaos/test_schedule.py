@@ -12,7 +12,7 @@ from handler.errors import SetupError
 from service.chaos.faults import FAULTS
 from service.chaos.history import Attempt, Fault, History
 from service.chaos.prometheus import MONITORING
-from service.chaos.schedule import KINDS, PATIENT, RATIOS, Step, make_schedule, read_schedule
+from service.chaos.schedule import COMMON, KINDS, PATIENT, Step, make_schedule, read_schedule
 
 
 def steps(seed: int, count: int) -> list[Step]:
@@ -30,6 +30,11 @@ def test_each_round_has_every_fault_once() -> None:
     assert Counter(step.fault for step in rounds[: len(KINDS)]) == dict.fromkeys(KINDS, 1)
 
 
+def test_none_but_some_faults() -> None:
+    steps = islice(make_schedule(3, replicas=2, faults=["scale", "crowd"]), 6)
+    assert Counter(step.fault for step in steps) == {"scale": 3, "crowd": 3}
+
+
 def test_faults_hit_what_they_are_for() -> None:
     for step in steps(4, 200):
         assert step.replica in ((-1,) if step.kind.target == "gateway" else (0, 1))
@@ -43,11 +48,12 @@ def test_every_fault_can_be_injected() -> None:
 def test_every_alert_of_a_fault_exists() -> None:
     groups = yaml.safe_load((MONITORING / "alerts.yml").read_text("utf-8"))["groups"]
     known = {rule["alert"]: rule.get("for", "0m") for group in groups for rule in group["rules"]}
-    assert known.keys() >= RATIOS
+    assert known.keys() >= COMMON
     assert {name for name, wait in known.items() if wait in ("15m", "1h")} == PATIENT
     for kind in KINDS.values():
         assert {*kind.alerts, *kind.may_raise} <= known.keys()
-        assert all(seconds < kind.seconds[1] for seconds in kind.alerts.values())
+        longest = kind.recovery if kind.is_momentary else kind.seconds[1]
+        assert all(seconds < longest for seconds in kind.alerts.values())
 
 
 def test_a_fault_raises_an_alert_or_there_is_a_reason() -> None:

@@ -12,7 +12,7 @@ from service.bootstrap import PYTHON, ROOT, set_up
 REQUIREMENTS = {  # of the commands that need more than requirements.txt
     "test": "requirements-dev.txt",
     "benchmark": "requirements-benchmark.txt",
-    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
+    "generate": "requirements-dev.txt",  # every command's options, and the .proto's compiler
     "tune": "requirements-benchmark.txt",
 }
 
@@ -40,6 +40,8 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-int8.txt")
     if signatures:
         requirements.append("requirements-signing.txt")
+    if command in ("serve", "gateway") and os.environ.get("GATEWAY_GRPC_PORT", "0") != "0":
+        requirements.append("requirements-grpc.txt")
     try:
         set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:

@@ -96,5 +96,5 @@ def test_answers_to_fewer_images_or_outputs_differ() -> None:
     found = {result.name: result.seen for result in compare(answers)}
     assert found == {
         "the same result: gRPC": "1 answers to 2 images",
-        "the same result: REST binary": "a is in one alone",
+        "the same result: REST binary": "a is missing",
     }

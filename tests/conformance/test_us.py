@@ -15,6 +15,8 @@ from tests.server.serving import serving
 MODELS = ("mobilenet_v2", "resnet50")
 # All that is not tested, and why.
 UNTESTED = {"the model's first input has one dimension": 1}
+# Where the service leaves the protocol's words on purpose: docs/protocols.md says why.
+DEVIATIONS = {"no outputs named"}
 
 
 @dataclass
@@ -42,9 +44,12 @@ def test_nothing_fails(us: Addresses, model: str) -> None:
     subject = examine(us.url, model, grpc=us.grpc, images=())
     results = list(run(subject))
     failed = [
-        f"{each.protocol}, {each.name}: {each.seen}" for each in results if each.outcome == FAIL
+        f"{each.protocol}, {each.name}: {each.seen}"
+        for each in results
+        if each.outcome == FAIL and each.name not in DEVIATIONS
     ]
     assert not failed
+    assert DEVIATIONS <= {each.name for each in results if each.outcome == FAIL}
     untested = Counter(each.seen for each in results if each.outcome == NOT_OFFERED)
     assert untested == UNTESTED
     assert {each.client.rpartition(" ")[0] for each in results} == {

@@ -188,6 +188,13 @@ def unknown_output(subject: Subject) -> None:
     refused(infer(subject, json_request(subject, outputs=[{"name": "no-such-output"}])))
 
 
+@check(NEW, "no outputs named", "If none are named, all outputs are returned.", REST)
+def no_outputs_named(subject: Subject) -> None:
+    names = sorted(tensor["name"] for tensor in subject.outputs)
+    found = sorted(outputs_of(answered(infer(subject, json_request(subject)))))
+    expect(found == names, f"the metadata has {names}, the answer {found}")
+
+
 @check(NEW, "outputs by name: only these", "The outputs that are named are returned.", REST)
 def only_named_outputs(subject: Subject) -> None:
     for output in subject.outputs:

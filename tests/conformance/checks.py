@@ -148,7 +148,8 @@ def outcome_of(check: Check, subject: Subject) -> Result:
 def differences(first: Json, second: Json) -> list[str]:
     """What differs between two answers: names of outputs, their datatype, shape or a value.
 
-    The second may have more outputs: some clients have to name those that they want. Values are lists, flat; numbers are the same within 1e-6 of their size or of 1.
+    The second may have more outputs: some clients have to name those that they want. Values are
+    flat lists; numbers are the same within 1e-6 of their size or of 1.
     """
     found = [f"{name} is missing" for name in sorted(first.keys() - second.keys())]
     for name in sorted(first.keys() & second.keys()):

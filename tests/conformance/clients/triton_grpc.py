@@ -93,7 +93,7 @@ def refused(call: Callable[[], object], *codes: str) -> None:
         call()
     except grpc.RpcError as exc:
         code = exc.code().name
-        expect(code in (codes or CLIENTS_FAULT), f"{code}: {exc.details()[:150]}")
+        expect(code in (codes or CLIENTS_FAULT), f"{code}: {str(exc.details())[:150]}")
     except InferenceServerException as exc:
         code = str(exc.status()).removeprefix("StatusCode.")
         expect(code in (codes or CLIENTS_FAULT), f"{code}: {exc.message()[:150]}")
@@ -299,7 +299,7 @@ def no_message(subject: Subject) -> None:
 
 def health_of(subject: Subject, service: str) -> str:
     with channel(subject) as opened:
-        stub = health_pb2_grpc.HealthStub(opened)
+        stub: Any = health_pb2_grpc.HealthStub(opened)  # its types lack the methods
         request = health_pb2.HealthCheckRequest(service=service)
         try:
             status = stub.Check(request, timeout=SECONDS).status

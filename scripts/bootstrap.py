@@ -12,7 +12,7 @@ from service.bootstrap import PYTHON, ROOT, set_up
 REQUIREMENTS = {  # of the commands that need more than requirements.txt
     "test": "requirements-dev.txt",
     "benchmark": "requirements-benchmark.txt",
-    "generate": "requirements-benchmark.txt",  # it asks ./scripts/benchmark for its options
+    "generate": "requirements-dev.txt",  # every command's options, and the .proto's compiler
     "tune": "requirements-benchmark.txt",
 }
 
@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
             "name another with PYTHON=/path/to/python3"
         )
     command, *rest = argv
+    if command == "conformance":  # for anybody's server: no torch, and environments of its own
+        os.execv(sys.executable, [sys.executable, str(ROOT / "scripts" / "conformance.py"), *rest])
     torch_build, signatures = "auto", False
     if command in ("serve", "package"):  # their mistakes and --help need no set-up
         from service import options  # after the version check: newer syntax
@@ -38,6 +40,8 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-int8.txt")
     if signatures:
         requirements.append("requirements-signing.txt")
+    if command in ("serve", "gateway") and os.environ.get("GATEWAY_GRPC_PORT", "0") != "0":
+        requirements.append("requirements-grpc.txt")
     try:
         set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:

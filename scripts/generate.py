@@ -1,4 +1,7 @@
-"""Write handler/configs/metrics.yaml and the tables of the documents, as the code declares them."""
+"""Write handler/configs/metrics.yaml, the tables of the documents and the messages of gRPC.
+
+They are made from what the code and the .proto declare.
+"""
 
 import argparse
 import sys
@@ -9,8 +12,9 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import gateway, healthcheck, predict, sbom
+from scripts import conformance, gateway, healthcheck, predict, sbom
 from service.generated import ROOT, outdated
+from service.openinference import compiled
 from service.options import package_parser, serve_parser
 
 
@@ -33,6 +37,7 @@ PARSERS = {
     "gateway": gateway.make_parser,
     "chaos": service.chaos.options.make_parser,
     "sbom": sbom.make_parser,
+    "conformance": conformance.make_parser,
     "generate": make_parser,
 }
 
@@ -40,7 +45,7 @@ PARSERS = {
 def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     try:
-        stale = outdated({name: make() for name, make in PARSERS.items()})
+        stale = outdated({name: make() for name, make in PARSERS.items()}) | compiled.outdated()
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2

@@ -48,8 +48,10 @@ def prepare(plan: ServicePlan, log: Log) -> tuple[TorchServe, Gateway | None]:
     for note in plan.notes:
         print(note, file=sys.stderr)
     gateway = Gateway(plan.gateway, log) if plan.gateway else None
-    ports = {"the gateway (--gateway-port)": gateway.address} if gateway else {}
-    check_ports(plan.server.addresses.by_purpose() | ports)
+    ports = plan.server.addresses.by_purpose()
+    if gateway:
+        ports |= {"the gateway (--gateway-port)": gateway.address} | gateway.grpc_address
+    check_ports(ports)
     java = find_java()
     stale = [package for package in plan.packages if not is_current(package)]
     if stale and plan.public_key:

@@ -16,6 +16,7 @@ from service.gateway.config import DEPLOY, Replicas, render, targets, worker_use
 from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.logs import Log
+from service.openinference.process import GrpcServer
 from service.ports import check_ports
 from service.processes import Guardian, end, wait_until
 from service.temporary import TemporaryFolder
@@ -31,7 +32,7 @@ RESOLVE_SECONDS = 5  # between look-ups of the replicas' names
 
 
 class GatewayEnded(Exception):
-    """nginx has ended by itself; its log has the cause."""
+    """nginx, or the gRPC server beside it, has ended by itself; its log has the cause."""
 
 
 class Gateway:
@@ -40,11 +41,13 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, output: Log) -> None:
         """`output` takes the access log.
 
-        Raises SetupError if nginx or its module is not installed, or a key is malformed.
+        Raises SetupError if nginx, its module or what gRPC needs is not installed, or a key is
+        malformed.
         """
         self._settings = settings
         self._output = output
         self._nginx, self._modules = find_nginx()
+        self._grpc = GrpcServer(settings, output) if settings.grpc_port else None
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
@@ -58,7 +61,7 @@ class Gateway:
 
     def start(self) -> None:
         """Check the configuration and start nginx. Raises SetupError."""
-        check_ports({"the gateway (GATEWAY_PORT)": self.address})
+        check_ports({"the gateway (GATEWAY_PORT)": self.address} | self.grpc_address)
         self._temporary = TemporaryFolder("gateway-")
         self._folder = self._temporary.path
         self._guardian = Guardian(self._folder)
@@ -96,6 +99,11 @@ class Gateway:
         wait_until(lambda: pid_file.exists() or process.poll() is not None, START_SECONDS, 0.02)
         if not pid_file.exists():
             raise SetupError("nginx did not start; the cause is in the log above")
+        if self._grpc:
+            user = worker_user()
+            ids = (user.pw_uid, user.pw_gid) if user else None
+            socket = self._folder / "inside" / "sock"
+            self._grpc.start(self._guardian, socket, ids, self._stop_seconds)
         self._watch.start(self._folder / "control" / "sock")
 
     def _relay(self, reader: int) -> None:
@@ -146,6 +154,8 @@ class Gateway:
             return
         if (status := self._process.poll()) is not None:
             raise GatewayEnded(f"nginx ended with status {status}")
+        if self._grpc and (status := self._grpc.exit_status()) is not None:
+            raise GatewayEnded(f"the gRPC server ended with status {status}")
         stamp = self._stamp()
         if stamp != self._changed:  # and may still be changing: editors empty a file first
             self._changed = stamp
@@ -172,16 +182,30 @@ class Gateway:
         return self._settings.host, self._settings.port
 
     @property
+    def grpc_address(self) -> dict[str, tuple[str, int]]:
+        """Where gRPC is served, by what it is for; empty if it is not."""
+        settings = self._settings
+        address = (settings.host, settings.grpc_port)
+        return {"gRPC (GATEWAY_GRPC_PORT)": address} if settings.grpc_port else {}
+
+    @property
+    def _stop_seconds(self) -> int:
+        """For requests in progress when it stops."""
+        return min(self._settings.response_timeout_seconds, MAX_STOP_SECONDS)
+
+    @property
     def has_keys(self) -> bool:
         return self._settings.keys_file is not None
 
     def stop(self) -> None:
         """Close the listeners, let requests in flight be answered, and end."""
         self._watch.stop()
-        if self._process is not None:
+        if self._grpc:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
-                seconds = min(self._settings.response_timeout_seconds, MAX_STOP_SECONDS)
-                end(self._process, seconds + 5, signal.SIGQUIT)
+                self._grpc.stop(self._stop_seconds + 5)  # first: it asks nginx
+        if self._process is not None:
+            with suppress(KeyboardInterrupt):  # as above
+                end(self._process, self._stop_seconds + 5, signal.SIGQUIT)
         if self._log is not None:
             self._log.join()
         if self._temporary is not None:

@@ -35,6 +35,9 @@ class GatewaySettings:
 
     host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
+    grpc_port: int = setting(
+        0, "port of the Open Inference Protocol over gRPC; 0: it is not served", low=0, high=65535
+    )
     upstreams: str = setting(
         "127.0.0.1:8080",
         "TorchServe's predictions, `HOST:PORT,…`; a name stands for all its IPv4 addresses, looked "

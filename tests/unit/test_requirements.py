@@ -37,7 +37,10 @@ def imported(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize(
     ("folder", "files"),
-    [("handler", ["", "-gpu"]), ("service", ["", "-int8", "-benchmark", "-signing"])],
+    [
+        ("handler", ["", "-gpu"]),
+        ("service", ["", "-int8", "-benchmark", "-signing", "-grpc", "-dev"]),
+    ],
 )
 def test_every_import_is_pinned_by_name(folder: str, files: list[str]) -> None:
     """A package that only comes with another one would change, or go, with the other's version."""

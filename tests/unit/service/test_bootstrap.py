@@ -237,6 +237,27 @@ def test_what_only_signatures_need_is_installed_for_them(
     assert ("requirements-signing.txt" in asked) is needed
 
 
+@pytest.mark.parametrize(
+    ("command", "port", "needed"),
+    [
+        ("serve", "8001", True),
+        ("gateway", "8001", True),
+        ("gateway", "0", False),
+        ("serve", "", False),
+    ],
+)
+def test_what_only_grpc_needs_is_installed_for_it(
+    monkeypatch: pytest.MonkeyPatch, command: str, port: str, needed: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
+    monkeypatch.setattr("os.execv", lambda *command: None)
+    if port:
+        monkeypatch.setenv("GATEWAY_GRPC_PORT", port)
+    assert main([command]) == 0
+    assert ("requirements-grpc.txt" in asked) is needed
+
+
 def test_old_pythons_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,1 @@
+"""Other servers, which the kit is held against."""

@@ -75,11 +75,11 @@ class ModelPlan:
     def check_limits(self, labels: Sequence[str]) -> None:
         """Raise InvalidSettings if the handler's limits do not fit into TorchServe's.
 
-        The largest answer is that of a full batch of the most images with every class: TorchServe
-        kills the worker that exceeds max_response_size.
+        The largest answer is that of a full batch of the most images with every class, whose labels
+        V2 may give twice: TorchServe kills the worker that exceeds max_response_size.
         """
         batch, images = self.config["batchSize"], self.settings.max_images
-        image = 1024 + sum(64 + len(label.encode()) for label in labels)  # bytes
+        image = 1024 + sum(64 + 2 * len(label.encode()) for label in labels)  # bytes
         if (answer := batch * images * image) > (limit := self.server.max_response_size):
             fitting = limit // (images * image)
             remedy = f"use --batch-size {fitting}" if fitting else "lower max_images"

@@ -9,7 +9,9 @@ from typing import Any
 from handler.answers import encode, failure
 from handler.errors import RequestError
 from handler.fields import MAX_TEXT
-from handler.payloads import ImageRequest, read_request
+from handler.payloads import ImageRequest, protocol_of, read_request
+from handler.pixels import RawPixels
+from handler.replies import refuse
 from handler.settings import Settings
 from tests.fuzz.target import Target
 
@@ -19,13 +21,20 @@ FIELD = b"\x00\x00"  # ends a field of a row that TorchServe has taken apart
 
 
 def check(data: bytes) -> None:
-    row, headers = arrived(data)
+    check_row(*arrived(data))
+
+
+def check_row(row: dict[str, Any], headers: dict[str, str]) -> ImageRequest | None:
+    """A row is read, or refused in the protocol of its request."""
     try:
         request = read_request(row, headers, CLASSES, SETTINGS)
     except RequestError as error:
         check_refusal(error)
-        return
+        reply = refuse(error, protocol_of(row, headers))
+        assert (reply.status, json.loads(reply.body) != {}) == (error.status, True)
+        return None
     check_request(request)
+    return request
 
 
 def check_request(request: ImageRequest) -> None:
@@ -38,6 +47,9 @@ def check_request(request: ImageRequest) -> None:
     for image in request.images:
         if isinstance(image, RequestError):
             check_refusal(image)
+        elif isinstance(image, RawPixels):
+            width, height = image.size
+            assert len(image.data) == width * height * 3 > 0
         else:
             assert type(image) is bytes
     for name in request.filenames:

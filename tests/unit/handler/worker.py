@@ -31,7 +31,8 @@ class Reply:
     status: int
     phrase: str
     content_type: str | None
-    body: Any
+    body: Any  # what the JSON says, or bytes that are not all JSON
+    headers: Mapping[str, str]
 
     @property
     def error(self) -> str | None:
@@ -100,9 +101,11 @@ def ask(
         classifier.accounts.settle()
     assert len(bodies) == len(rows)
     return [
-        Reply(status, phrase, context.get_response_content_type(index), json.loads(body))
-        for index, body in enumerate(bodies)
+        Reply(status, phrase, content_type, body, context.get_response_headers(index))
+        for index, sent in enumerate(bodies)
         for status, phrase in [context.get_response_status(index)]
+        for content_type in [context.get_response_content_type(index)]
+        for body in [json.loads(sent) if content_type == "application/json" else sent]
     ]
 
 

@@ -30,6 +30,8 @@ from tests.server.serving import Server, package, serving
 
 CALLS = 32  # at a time
 HANG_SECONDS = 30
+QUIET_SECONDS = 0.2  # after which a connection is closed from here
+MODEL = {"models": "mobilenet_v2"}
 UNDESERVED = {"INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE", "DATA_LOSS"}
 LIMITS = {
     "client_timeout_seconds": "2",
@@ -66,6 +68,9 @@ async def is_done(port: int, sent: Stream) -> bool:
     try:
         with suppress(ConnectionError):
             writer.write(sent.data)
+            with suppress(asyncio.TimeoutError):
+                while await asyncio.wait_for(reader.read(65536), QUIET_SECONDS):
+                    pass
             writer.write_eof()
             await asyncio.wait_for(reader.read(), HANG_SECONDS)
     except asyncio.TimeoutError:  # not the builtin one before Python 3.11
@@ -115,7 +120,7 @@ def watch(gateway: Gateway, port: int, count: int, seed: int) -> Findings:
 
 
 def against_stand_in(folder: Path, count: int, seed: int) -> Findings:
-    with serving_grpc(folder, **LIMITS) as served:
+    with serving_grpc(folder, **LIMITS | MODEL) as served:
         found = watch(served.gateway, served.port, count, seed)
         found.wrong += served.replica.faults
     return found

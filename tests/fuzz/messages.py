@@ -16,7 +16,18 @@ OTHERS = (
     "/inference.GRPCInferenceService/",
     "/inference.Unknown/ModelInfer",
 )
-WORDS = ("", "image", "label", "resnet50", "1.0", "../../health", "a b", "\0", "x" * 300, "ü€😀")
+WORDS = (
+    "",
+    "image",
+    "label",
+    "mobilenet_v2",
+    "1.0",
+    "../../health",
+    "a b",
+    "\0",
+    "x" * 300,
+    "ü€😀",
+)
 PARAMETERS = ("top_k", "classification", "binary_data", "binary_data_size", "sequence_id", "")
 SIZES = (-(2**63), -1, 0, 1, 2, 3, 224, 2**31, 2**63 - 1)
 KEYS = (
@@ -53,7 +64,7 @@ class Stream(NamedTuple):
 
 def good(rng: random.Random) -> pb.ModelInferRequest:
     """A request that is answered."""
-    request = pb.ModelInferRequest(model_name="resnet50", id=rng.choice(("", "an id")))
+    request = pb.ModelInferRequest(model_name="mobilenet_v2", id=rng.choice(("", "an id")))
     body = rng.randbytes(rng.randrange(200))
     if rng.random() < 0.5:
         tensor = request.inputs.add(name="image", datatype="BYTES", shape=[1])

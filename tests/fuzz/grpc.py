@@ -18,6 +18,7 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -56,7 +57,8 @@ class Findings:
 async def answer_to(channel: grpc.aio.Channel, sent: Message) -> str:
     """The name of the code, "OK" for an answer."""
     try:
-        await channel.unary_unary(sent.method)(sent.data, timeout=HANG_SECONDS)
+        method: Any = channel.unary_unary(sent.method)
+        await method(sent.data, timeout=HANG_SECONDS)
     except grpc.aio.AioRpcError as error:
         return str(error.code().name)
     return "OK"

@@ -3,7 +3,7 @@
 import random
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.openinference import inference_pb2 as pb
 from service.openinference.rest import TYPES
@@ -148,7 +148,7 @@ def _raw(request: pb.ModelInferRequest, rng: random.Random) -> None:
 
 def _parameters(request: pb.ModelInferRequest, rng: random.Random) -> None:
     request.outputs.add(name=rng.choice((*WORDS, "probabilities")))
-    places = [request, *request.inputs, *request.outputs]
+    places: list[Any] = [request, *request.inputs, *request.outputs]
     for place in rng.sample(places, rng.randint(1, len(places))):
         parameter = place.parameters[rng.choice((*PARAMETERS, *WORDS))]
         name = rng.choice(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
@@ -120,8 +121,9 @@ def test_rates_are_each_clients(tmp_path: Path) -> None:
             with pytest.raises(grpc.RpcError) as error:
                 infer(channel, IMAGE, metadata=from_address(address))
             assert error.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
-            assert error.value.details().startswith("TooManyRequests: ")
-            assert dict(error.value.trailing_metadata())["retry-after"] == "1"
+            assert str(error.value.details()).startswith("TooManyRequests: ")
+            trailers: Any = error.value.trailing_metadata()
+            assert dict(trailers)["retry-after"] == "1"
 
 
 def test_a_deadline_reaches_the_handler(tmp_path: Path) -> None:
@@ -171,7 +173,7 @@ class Slow:
 
     def __init__(self, channel: grpc.Channel, address: str, count: int) -> None:
         self._ended = threading.Event()
-        method = channel.stream_unary(f"/{SERVICE}/ModelInfer")
+        method: Any = channel.stream_unary(f"/{SERVICE}/ModelInfer")
         metadata = from_address(address)
         self.calls = [
             method.future(self._nothing(), metadata=metadata, timeout=TIMEOUT) for _ in range(count)

@@ -220,6 +220,7 @@ def call_in_frames(
     data: bytes,
     prefix: tuple[int, int] | None = None,
     extra: bytes = b"",
+    path: bytes = f"{SERVICE}ModelInfer".encode(),
 ) -> bytes:
     """All that a client sends on a connection for one call of ModelInfer.
 
@@ -228,7 +229,7 @@ def call_in_frames(
     headers = [
         (b":method", b"POST"),
         (b":scheme", b"http"),
-        (b":path", f"{SERVICE}ModelInfer".encode()),
+        (b":path", path),
         (b":authority", b"x"),
         (b"content-type", b"application/grpc"),
         (b"te", b"trailers"),

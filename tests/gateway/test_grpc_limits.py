@@ -96,6 +96,30 @@ def test_a_key_that_is_no_header_is_not_logged(tmp_path: Path) -> None:
     assert "secret" not in seen
 
 
+def test_a_path_that_is_not_text_ends_nothing(tmp_path: Path) -> None:
+    """It ends a server of grpc.aio, whose place another takes; what was begun is answered."""
+    frames = call_in_frames([], IMAGE.SerializeToString(), path=b"/\xeb")
+    with serving_grpc(tmp_path) as served, ThreadPoolExecutor(1) as pool:
+        served.replica.held = threading.Event()
+        with served.channel() as channel:
+            begun = pool.submit(infer, channel, IMAGE)
+            wait_for(lambda: served.replica.requests == 1)
+            for count in range(2, 5):
+                with socket.create_connection(("127.0.0.1", served.port), TIMEOUT) as connection:
+                    connection.sendall(frames)
+                    wait_for(lambda: listened(served) == count, 10)  # noqa: B023
+            served.replica.held.set()
+            assert begun.result().model_name == "resnet50"
+        with served.channel() as channel:
+            infer(channel, IMAGE)
+        assert served.gateway.stop() == 0
+
+
+def listened(served: Served) -> int:
+    lines = served.gateway.lines("grpc")
+    return sum("gRPC listens" in line.get("message", "") for line in lines)
+
+
 @pytest.mark.parametrize(
     ("proxies", "address"), [("", "127.0.0.1"), ("127.0.0.0/8,10.1.0.0/16", "192.0.2.7")]
 )

@@ -25,7 +25,7 @@ each_service = pytest.mark.parametrize("name", SERVICES)
 each_of_ours = pytest.mark.parametrize("name", OURS)
 
 
-@pytest.mark.parametrize("file", ["compose.yaml", "compose.local.yaml"])
+@pytest.mark.parametrize("file", ["compose.yaml", "compose.local.yaml", "compose.grpc.yaml"])
 def test_the_compose_specification_allows_it(file: str) -> None:
     tool = Path(sys.executable).with_name("check-jsonschema")
     done = subprocess.run(
@@ -35,6 +35,13 @@ def test_the_compose_specification_allows_it(file: str) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_grpc_is_published_where_it_is_served() -> None:
+    gateway = yaml.safe_load((DEPLOY / "compose.grpc.yaml").read_text())["services"]["gateway"]
+    check_variables(gateway["environment"])
+    number = gateway["environment"]["GATEWAY_GRPC_PORT"]
+    assert gateway["ports"] == [f"${{BIND:-127.0.0.1}}:{number}:{number}"]
 
 
 @each_service

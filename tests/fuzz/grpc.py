@@ -4,8 +4,10 @@
 
 Behind the gateway is a stand-in that takes nothing but V2 over REST; with --real, TorchServe. A
 finding is INTERNAL or UNKNOWN, a call that is never answered, a traceback in the log, anything
-else that reaches the stand-in, or a process that was replaced. A tenth are raw frames of HTTP/2, of
-whose answers only the time counts.
+else that reaches the stand-in, or a process that was replaced. Then a tenth as many connections get
+raw frames of HTTP/2, of whose answers only the time counts; a last call must be answered. Frames
+whose path is not UTF-8 end a server of grpc.aio, which is replaced: that is counted, and is no
+finding.
 """
 
 import argparse
@@ -18,11 +20,12 @@ from collections import Counter
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from tests.fuzz.http import processes
-from tests.fuzz.messages import Message, Stream, message, stream
+from tests.fuzz.messages import SERVICE, Message, Stream, message, stream
 from tests.gateway.running import Gateway, running, settings
 from tests.gateway.v2 import serving_grpc
 from tests.processes import free_port
@@ -30,6 +33,10 @@ from tests.server.serving import Server, package, serving
 
 CALLS = 32  # at a time
 HANG_SECONDS = 30
+CONNECTS = 50  # tries
+NOT_UTF8 = "codec can't decode byte"
+QUIET_SECONDS = 0.2  # after which a connection is closed from here
+MODEL = {"models": "mobilenet_v2"}
 UNDESERVED = {"INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE", "DATA_LOSS"}
 LIMITS = {
     "client_timeout_seconds": "2",
@@ -48,13 +55,15 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
+    replaced: int = 0
     seconds: float = 0.0
 
 
 async def answer_to(channel: grpc.aio.Channel, sent: Message) -> str:
     """The name of the code, "OK" for an answer."""
     try:
-        await channel.unary_unary(sent.method)(sent.data, timeout=HANG_SECONDS)
+        method: Any = channel.unary_unary(sent.method)
+        await method(sent.data, timeout=HANG_SECONDS)
     except grpc.aio.AioRpcError as error:
         return str(error.code().name)
     return "OK"
@@ -64,12 +73,14 @@ async def is_done(port: int, sent: Stream) -> bool:
     """Whether the server says or does anything about these frames in time."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
-        with suppress(ConnectionError):
+        with suppress(OSError):  # the server has closed it
             writer.write(sent.data)
+            with suppress(asyncio.TimeoutError):
+                while await asyncio.wait_for(reader.read(65536), QUIET_SECONDS):
+                    pass
             writer.write_eof()
-            await asyncio.wait_for(reader.read(), HANG_SECONDS)
-    except asyncio.TimeoutError:  # not the builtin one before Python 3.11
-        return False
+            ended = asyncio.ensure_future(reader.read())
+            return bool((await asyncio.wait({ended}, timeout=HANG_SECONDS))[0])
     finally:
         writer.close()
     return True
@@ -77,18 +88,13 @@ async def is_done(port: int, sent: Stream) -> bool:
 
 async def send_all(port: int, count: int, seed: int, found: Findings) -> None:
     numbers = iter(range(count))
+    connections = iter(range(count // 10))
     target, options = f"127.0.0.1:{port}", [("grpc.enable_http_proxy", 0)]
 
     async def send(channel: grpc.aio.Channel) -> None:
         for number in numbers:
             rng = random.Random(f"{seed} {number}")
             found.sent += 1
-            if number % 10 == 0:
-                frames = stream(rng)
-                found.kinds[frames.kind] += 1
-                if not await is_done(port, frames):
-                    found.wrong.append(f"not done: {frames}")
-                continue
             sent = message(rng)
             found.kinds[sent.kind] += 1
             code = await answer_to(channel, sent)
@@ -96,9 +102,28 @@ async def send_all(port: int, count: int, seed: int, found: Findings) -> None:
             if code in UNDESERVED:
                 found.wrong.append(f"undeserved {code}: {sent}")
 
+    async def connect() -> None:
+        for number in connections:
+            frames = stream(random.Random(f"{seed} frames {number}"))
+            found.kinds[frames.kind] += 1
+            for _ in range(CONNECTS):
+                with suppress(ConnectionError):  # while the server is replaced
+                    if not await is_done(port, frames):
+                        found.wrong.append(f"not done: {frames}")
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                found.wrong.append(f"no connection: {frames}")
+
     started = time.monotonic()
     async with grpc.aio.insecure_channel(target, options) as channel:
         await asyncio.gather(*(send(channel) for _ in range(CALLS)))
+    await asyncio.gather(*(connect() for _ in range(CALLS)))
+    await asyncio.sleep(1)
+    async with grpc.aio.insecure_channel(target, options) as channel:
+        last = Message("last", f"{SERVICE}ServerLive", b"")
+        if (code := await answer_to(channel, last)) != "OK":
+            found.wrong.append(f"the last call: {code}")
     found.seconds = time.monotonic() - started
 
 
@@ -110,12 +135,17 @@ def watch(gateway: Gateway, port: int, count: int, seed: int) -> Findings:
     if processes(gateway) != before:
         found.wrong.append("processes of the gateway were replaced")
     lines = gateway.lines("grpc")
-    found.wrong += [f"in the log: {line}" for line in lines if line["level"] != "INFO"]
+    found.replaced = sum("gRPC listens" in line.get("message", "") for line in lines) - 1
+    found.wrong += [
+        f"in the log: {line}"
+        for line in lines
+        if line["level"] != "INFO" and NOT_UTF8 not in line.get("message", "")
+    ]
     return found
 
 
 def against_stand_in(folder: Path, count: int, seed: int) -> Findings:
-    with serving_grpc(folder, **LIMITS) as served:
+    with serving_grpc(folder, **LIMITS | MODEL) as served:
         found = watch(served.gateway, served.port, count, seed)
         found.wrong += served.replica.faults
     return found
@@ -138,7 +168,7 @@ def report(found: Findings) -> str:
     return (
         f"{found.sent} calls in {found.seconds:.0f} s "
         f"({found.sent / max(found.seconds, 0.001):.0f}/s), findings: {len(found.wrong)}\n"
-        f"kinds: {kinds}\nanswers: {codes}"
+        f"kinds: {kinds}\nanswers: {codes}\nservers replaced: {found.replaced}"
     )
 
 

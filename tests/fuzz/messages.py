@@ -3,7 +3,7 @@
 import random
 import struct
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from service.openinference import inference_pb2 as pb
 from service.openinference.rest import TYPES
@@ -16,7 +16,18 @@ OTHERS = (
     "/inference.GRPCInferenceService/",
     "/inference.Unknown/ModelInfer",
 )
-WORDS = ("", "image", "label", "resnet50", "1.0", "../../health", "a b", "\0", "x" * 300, "ü€😀")
+WORDS = (
+    "",
+    "image",
+    "label",
+    "mobilenet_v2",
+    "1.0",
+    "../../health",
+    "a b",
+    "\0",
+    "x" * 300,
+    "ü€😀",
+)
 PARAMETERS = ("top_k", "classification", "binary_data", "binary_data_size", "sequence_id", "")
 SIZES = (-(2**63), -1, 0, 1, 2, 3, 224, 2**31, 2**63 - 1)
 KEYS = (
@@ -53,7 +64,7 @@ class Stream(NamedTuple):
 
 def good(rng: random.Random) -> pb.ModelInferRequest:
     """A request that is answered."""
-    request = pb.ModelInferRequest(model_name="resnet50", id=rng.choice(("", "an id")))
+    request = pb.ModelInferRequest(model_name="mobilenet_v2", id=rng.choice(("", "an id")))
     body = rng.randbytes(rng.randrange(200))
     if rng.random() < 0.5:
         tensor = request.inputs.add(name="image", datatype="BYTES", shape=[1])
@@ -137,7 +148,7 @@ def _raw(request: pb.ModelInferRequest, rng: random.Random) -> None:
 
 def _parameters(request: pb.ModelInferRequest, rng: random.Random) -> None:
     request.outputs.add(name=rng.choice((*WORDS, "probabilities")))
-    places = [request, *request.inputs, *request.outputs]
+    places: list[Any] = [request, *request.inputs, *request.outputs]
     for place in rng.sample(places, rng.randint(1, len(places))):
         parameter = place.parameters[rng.choice((*PARAMETERS, *WORDS))]
         name = rng.choice(
@@ -209,6 +220,7 @@ def call_in_frames(
     data: bytes,
     prefix: tuple[int, int] | None = None,
     extra: bytes = b"",
+    path: bytes = f"{SERVICE}ModelInfer".encode(),
 ) -> bytes:
     """All that a client sends on a connection for one call of ModelInfer.
 
@@ -217,7 +229,7 @@ def call_in_frames(
     headers = [
         (b":method", b"POST"),
         (b":scheme", b"http"),
-        (b":path", f"{SERVICE}ModelInfer".encode()),
+        (b":path", path),
         (b":authority", b"x"),
         (b"content-type", b"application/grpc"),
         (b"te", b"trailers"),

@@ -121,7 +121,9 @@ def test_pixels_and_parameters_become_v2_over_rest(
 
 
 def test_trailers_say_which_request_and_version_it_was(channel: grpc.Channel) -> None:
-    stub = channel.unary_unary(f"/{SERVICE}/ModelInfer", pb.ModelInferRequest.SerializeToString)
+    stub: Any = channel.unary_unary(
+        f"/{SERVICE}/ModelInfer", pb.ModelInferRequest.SerializeToString
+    )
     _, answered = stub.with_call(image_request(b"one"), timeout=TIMEOUT)
     trailers = dict(answered.trailing_metadata())
     assert trailers["x-model-version"] == "1.0"
@@ -208,10 +210,11 @@ def test_bytes_that_are_no_message_are_the_callers_error(
     channel: grpc.Channel, data: bytes
 ) -> None:
     """grpcio itself would say INTERNAL or UNKNOWN."""
+    stub: Any = channel.unary_unary(f"/{SERVICE}/ModelInfer")
     with pytest.raises(grpc.RpcError) as error:
-        channel.unary_unary(f"/{SERVICE}/ModelInfer")(data, timeout=TIMEOUT)
+        stub(data, timeout=TIMEOUT)
     assert error.value.code() == grpc.StatusCode.INVALID_ARGUMENT
-    assert "could not be read as a ModelInferRequest" in error.value.details()
+    assert "could not be read as a ModelInferRequest" in str(error.value.details())
 
 
 def test_a_method_that_there_is_not(channel: grpc.Channel) -> None:

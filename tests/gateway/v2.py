@@ -205,5 +205,5 @@ def refused(
     try:
         infer(channel, request, **options)
     except grpc.RpcError as error:
-        return error.code().name, error.details()
+        return error.code().name, str(error.details())
     raise AssertionError("it was answered")

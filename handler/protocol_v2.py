@@ -26,7 +26,6 @@ from handler.settings import Settings
 JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of the JSON, which binary tensors follow
 INPUT = "image"
 OUTPUTS = ("label", "class_id", "confidence", "probabilities")
-DEFAULT_OUTPUTS = OUTPUTS[:3]
 MAX_SIDE = 2**31
 
 _LENGTH = struct.Struct("<I")  # before each element of a binary BYTES tensor
@@ -47,7 +46,7 @@ class Output:
 class Wanted:
     """What the answer to a request has."""
 
-    outputs: tuple[Output, ...] = tuple(map(Output, DEFAULT_OUTPUTS))
+    outputs: tuple[Output, ...] = tuple(map(Output, OUTPUTS))
     id: str | None = None
 
 
@@ -200,7 +199,7 @@ def read_wanted(document: Mapping[str, Any], classes: int) -> Wanted:
     if asked is not None and not isinstance(asked, list):
         raise MalformedRequest("'outputs' must be a list")
     outputs: dict[str, Output] = {}
-    for one in asked or [{"name": name} for name in DEFAULT_OUTPUTS]:
+    for one in asked or [{"name": name} for name in OUTPUTS]:
         output = _read_output(one, binary, classes)
         if output.name in outputs:
             raise MalformedRequest(f"output '{output.name}' is asked for twice")

@@ -15,8 +15,6 @@ from tests.server.serving import serving
 MODELS = ("mobilenet_v2", "resnet50")
 # All that is not tested, and why.
 UNTESTED = {"the model's first input has one dimension": 1}
-# Where the service leaves the protocol's words on purpose: docs/protocols.md says why.
-DEVIATIONS = {"no outputs named"}
 
 
 @dataclass
@@ -44,12 +42,9 @@ def test_nothing_fails(us: Addresses, model: str) -> None:
     subject = examine(us.url, model, grpc=us.grpc, images=())
     results = list(run(subject))
     failed = [
-        f"{each.protocol}, {each.name}: {each.seen}"
-        for each in results
-        if each.outcome == FAIL and each.name not in DEVIATIONS
+        f"{each.protocol}, {each.name}: {each.seen}" for each in results if each.outcome == FAIL
     ]
     assert not failed
-    assert {each.name for each in results if each.outcome == FAIL} >= DEVIATIONS
     untested = Counter(each.seen for each in results if each.outcome == NOT_OFFERED)
     assert untested == UNTESTED
     assert {each.client.rpartition(" ")[0] for each in results} == {

@@ -91,8 +91,8 @@ def test_v2_in_json(server: Server, raw: Any, route: str) -> None:
     answer = response.json()
     assert (answer["model_name"], answer["model_version"]) == ("mobilenet_v2", "1.0")
     assert answer["id"] == "7"
-    assert [one["shape"] for one in answer["outputs"]] == [[len(FILES), 3]] * 3
-    compare(rows(*[one["data"] for one in answer["outputs"]]), raw)
+    assert [one["shape"] for one in answer["outputs"]] == [[len(FILES), 3]] * 4
+    compare(rows(*[one["data"] for one in answer["outputs"][:3]]), raw)
 
 
 @pytest.mark.parametrize("route", ROUTES_V2)
@@ -112,7 +112,7 @@ def test_v2_in_binary(server: Server, raw: Any, route: str, content_type: str | 
         for one in json.loads(response.content[:length])["outputs"]
     ]
     count = len(FILES) * 3
-    assert sizes[1:] == [8 * count, 4 * count]
+    assert sizes[1:] == [8 * count, 4 * count, 4 * count]  # three classes and their probabilities
     texts, rest = response.content[length:][: sizes[0]], response.content[length:][sizes[0] :]
     labels = []
     while texts:
@@ -120,7 +120,8 @@ def test_v2_in_binary(server: Server, raw: Any, route: str, content_type: str | 
         labels.append(texts[4 : 4 + size_of_one].decode())
         texts = texts[4 + size_of_one :]
     class_ids = np.frombuffer(rest[: sizes[1]], "<i8")
-    compare(rows(labels, class_ids, np.frombuffer(rest[sizes[1] :], "<f4")), raw)
+    confidences = np.frombuffer(rest[sizes[1] :][: sizes[2]], "<f4")
+    compare(rows(labels, class_ids, confidences), raw)
 
 
 @pytest.mark.parametrize("form", ["nested", "flat", "binary"])
@@ -138,7 +139,7 @@ def test_v2_of_pixels(server: Server, form: str) -> None:
         document["inputs"][0]["data"] = pixels.tolist() if form == "nested" else [*data]
         response = requests.post(server.url + ROUTES_V2[0], json=document, timeout=TIMEOUT)
     assert response.status_code == 200, response.text
-    compare(rows(*[one["data"] for one in response.json()["outputs"]]), expected)
+    compare(rows(*[one["data"] for one in response.json()["outputs"][:3]]), expected)
 
 
 def test_v2_of_all_probabilities(server: Server, raw: Any) -> None:
@@ -230,6 +231,6 @@ def test_torchserves_own_grpc_takes_all_forms(server: Server, raw: Any, tmp_path
     compare([read(one) for one in v1["predictions"]], raw[:2])
     document = v2_document(datatype="BYTES", shape=[2], data=[b64(first), b64(second)])
     v2 = ask_grpc(server, tmp_path, data=json.dumps(document).encode())
-    compare(rows(*[one["data"] for one in v2["outputs"]]), raw[:2])
+    compare(rows(*[one["data"] for one in v2["outputs"][:3]]), raw[:2])
     bad = ask_grpc(server, tmp_path, data=b"not an image")
     assert (bad["code"], bad["type"]) == (400, "UnreadableImage")

@@ -92,7 +92,10 @@ def test_v1_with_one_instance_has_one_list(classifier: ImageClassifier) -> None:
 
 def test_v2(classifier: ImageClassifier) -> None:
     [reply] = ask(classifier, v2(ONE, TWO, id="42", parameters={"top_k": 2}))
-    assert ok(reply) == {
+    probabilities = ok(reply)["outputs"].pop()
+    assert (probabilities["name"], probabilities["shape"]) == ("probabilities", [2, 3])
+    assert probabilities["data"][0] == pytest.approx(HIGH, abs=1e-6)
+    assert reply.body == {
         "model_name": "birds",
         "model_version": "1.0",
         "id": "42",
@@ -161,13 +164,15 @@ def test_v2_binary(classifier: ImageClassifier) -> None:
         {"binary_data_size": 36},
         {"binary_data_size": 32},
         {"binary_data_size": 16},
+        {"binary_data_size": 24},
     ]
     assert not [one for one in document["outputs"] if "data" in one]
     labels = b"\x05\0\0\0heron" + 3 * b"\x05\0\0\0crane"
     class_ids = b"".join(bytes([class_id]) + bytes(7) for class_id in (0, 1, 1, 2))
     assert tensors[:68] == labels + class_ids
-    confidences = struct.unpack("<4f", tensors[68:])
+    confidences = struct.unpack("<4f", tensors[68:84])
     assert confidences == pytest.approx([HIGH, MIDDLE, HIGH, MIDDLE], abs=1e-7)
+    assert sum(struct.unpack("<6f", tensors[84:])) == pytest.approx(2)
 
 
 def test_v2_some_outputs_in_binary(classifier: ImageClassifier) -> None:
@@ -365,7 +370,7 @@ def test_requests_of_all_protocols_share_a_batch(classifier: ImageClassifier) ->
     own, one_bad, two, raw, other, bad, none = ask(classifier, *rows)
     assert own.body["status"] == "success"
     assert refused(one_bad)[0] == refused(bad)[0] == refused(none)[0] == 400
-    assert [one["shape"] for one in ok(two)["outputs"]] == [[2, 3]] * 3
+    assert [one["shape"] for one in ok(two)["outputs"]] == [[2, 3]] * 4
     assert ok(raw)["outputs"][0]["data"] == ["heron", "crane", "crane"]
     assert ok(other)["predictions"] == [
         [prediction(1, HIGH), prediction(2, MIDDLE), prediction(0, LOW)]

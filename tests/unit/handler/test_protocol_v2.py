@@ -277,9 +277,11 @@ def asked(name: Any, **parameters: Any) -> dict[str, Any]:
     return {"name": name, "parameters": parameters}
 
 
-def test_three_outputs_by_default() -> None:
-    default = (Output("label"), Output("class_id"), Output("confidence"))
-    assert wanted() == wanted(outputs=[]) == wanted(outputs=None) == Wanted(default, None)
+def test_all_outputs_by_default() -> None:
+    """As the specification says of a request that names none."""
+    names = ("label", "class_id", "confidence", "probabilities")
+    default = Wanted(tuple(map(Output, names)), None)
+    assert wanted() == wanted(outputs=[]) == wanted(outputs=None) == default
 
 
 def test_outputs_in_the_order_asked_for() -> None:
@@ -291,7 +293,7 @@ def test_outputs_in_the_order_asked_for() -> None:
 def test_an_outputs_own_word_goes_over_the_requests() -> None:
     outputs = [asked("label", binary_data=False), asked("class_id"), asked("confidence")]
     all_binary = {"binary_data_output": True}
-    assert [one.binary for one in wanted(parameters=all_binary).outputs] == [True] * 3
+    assert [one.binary for one in wanted(parameters=all_binary).outputs] == [True] * 4
     one_not = wanted(parameters=all_binary, outputs=outputs).outputs
     assert [one.binary for one in one_not] == [False, True, True]
     one_alone = wanted(outputs=[asked("label", binary_data=True), asked("class_id")]).outputs

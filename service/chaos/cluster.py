@@ -155,7 +155,7 @@ class Cluster:
             "KEYS": str(self.keys),
             "RATE": "0",
             "RESPONSE_TIMEOUT_SECONDS": str(RESPONSE_SECONDS),
-            "CLIENT_TIMEOUT_SECONDS": "5",
+            "CLIENT_TIMEOUT_SECONDS": "8",  # longer than nginx is ever stopped
             "BODY_TIMEOUT_SECONDS": "10",
         }
         environ = environ | {f"GATEWAY_{name}": value for name, value in variables.items()}

@@ -125,7 +125,7 @@ class Traffic:
                 reply = await asyncio.wait_for(asking, ANSWER_SECONDS + request.seconds)
         except (OSError, asyncio.TimeoutError) as exc:
             seen["error"] = type(exc).__name__ + (f": {exc}" if str(exc) else "")
-        seconds = self.history.now() - begin
+        took = seconds = self.history.now() - begin
         if reply:
             seconds = reply.seconds
             seen["status"] = reply.status
@@ -142,6 +142,7 @@ class Traffic:
             request=number,
             attempt=attempt,
             time=begin,
+            sent=round(took - seconds, 3),
             seconds=round(seconds, 3),
             form=request.form,
             target=request.target,

@@ -85,6 +85,9 @@ def using(pid: int, megabytes_per_minute: float, per_minute: float = 0) -> list[
         [replace(KILLED, fault="crowd"), replace(GOOD, status=429, reason="TooManyRequests")],
         [replace(KILLED, fault="crowd"),
          replace(GOOD, statuses=(200, 429, 503), status=503, reason="Unavailable")],
+        # Its body was still being sent when they came.
+        [replace(KILLED, fault="crowd"),
+         replace(GOOD, time=40, sent=9.5, status=429, reason="TooManyRequests")],
         [Ended(time=51, replica=0, status=1), replace(KILLED, fault="kill_java", replica=0)],
         using(1, megabytes_per_minute=1, per_minute=0.5),
         # A process that has just started takes what it needs.

@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.watch:
             stop = Event()
             on_stop(lambda *_: stop.set())
-            autoscaler = Autoscaler(args.minimum, args.maximum, args.queue_ms, args.cool_down)
+            autoscaler = Autoscaler(args.minimum, args.maximum, args.target, args.cool_down)
             Watcher(model, autoscaler, headroom_of, args.interval, stop).run()
         else:
             workers = None if args.workers == "auto" else args.workers

@@ -109,8 +109,12 @@ class Generator:
         await asyncio.gather(*(client() for _ in range(clients)))
 
     async def open_loop(self, rate: float, begin: float, end: float) -> None:
+        await self.send_at(due_times(begin, end, rate))
+
+    async def send_at(self, times: Iterable[float]) -> None:
+        """One request at each of some times of perf_counter, until no image is left."""
         tasks: set[asyncio.Task[None]] = set()
-        for due, image in zip(due_times(begin, end, rate), self._images, strict=False):
+        for due, image in zip(times, self._images, strict=False):
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             task = asyncio.create_task(self._request(image, due))
             tasks.add(task)

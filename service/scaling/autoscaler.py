@@ -1,7 +1,9 @@
 """When to have more workers, and when fewer: the decisions of ./scripts/scale --watch."""
 
 import json
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -10,14 +12,13 @@ from typing import Any
 
 import requests
 
+from service.scaling.capacity import Cost, capacity_ratio
 from service.scaling.memory import MemoryHeadroom, count_fitting
 from service.scaling.model import Counters, Model
 from service.torchserve.management import ModelState, UnknownModel
 
-SLOW_INTERVALS = 2  # in a row, until there are more workers
-FAR_OVER = 4  # times the target: the workers are doubled
-QUIET_SHARE = 0.5  # of the target: a shorter queue is no reason to keep all workers
-BUSY_SHARE = 0.7  # how busy the workers that are left may be
+FULL_INTERVALS = 2  # in a row, until there are more workers
+COST_SECONDS = 60  # over which it is measured what a request takes
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sample:
     ready: int
     requests: int  # that came in
     queue_ms: float  # mean time that a request waited for a worker
-    busy: float  # workers that had a request in hand, on average; of a batch each counts
+    capacity_ratio: float | None  # None: nothing was answered lately, and requests came in
     pending: int  # requests that wait, at the end
     remaining: int  # requests that can still wait, at the end
 
@@ -41,19 +42,41 @@ class Decision:
     reason: str
 
 
-def compare(state: ModelState, before: Counters, after: Counters, seconds: float) -> Sample | None:
-    """The interval between two readings; None if the server has started again meanwhile."""
+def measure_cost(before: Counters, after: Counters) -> Cost | None:
+    """What a request took between two readings; None if the workers have reported none."""
+    handled = after.handled - before.handled
+    own_count = after.own_count - before.own_count
+    if handled <= 0 or own_count < 0:
+        return None
+    return Cost(
+        busy_seconds=(after.busy_seconds - before.busy_seconds) / handled,
+        own_seconds=(after.own_seconds - before.own_seconds) / max(1, own_count),
+    )
+
+
+def compare(
+    state: ModelState, before: Counters, after: Counters, seconds: float, cost: Cost | None
+) -> Sample | None:
+    """The interval between two readings; None if the server has started again meanwhile.
+
+    `cost` is what a request has taken lately.
+    """
     count = after.requests - before.requests
     queue_us = after.queue_us - before.queue_us
-    latency_us = after.latency_us - before.latency_us
-    if min(count, queue_us, latency_us) < 0:
+    if min(count, queue_us) < 0:
         return None
+    ratio: float | None = None
+    if count == 0:
+        ratio = 0.0
+    elif cost is not None and state.ready:
+        waiting = queue_us / 1e6 / seconds
+        ratio = round(capacity_ratio(count / seconds, waiting, cost, state.ready), 3)
     return Sample(
         workers=state.min_workers,
         ready=state.ready,
         requests=int(count),
         queue_ms=round(queue_us / 1000 / max(1, count), 3),
-        busy=round(max(0.0, latency_us - queue_us) / 1e6 / seconds, 3),
+        capacity_ratio=ratio,
         pending=state.pending,
         remaining=state.remaining,
     )
@@ -62,20 +85,21 @@ def compare(state: ModelState, before: Counters, after: Counters, seconds: float
 class Autoscaler:
     """Decides from one sample after the other; `now` is any clock in seconds that never goes back.
 
-    There are more workers if the queue was too long in two intervals in a row, and one fewer if for
-    the whole cool-down it was short and the workers that are left would not be too busy.
+    There are as many workers as bring the capacity ratio to the target, but at most twice as many
+    as before, if it was above the target in two intervals in a row; and one fewer if for the whole
+    cool-down the workers that are left would have been within the target.
     """
 
-    def __init__(self, minimum: int, maximum: int, queue_ms: float, cool_down: float) -> None:
+    def __init__(self, minimum: int, maximum: int, target: float, cool_down: float) -> None:
         self._minimum = minimum
         self._maximum = maximum
-        self._target = queue_ms
+        self._target = target
         self._cool_down = cool_down
         self.reset()
 
     def reset(self) -> None:
         """Forget the past: the workers have changed, or nothing is known of a time."""
-        self._slow = 0
+        self._above = 0
         self._quiet_since: float | None = None
 
     def decide(self, sample: Sample, now: float) -> Decision:
@@ -88,21 +112,20 @@ class Autoscaler:
         if sample.ready < workers:
             self.reset()
             return Decision(workers, "workers are starting")
-        full = sample.remaining == 0
+        ratio = sample.capacity_ratio
         stuck = sample.pending > 0 and sample.requests == 0
-        if full or stuck or sample.queue_ms > self._target:
+        if sample.remaining == 0 or stuck or (ratio is not None and ratio > self._target):
             self._quiet_since = None
-            self._slow += 1
-            if self._slow < SLOW_INTERVALS:
-                return Decision(workers, "the queue is long")
+            self._above += 1
+            if self._above < FULL_INTERVALS:
+                return Decision(workers, "the load is high")
             if workers == self._maximum:
-                return Decision(workers, "the queue is long, at the maximum")
-            far = full or sample.queue_ms > FAR_OVER * self._target
-            more = workers * 2 if far else workers + 1
-            return Decision(min(self._maximum, more), "the queue is long")
-        self._slow = 0
-        calm = sample.queue_ms <= QUIET_SHARE * self._target and sample.pending == 0
-        if not calm or sample.busy > BUSY_SHARE * (workers - 1):
+                return Decision(workers, "the load is high, at the maximum")
+            wanted = math.ceil(workers * (ratio or 0) / self._target)
+            more = min(2 * workers, max(workers + 1, wanted))
+            return Decision(min(self._maximum, more), "the load is high")
+        self._above = 0
+        if sample.pending or ratio is None or ratio * workers > self._target * (workers - 1):
             self._quiet_since = None
             return Decision(workers, "as it should be")
         if self._quiet_since is None:
@@ -139,7 +162,8 @@ class Watcher:
         self._find_headroom = find_headroom
         self._interval = interval
         self._stop = stop
-        self._before: tuple[Counters, float] | None = None  # with the time of their reading
+        # Of the last COST_SECONDS, with the time of each: workers report every five seconds only.
+        self._readings: deque[tuple[Counters, float]] = deque()
         self._told = ""  # what is the same as the last time is not logged again
 
     def run(self) -> None:
@@ -155,7 +179,7 @@ class Watcher:
             except (requests.RequestException, UnknownModel) as exc:
                 if isinstance(exc, UnknownModel) and not seen:
                     raise
-                self._before = None
+                self._readings.clear()
                 self._autoscaler.reset()
                 if self._told != "unreachable":
                     log("unreachable", self._model, cause=f"{type(exc).__name__}: {exc}")
@@ -167,11 +191,15 @@ class Watcher:
         state = self._model.describe()
         counters = self._model.read_counters(self._model.find_labels(state.version))
         now = time.monotonic()
-        if self._before:
-            before, then = self._before
-            if sample := compare(state, before, counters, now - then):
+        while self._readings and now - self._readings[0][1] > COST_SECONDS:
+            self._readings.popleft()
+        if self._readings:
+            (before, then), cost = self._readings[-1], measure_cost(self._readings[0][0], counters)
+            if sample := compare(state, before, counters, now - then, cost):
                 self._act(self._autoscaler.decide(sample, now), sample, state)
-        self._before = (counters, now)
+            else:
+                self._readings.clear()
+        self._readings.append((counters, now))
 
     def _act(self, decision: Decision, sample: Sample, state: ModelState) -> None:
         """Do what was decided, as far as memory and requests in hand allow it, and log it.

@@ -5,14 +5,20 @@ import time
 from dataclasses import dataclass
 from threading import Event
 
+from handler.metrics import BUSY, PROBES, REQUESTS, STAGE
 from service.torchserve.management import Management, ModelState, direct_session
 
-COUNTERS = (  # on the metrics page, in the order of the fields of Counters
-    "ts_inference_requests_total",
-    "ts_queue_latency_microseconds",
-    "ts_inference_latency_microseconds",
-)
-SAMPLE = re.compile(r"^(ts_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
+COUNTERS = {  # on the metrics page -> the field of Counters that it counts for
+    "ts_inference_requests_total": "requests",
+    "ts_queue_latency_microseconds": "queue_us",
+    "ts_inference_latency_microseconds": "latency_us",
+    BUSY: "busy_seconds",
+    REQUESTS: "handled",
+    PROBES: "handled",
+    f"{STAGE}_sum": "own_seconds",
+    f"{STAGE}_count": "own_count",
+}
+SAMPLE = re.compile(r"^(\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="([^"]*)"')
 QUIET_SECONDS = (0.1, 1.0)  # bounds of the pause that shows that no request is in hand
 
@@ -21,9 +27,14 @@ QUIET_SECONDS = (0.1, 1.0)  # bounds of the pause that shows that no request is 
 class Counters:
     """Sums since the start of the server."""
 
-    requests: float
+    requests: float  # that arrived, refused ones included
     queue_us: float  # time that answered requests waited for a worker
     latency_us: float  # time until they were answered, in the queue included
+    # What follows comes from the workers, every five seconds; 0 of other handlers than ours.
+    busy_seconds: float = 0  # time that workers spent on batches
+    handled: float = 0  # requests that they answered
+    own_seconds: float = 0  # time of the batch, of each request but health checks
+    own_count: float = 0  # how many these are
 
 
 @dataclass(frozen=True)
@@ -87,10 +98,15 @@ class Model:
 
 
 def parse_counters(page: str, model: str, versions: set[str]) -> Counters:
-    """A model's counters on TorchServe's metrics page, summed over the labels of some versions."""
-    sums = dict.fromkeys(COUNTERS, 0.0)
+    """A model's counters on the metrics page, summed over the labels of some versions."""
+    sums = dict.fromkeys(COUNTERS.values(), 0.0)
     for name, text, value in SAMPLE.findall(page):
+        if name not in COUNTERS:
+            continue
         labels = dict(LABEL.findall(text))
-        if name in sums and labels["model_name"] == model and labels["model_version"] in versions:
-            sums[name] += float(value)
-    return Counters(*sums.values())
+        if name.startswith("ts_"):  # TorchServe's own
+            labels = {"model": labels["model_name"], "version": labels["model_version"]}
+        whole = labels.get("stage", "total") == "total"  # of the stages only the one of all
+        if labels["model"] == model and labels["version"] in versions and whole:
+            sums[COUNTERS[name]] += float(value)
+    return Counters(**sums)

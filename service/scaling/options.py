@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from service.options import RANGES, number
+from service.options import RANGES, number, positive
 
 WORKERS, SECONDS = number(*RANGES["workers"]), number(1, 86_400)
 
@@ -42,7 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     for option, default, kind, text in (
         ("--minimum", 1, WORKERS, "fewest workers"),
         ("--maximum", 8, WORKERS, "most workers"),
-        ("--queue-ms", 50, number(1, 600_000), "mean time in the queue above which there are more"),
+        ("--target", 0.7, positive, "capacity ratio above which there are more"),
         ("--cool-down", 60, SECONDS, "quiet seconds until there is one fewer"),
         ("--interval", 5, SECONDS, "seconds between two looks"),
     ):

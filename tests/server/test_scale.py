@@ -75,7 +75,7 @@ def test_unknown_models(two_workers: Server) -> None:
 
 def test_workers_follow_the_load(two_workers: Server, tmp_path: Path) -> None:
     assert scale(two_workers, "1").returncode == 0
-    options = "--watch --maximum 2 --queue-ms 5 --interval 1 --cool-down 3".split()
+    options = "--watch --maximum 2 --target 0.3 --interval 1 --cool-down 3".split()
     output = tmp_path / "watch.log"
     command = [*SCALE, *options, *addresses(two_workers)]
     with output.open("w") as file:
@@ -102,8 +102,8 @@ def test_workers_follow_the_load(two_workers: Server, tmp_path: Path) -> None:
     steps = [(line["from"], line["to"]) for line in lines if line["from"] != line["to"]]
     assert steps == [(1, 2), (2, 1)]
     up = next(line for line in lines if line["to"] == 2)
-    assert up["reason"] == "the queue is long"
-    assert up["queue_ms"] > 5
+    assert up["reason"] == "the load is high"
+    assert up["capacity_ratio"] > 0.3
     assert up["requests"] > 0
     assert up["memory"][0]["free"] > up["memory"][0]["each"] > 0
 

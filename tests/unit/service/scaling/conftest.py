@@ -25,7 +25,7 @@ class Server:
         self.gpu_usage = "N/A"
         self.requests = 0.0
         self.coming = 0.0  # requests between two looks
-        self.queue_us = 0.0
+        self.busy_seconds = 0.0  # of a worker, for a request
         self.down: int | None = None  # status of every answer
         self.sizes: list[int] = []
         for number in range(1, 65):
@@ -58,11 +58,16 @@ class Server:
 
     def metrics(self) -> str:
         self.requests += self.coming
-        labels = '{model_name="birds",model_version="default",hostname="h",}'
+        torchserve = '{model_name="birds",model_version="default",hostname="h",}'
+        ours = 'model="birds",version="1.0",Hostname="h"'
         return (
-            f"ts_inference_requests_total{labels} {self.requests}\n"
-            f"ts_queue_latency_microseconds{labels} {self.requests * self.queue_us}\n"
-            f"ts_inference_latency_microseconds{labels} {self.requests * self.queue_us}\n"
+            f"ts_inference_requests_total{torchserve} {self.requests}\n"
+            f"ts_queue_latency_microseconds{torchserve} 0.0\n"
+            f"ts_inference_latency_microseconds{torchserve} {self.requests * 1000}\n"
+            f'classifier_requests_total{{{ours},status="200",}} {self.requests}\n'
+            f'classifier_probes_total{{{ours},status="200",}} 0.0\n'
+            "classifier_worker_busy_seconds_total"
+            f'{{{ours},worker="0",}} {self.requests * self.busy_seconds}\n'
         )
 
 

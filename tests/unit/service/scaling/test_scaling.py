@@ -17,15 +17,23 @@ ts_inference_requests_total{model_name="birds",model_version="2.0",hostname="h",
 ts_inference_requests_total{model_name="fish",model_version="default",hostname="h",} 100.0
 ts_queue_latency_microseconds{model_name="birds",model_version="default",hostname="h",} 1.5E7
 ts_inference_latency_microseconds{model_name="birds",model_version="default",hostname="h",} 2.5E7
-classifier_requests_total{model="birds",version="1.0",status="200",Hostname="h",} 9.0
+classifier_requests_total{model="birds",version="1.0",status="200",Hostname="h",} 8.0
+classifier_requests_total{model="birds",version="1.0",status="400",Hostname="h",} 1.0
+classifier_requests_total{model="birds",version="2.0",status="200",Hostname="h",} 50.0
+classifier_probes_total{model="birds",version="1.0",status="200",Hostname="h",} 3.0
+classifier_worker_busy_seconds_total{model="birds",version="1.0",worker="0",Hostname="h",} 4.5
+classifier_worker_busy_seconds_total{model="birds",version="1.0",worker="1",Hostname="h",} 3.5
+classifier_stage_seconds_sum{model="birds",version="1.0",stage="inference",Hostname="h",} 5.0
+classifier_stage_seconds_sum{model="birds",version="1.0",stage="total",Hostname="h",} 20.0
+classifier_stage_seconds_count{model="birds",version="1.0",stage="total",Hostname="h",} 9.0
 """
 
 
 @pytest.mark.parametrize(
     ("model", "versions", "counters"),
     [
-        ("birds", {"default", "1.0"}, Counters(9, 1.5e7, 2.5e7)),
-        ("birds", {"2.0"}, Counters(100, 0, 0)),
+        ("birds", {"default", "1.0"}, Counters(9, 1.5e7, 2.5e7, 8, 12, 20, 9)),
+        ("birds", {"2.0"}, Counters(100, 0, 0, handled=50)),
         ("bird", {"default"}, Counters(0, 0, 0)),
     ],
 )

@@ -61,7 +61,9 @@ def _container(container: dict[str, Any]) -> Iterator[str]:
         yield "has capabilities"
     if context.get("readOnlyRootFilesystem") is not True:
         yield "root can be written"
-    if any(name in context for name in ("runAsUser", "runAsNonRoot", "seccompProfile", "procMount")):
+    if any(
+        name in context for name in ("runAsUser", "runAsNonRoot", "seccompProfile", "procMount")
+    ):
         yield "sets aside what the pod says"
     if any("hostPort" in port for port in container.get("ports", [])):
         yield "has a port of the node's"

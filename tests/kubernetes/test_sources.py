@@ -132,6 +132,8 @@ def test_the_canary_gets_its_share() -> None:
     (route,) = [one for one in yaml.safe_load_all(text) if one and one["kind"] == "HTTPRoute"]
     (rule,) = route["spec"]["rules"]
     shares = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
-    services = {key(one)[1] for one in release("cpu") + release("canary") if key(one)[0] == "Service"}
+    services = {
+        key(one)[1] for one in release("cpu") + release("canary") if key(one)[0] == "Service"
+    }
     assert shares == {"classifier-gateway": 90, "canary-classifier-gateway": 10}
     assert shares.keys() <= services

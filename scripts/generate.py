@@ -9,7 +9,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import gateway, healthcheck, predict, sbom
+from scripts import gateway, healthcheck, manifests, predict, sbom
 from service.generated import ROOT, outdated
 from service.options import package_parser, serve_parser
 
@@ -33,6 +33,7 @@ PARSERS = {
     "gateway": gateway.make_parser,
     "chaos": service.chaos.options.make_parser,
     "sbom": sbom.make_parser,
+    "manifests": manifests.make_parser,
     "generate": make_parser,
 }
 

@@ -11,7 +11,7 @@ from service.chaos.schedule import COMMON, KINDS, PATIENT
 EDGE_SECONDS = 1.0  # by which a fault is noticed earlier or later than it was injected
 HELD_UP_SECONDS = 4.5  # less than the gateway gives a replica until it asks another
 WARM_SECONDS = 60.0  # of a process, in which it takes what it needs
-GROWTH_SECONDS = 120.0  # that a process must have lived after that to show a slope
+GROWTH_SECONDS = 300.0  # after that, in which a heap of Java's may still fill that has a bound
 ALERT_SECONDS = 10.0  # after a recovery, in which the alert of the fault may still come
 
 
@@ -69,8 +69,8 @@ def rules(promised_seconds: float) -> list[Rule]:
         Rule("not recovered", "in shares of the fault's own limit", 1, "", find_unrecovered),
         Rule("orphans", "of a launcher that was killed", 10, "s", find_orphans),
         Rule("ended", "no launcher ends unless a fault ends it", 0, "", find_ended),
-        Rule("memory", "growth of a process that has warmed up", 20, "MB/min", find_memory),
-        Rule("descriptors", "likewise", 10, "/min", find_descriptors),
+        Rule("memory", "growth of a process that has warmed up", 10, "MB/min", find_memory),
+        Rule("descriptors", "likewise", 5, "/min", find_descriptors),
         Rule("left", "processes, files and ports at the end", 0, "", find_left),
         Rule("no alert", "each fault raises its alert, with --prometheus", 0, "", find_unraised),
         Rule("false alarm", "no alert that no fault explains, likewise", 0, "", find_false_alarms),

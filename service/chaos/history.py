@@ -6,6 +6,7 @@ Times are seconds since the campaign began.
 import json
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -127,6 +128,9 @@ class History:
 
     def __post_init__(self) -> None:
         self.begin()
+        self._by_class = defaultdict[type[Record], list[Any]](list)
+        for record in self.records:
+            self._by_class[type(record)].append(record)
         self._lock = threading.Lock()
         self._file = self.path.open("w", encoding="utf-8") if self.path else None
 
@@ -140,12 +144,14 @@ class History:
     def add(self, record: Record) -> None:
         with self._lock:
             self.records.append(record)
+            self._by_class[type(record)].append(record)
             if self._file:
                 self._file.write(to_line(record) + "\n")
                 self._file.flush()
 
     def of(self, cls: type[R]) -> list[R]:
-        return [record for record in self.records if isinstance(record, cls)]
+        """Its records of one class; the checker asks for the faults at each attempt."""
+        return self._by_class[cls]
 
 
 def to_line(record: Record) -> str:
@@ -159,5 +165,5 @@ def from_lines(lines: Iterable[str]) -> History:
         facts: dict[str, Any] = json.loads(line)
         if "statuses" in facts:
             facts["statuses"] = tuple(facts["statuses"])
-        history.records.append(RECORDS[facts.pop("record")](**facts))
+        history.add(RECORDS[facts.pop("record")](**facts))
     return history

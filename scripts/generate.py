@@ -12,7 +12,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import conformance, gateway, healthcheck, predict, sbom
+from scripts import conformance, gateway, healthcheck, manifests, predict, sbom
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
@@ -38,6 +38,7 @@ PARSERS = {
     "chaos": service.chaos.options.make_parser,
     "sbom": sbom.make_parser,
     "conformance": conformance.make_parser,
+    "manifests": manifests.make_parser,
     "generate": make_parser,
 }
 

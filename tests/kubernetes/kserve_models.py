@@ -9,8 +9,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import kserve.models
 import kubernetes.client
+
+from kserve import models
 
 NAMED_ONLY = {  # types that KServe's package names and does not have
     "V1beta1MetricQuantity": str,
@@ -46,7 +47,7 @@ def differences(given: Any, kept: Any, place: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    for model, kind in vars(kserve.models).items():  # the client looks for names in its own
+    for model, kind in vars(models).items():  # the client looks for names in its own
         if isinstance(kind, type):
             vars(kubernetes.client.models)[model] = kind
     vars(kubernetes.client.models).update(NAMED_ONLY)

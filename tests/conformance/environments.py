@@ -3,6 +3,7 @@
 They are made on demand in .venv-conformance/ and used again until their pins change.
 """
 
+import fcntl
 import hashlib
 import shutil
 import subprocess
@@ -25,13 +26,16 @@ def prepare(name: str) -> Path:
     requirements = HERE / f"requirements-{name}.txt"
     expected = hashlib.sha256(sys.version.encode() + requirements.read_bytes()).hexdigest()
     env = FOLDER / name
-    stamp = env / "made-of"
-    if not stamp.exists() or stamp.read_text() != expected:
-        print(f"Setting up {env.relative_to(ROOT)} (once) …", file=sys.stderr, flush=True)
-        shutil.rmtree(env, ignore_errors=True)
-        _run(sys.executable, "-m", "venv", env)
-        _run(env / "bin" / "python", "-m", *PIP, "-r", requirements)
-        stamp.write_text(expected)  # last: a set-up that was interrupted starts over
+    FOLDER.mkdir(exist_ok=True)
+    with (FOLDER / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two tests may need it at once, and both would make it
+        stamp = env / "made-of"
+        if not stamp.exists() or stamp.read_text() != expected:
+            print(f"Setting up {env.relative_to(ROOT)} (once) …", file=sys.stderr, flush=True)
+            shutil.rmtree(env, ignore_errors=True)
+            _run(sys.executable, "-m", "venv", env)
+            _run(env / "bin" / "python", "-m", *PIP, "-r", requirements)
+            stamp.write_text(expected)  # last: a set-up that was interrupted starts over
     return env / "bin" / "python"
 
 

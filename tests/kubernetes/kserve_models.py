@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import kubernetes.client
-
 from kserve import models
 
 NAMED_ONLY = {  # types that KServe's package names and does not have

@@ -169,6 +169,8 @@ class Servers:
             began = time.monotonic()
             with ExitStack() as stack:
                 folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=""))
+                for path in (self.folder, folder):
+                    path.chmod(0o711)  # nginx's workers are nobody's if we are root
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 server = stack.enter_context(self._start(subject, python, port, folder))
                 try:

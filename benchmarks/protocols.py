@@ -16,9 +16,8 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -26,12 +25,10 @@ import grpc
 import numpy as np
 from tqdm import tqdm
 
+from benchmarks.alone import started_alone
 from benchmarks.environments import SetupFailed
-from benchmarks.run import chosen_precision
-from benchmarks.servers import Started, StartFailed, make_parser, make_servers, say, show
-from benchmarks.subjects import ROOT, gateway
+from benchmarks.servers import Started, StartFailed, make_parser, say, show
 from benchmarks.usage import GATEWAY, GRPC, JAVA, WORKER, Meter
-from handler.machine import available_cores
 from service.load.images import load_images
 from service.load.measurement import Load, Sample, summarise
 from service.load.processes import Server
@@ -260,27 +257,18 @@ async def run(target: Started, grpc_port: int, args: argparse.Namespace) -> dict
 
 def main(argv: Sequence[str] | None = None) -> int:
     description = "Compare the answers of every protocol, and what each costs."
-    parser = make_parser("protocols", description, "mobilenet_v2", ROOT / "benchmarks")
+    parser = make_parser("protocols", description, "mobilenet_v2")
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=6)
     parser.set_defaults(seconds=4)
     args = parser.parse_args(argv)
-    precision = chosen_precision()
-    with make_servers(
-        args, device="cpu", precision=precision, workers=available_cores()
-    ) as servers:
-        [grpc_port] = free_ports(1)
-        image = load_images(args.images)[0]
-        subject = gateway(servers.model, precision, servers.model_options(precision))
-        environ = {**subject.environ, "GATEWAY_GRPC_PORT": str(grpc_port)}
-        subject = replace(subject, environ=environ)
-        try:
-            servers.package(precision)
-            with servers.started(subject, Path(sys.executable), image, []) as target:
-                found = asyncio.run(run(target, grpc_port, args))
-        except (SetupFailed, StartFailed, WrongAnswer) as exc:
-            print(f"failed: {exc}", file=sys.stderr)
-            return 1
+    [grpc_port] = free_ports(1)
+    try:
+        with started_alone(args, GATEWAY_GRPC_PORT=str(grpc_port)) as alone:
+            found = asyncio.run(run(alone.target, grpc_port, args))
+    except (SetupFailed, StartFailed, WrongAnswer) as exc:
+        print(f"failed: {exc}", file=sys.stderr)
+        return 1
     worst = max(found["differences"].values())
     [share] = [row["of_raw"] for row in found["forms"] if row["form"] == BINARY]
     say(f"\n{found['images']} images: the classes are the same, confidences within {worst:.1e}\n")

@@ -120,8 +120,31 @@ CACHE_LOOKUPS = _counter(
     "classifier_cache_lookups_total",
     (*MODEL, "result"),
     "images looked up in the result cache, by hit or miss",
-    "0 without a cache.",
+    "0 without a cache. A hit in either counts, the worker's own and the shared one.",
     values=("hit", "miss"),
+)
+SHARED_LOOKUPS = _counter(
+    "classifier_shared_cache_lookups_total",
+    (*MODEL, "result"),
+    "images looked up in the shared cache, by result",
+    "`error`: Redis gave no answer within 4 ms, or an error. `skipped`: it was not asked, because "
+    "it failed before, or has not yet answered the last question. Neither fails a request. 0 "
+    "without `CLASSIFIER_CACHE_URL`.",
+    values=("hit", "miss", "error", "skipped"),
+)
+SHARED_WRITES = _counter(
+    "classifier_shared_cache_writes_total",
+    (*MODEL, "result"),
+    "results for the shared cache, by what became of them",
+    "`dropped`: too many waited to be written, or Redis failed before. `error`: Redis refused it, "
+    "such as a full one without eviction.",
+    values=("written", "error", "dropped"),
+)
+SHARED_SECONDS = _histogram(
+    "classifier_shared_cache_seconds",
+    MODEL,
+    "seconds that a batch waited for the shared cache",
+    bounds=(0.00025, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01),
 )
 STAGE = _histogram(
     "classifier_stage_seconds",

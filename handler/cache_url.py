@@ -9,13 +9,8 @@ from handler.errors import InvalidSettings
 def check_url(url: str) -> None:
     """Raise InvalidSettings unless it is the URL of a Redis. Needs no client."""
     try:
-        parts = urlsplit(url)
-        fits = {
-            "redis": _is_on_network,
-            "rediss": _is_on_network,
-            "unix": lambda parts: len(parts.path) > 1,
-        }[parts.scheme](parts)
-    except (KeyError, ValueError):  # the latter from a port that is none
+        fits = _fits(urlsplit(url))
+    except ValueError:  # from a port that is none
         fits = False
     if not fits:
         raise InvalidSettings(
@@ -31,6 +26,9 @@ def shown_url(url: str) -> str:
     return url and f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _is_on_network(parts: SplitResult) -> bool:
-    port_is_valid = parts.port is None or parts.port > 0  # raises ValueError
-    return bool(parts.hostname) and port_is_valid and bool(re.fullmatch(r"/?\d*", parts.path))
+def _fits(parts: SplitResult) -> bool:
+    if parts.scheme == "unix":
+        return len(parts.path) > 1
+    host_and_port = bool(parts.hostname) and parts.port != 0  # which may raise ValueError
+    number = re.fullmatch(r"/?\d*", parts.path) is not None
+    return parts.scheme in ("redis", "rediss") and host_and_port and number

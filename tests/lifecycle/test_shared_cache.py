@@ -123,7 +123,7 @@ def test_what_others_wrote_is_a_miss(redis_server: RedisServer) -> None:
     redis = redis_server.client
     mine, foreign = sorted(redis.keys(), key=lambda name: KEY.hex().encode() not in name)
     for value in (b"garbage", b"", b"\x01" * 178, redis.get(foreign)):
-        redis.set(mine, value)
+        redis.set(mine, value or b"")
         assert shared.get() is None
     redis.delete(mine)
     redis.hset(mine, "a", "hash")
@@ -323,20 +323,24 @@ def test_redis_stopped_and_killed_in_mid_load(
             answer = requests.post(server.predictions, data=body, timeout=30).json()
             return bool(answer["metadata"]["cached"])
 
+        def ready() -> int:
+            return len(server.log("shared_cache_ready"))
+
         wait_for(lambda: all(is_cached() for _ in range(8)), 30)  # both workers have it
         with Load(server.predictions, image, clients=2) as load:
-            load.wait(100)
+            load.wait(50)
             redis_server.process.send_signal(signal.SIGSTOP)
-            load.wait(200)
+            load.wait(100)
             redis_server.process.send_signal(signal.SIGCONT)
-            load.wait(100)
+            wait_for(lambda: ready() >= 4, 30)
             redis_server.kill()
-            load.wait(200)
-            redis_server.start()
             load.wait(100)
+            redis_server.start()
+            wait_for(lambda: ready() >= 6, 30)
         assert load.failures == []
         seconds = sorted(answer.seconds for answer in load.answers)
         assert seconds[int(len(seconds) * 0.99)] < 1.0
         wait_for(lambda: all(is_cached() for _ in range(8)), 30)
         failed = server.log("shared_cache_failed")
         assert {line["url"] for line in failed} == {redis_server.url}
+        assert len(failed) >= 4  # each worker has noticed either

@@ -142,7 +142,7 @@ class SharedCache:
             started = perf_counter()
             self._redis.mget([self._name(b"")])
             if perf_counter() - started > PATIENCE_SECONDS:
-                raise TimeoutError("it answers too late")
+                raise TimeoutError
         except Exception as exc:  # whatever the client raises
             self._give_up(exc)
         else:
@@ -150,7 +150,8 @@ class SharedCache:
             log_line(logging.INFO, "shared_cache_ready", url=self._url)
 
     def _give_up(self, exc: Exception) -> None:
-        cause = f"{type(exc).__name__}: {exc or 'no answer in time'}"
+        name = type(exc).__name__  # the client has a TimeoutError of its own
+        cause = f"{name}: {'no answer in time' if name == 'TimeoutError' else exc}"
         if cause != self._cause:  # once, however long it lasts
             log_line(logging.WARNING, "shared_cache_failed", url=self._url, cause=cause)
         self._cause = cause

@@ -34,10 +34,10 @@ class RedisServer:
     def client(self) -> Redis:
         return Redis.from_url(self.url)
 
-    def start(self) -> None:
+    def start(self, *options: str) -> None:
         """Return once it answers. One that has ended can be started again, and is empty then."""
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--save", "", "--dir", str(self.folder)]
+        command += ["--save", "", "--dir", str(self.folder), *options]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(self._answers, START_SECONDS, lambda: f"redis-server: {self.process.poll()}")
 

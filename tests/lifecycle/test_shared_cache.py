@@ -1,6 +1,7 @@
 """The cache that replicas share, with a real Redis: hits, and whatever can happen to Redis."""
 
 import signal
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from handler.shared_cache import FAILURES, MAX_WRITES, SharedCache, scope_of
 from tests.drawing import encode, noise
 from tests.lifecycle.conftest import RedisServer
 from tests.load import Load
-from tests.processes import wait_for
+from tests.processes import free_port, wait_for
 from tests.server.serving import serving
 from tests.unit.handler.worker import JPEG, PNG, Fake, Reply, ask, b64, start
 
@@ -131,6 +132,26 @@ def test_what_others_wrote_is_a_miss(redis_server: RedisServer) -> None:
     assert shared.lookups("error") == 0
     shared.keep()
     assert shared.get()
+
+
+def test_over_tls_and_over_a_unix_socket(redis_server: RedisServer, tmp_path: Path) -> None:
+    key, certificate, port = tmp_path / "key.pem", tmp_path / "certificate.pem", free_port()
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=cache", "-addext", "subjectAltName=IP:127.0.0.1"]
+    files = ["-out", str(certificate), "-keyout", str(key)]
+    subprocess.run([*command.split(), *names, *files], check=True, capture_output=True)
+    redis_server.kill()
+    redis_server.start(
+        *("--unixsocket", str(tmp_path / "redis.sock")),
+        *("--tls-port", str(port), "--tls-auth-clients", "no"),
+        *("--tls-key-file", str(key), "--tls-cert-file", str(certificate)),
+        *("--tls-ca-cert-file", str(certificate)),
+    )
+    tls = f"rediss://127.0.0.1:{port}"
+    Shared(f"{tls}?ssl_ca_certs={certificate}").wait().keep()
+    assert Shared(f"unix://{tmp_path}/redis.sock").wait().get()
+    stranger = Shared(tls).cache
+    wait_for(lambda: "CERTIFICATE_VERIFY_FAILED" in str(stranger.describe()), 20, stranger.describe)
 
 
 # --- What happens to Redis

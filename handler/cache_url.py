@@ -21,9 +21,9 @@ def check_url(url: str) -> None:
 
 
 def shown_url(url: str) -> str:
-    """A checked URL without user, password and options: for `info` and the log."""
+    """A checked URL without user, password and options: for the log."""
     parts = urlsplit(url)
-    return url and f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _fits(parts: SplitResult) -> bool:

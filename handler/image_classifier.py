@@ -21,7 +21,6 @@ from handler.answers import best_classes, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
-from handler.cache_url import shown_url
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
@@ -30,7 +29,7 @@ from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline
 from handler.logs import log_line, quiet_torchserve, set_level
-from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
+from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, protocol_of, read_request
 from handler.pipeline import warm_up
@@ -40,6 +39,7 @@ from handler.replies import Reply, make_reply, refuse
 from handler.settings import Settings
 from handler.shared_cache import SharedCache, scope_of
 from handler.slots import claim_slot
+from handler.torchserve_metrics import leave_out_prediction_time, torchserve_emit
 
 LIBRARIES = """
     torchserve torch torchvision openvino simplejpeg pillow numpy safetensors orjson multipart
@@ -332,6 +332,6 @@ class ImageClassifier(BaseHandler):
             | {"python": platform.python_version()},
             "packaged_with": card.packaged_with,
             "shared_cache": self.shared.describe() if self.shared else None,
-            "settings": asdict(self.settings)
-            | {"cache_url": shown_url(self.settings.cache_url)},  # without its password
+            # The gateway shows this to the network, which an address and a password do not concern.
+            "settings": asdict(self.settings) | {"cache_url": self.settings.cache_url and "set"},
         }

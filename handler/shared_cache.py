@@ -75,8 +75,9 @@ class SharedCache:
         Thread(target=self._work, name="shared-cache", daemon=True).start()
 
     def describe(self) -> dict[str, Any]:
-        """For `info`: of this worker."""
-        return {"url": self._url, "healthy": self._cause is None, "cause": self._cause}
+        """For `info`: of this worker. The cause is without its text, which has the address."""
+        cause = self._cause
+        return {"healthy": cause is None, "cause": cause and cause.partition(":")[0]}
 
     def get(self, keys: Mapping[bytes, int]) -> dict[bytes, Result]:
         """What is known of keys, each with the number of best classes that are needed."""

@@ -41,7 +41,3 @@ def test_an_address_that_is_none_stops_the_start_and_is_not_quoted(url: str) -> 
         Settings(cache_url=url)
     assert "s3cret" not in str(raised.value)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
-
-
-def test_without_an_address_none_is_shown() -> None:
-    assert shown_url(Settings().cache_url) == ""

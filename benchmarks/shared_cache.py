@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from benchmarks.alone import chosen_precision
 from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
 from benchmarks.images import load_rgb
 from benchmarks.pairs import measure_pair, without_metrics
-from benchmarks.run import chosen_precision
 from benchmarks.servers import Started, StartFailed, make_parser, make_servers, say
 from benchmarks.subjects import ROOT, ours
 from service.load.generator import TIMEOUT_SECONDS, Generator

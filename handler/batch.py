@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
-from time import time
+from time import perf_counter, time
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from handler.payloads import ImageRequest, Protocol
 from handler.pipeline import Timed, classify
 from handler.pixels import RawPixels
 from handler.settings import Settings
+from handler.shared_cache import SharedCache
 
 UNPROCESSED = "the image could not be processed"
 TOO_LATE = "the time that the request had is over"
@@ -38,8 +39,8 @@ class BatchImage:
     outcome: Result | RequestError | None = None  # None until it is classified or refused
     decoding: Decoding | None = None  # None if it is cached, or was refused by its header
     data: bytes = b""  # as it was sent
-    key: bytes | None = None  # of the result cache, if there is one
-    cached: bool = False  # the result is that of an earlier batch
+    key: bytes | None = None  # of the result caches, if there is one
+    cached: bool = False  # the result is that of an earlier batch, perhaps of another worker
     deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
 
@@ -50,6 +51,12 @@ def check_deadline(deadline: float) -> None:
         raise DeadlineExceeded(TOO_LATE)
 
 
+def _key(sent: bytes | RawPixels) -> bytes:
+    if isinstance(sent, RawPixels):
+        return ResultCache.key(sent.data, sent.size)
+    return ResultCache.key(sent)
+
+
 @dataclass
 class Row:
     """One request; each stage of the handler fills in its part."""
@@ -58,6 +65,7 @@ class Row:
     headers: Mapping[str, Any]  # names in lower case
     request: ImageRequest | RequestError  # an error: refused as a whole, and without images
     protocol: Protocol = "own"  # in which it is answered
+    classes: int = 0  # how many best ones a cached result must have; 0: no cached one is taken
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
     image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
@@ -95,30 +103,47 @@ class Batch:
     settings: Settings
     decoder: Decoder
     cache: ResultCache | None
+    shared: SharedCache | None
     failures: Failures
     step: Callable[[], None]  # called whenever an image or a forward pass is done
     _images: list[BatchImage] = field(default_factory=list, init=False)  # to be classified
     _known: dict[Hashable, BatchImage] = field(default_factory=dict, init=False)
+    _keys: dict[int, bytes] = field(default_factory=dict, init=False)  # by id(), as sent
+    _recalled: dict[bytes, Result] = field(default_factory=dict, init=False)  # from `shared`
+
+    def recall(self, rows: Sequence[Row], shared: SharedCache) -> None:
+        """Ask the shared cache, once for all images of all rows that the worker's own has not."""
+        started = perf_counter()
+        keys: dict[bytes, int] = {}
+        for row in rows:
+            for sent in row.request.images if isinstance(row.request, ImageRequest) else ():
+                if row.classes and not isinstance(sent, RequestError):
+                    key = self._keys[id(sent)] = _key(sent)
+                    if not (self.cache and self.cache.get(key, row.classes)):
+                        keys[key] = min(row.classes, keys.get(key, row.classes))
+        self._recalled = shared.get(keys)
+        for row in rows:  # each has waited
+            row.seconds["preprocess"] += perf_counter() - started
 
     def open_images(
         self,
         images: Sequence[bytes | RawPixels | RequestError],
         request_id: str,
         *,
-        use_cache: bool,
+        classes: int,
         deadline: float = inf,
     ) -> list[BatchImage]:
         """A request's images: their decoding has begun, or they have their outcome already.
 
-        An image is given up if its turn to be decoded or classified comes after the deadline, which
-        is a Unix time.
+        `classes` is as in Row. An image is given up if its turn to be decoded or classified comes
+        after the deadline, which is a Unix time.
         """
         budget = PixelBudget(self.settings.max_image_pixels)
         opened = []
         for data in images:
             try:
                 check_deadline(deadline)
-                image = self._open(data, budget, use_cache)
+                image = self._open(data, budget, classes)
             except RequestError as error:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
@@ -131,13 +156,15 @@ class Batch:
         return opened
 
     def _open(
-        self, sent: bytes | RawPixels | RequestError, budget: PixelBudget, use_cache: bool
+        self, sent: bytes | RawPixels | RequestError, budget: PixelBudget, classes: int
     ) -> BatchImage:
         if isinstance(sent, RequestError):
             raise sent
         data, size = (sent.data, sent.size) if isinstance(sent, RawPixels) else (sent, None)
-        key = self.cache.key(data, size) if self.cache else None
-        if self.cache and key and use_cache and (result := self.cache.get(key)):
+        key = None
+        if self.cache or self.shared:
+            key = self._keys.get(id(sent)) or _key(sent)
+        if key and classes and (result := self._find(key, classes)):
             budget.spend(*result.size)
             return BatchImage(result, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
@@ -154,6 +181,17 @@ class Batch:
         self._images.append(image)
         self._known[likeness] = image
         return image
+
+    def _find(self, key: bytes, classes: int) -> Result | None:
+        """What the caches know, if so many best classes can be told from it."""
+        if self.cache and (result := self.cache.get(key, classes)):
+            return result
+        recalled = self._recalled.get(key)
+        if recalled is None or not recalled.suffices(classes):
+            return None
+        if self.cache:
+            self.cache.put(key, recalled)
+        return recalled
 
     def classify(self, engine: Engine) -> float:
         """Give every image its outcome, in forward passes that the requests share.
@@ -197,5 +235,6 @@ class Batch:
         elif image.decoding and image.decoding.picture:
             picture = image.decoding.picture
             image.outcome = Result(picture.size, probabilities, picture.decode)
-            if self.cache and image.key:
-                self.cache.put(image.key, image.outcome)
+            for cache in (self.cache, self.shared):
+                if cache and image.key:
+                    cache.put(image.key, image.outcome)

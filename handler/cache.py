@@ -1,7 +1,8 @@
 """Results of images that were classified before.
 
 Each worker has one cache in its memory, which ends with its model, so that no answer is ever of
-other weights. It holds all probabilities, so that any top_k can be answered from it.
+other weights. What a worker classified itself it holds with all probabilities, so that any top_k
+can be answered from it; what came from the shared cache (shared_cache.py) has the best ones alone.
 """
 
 import hashlib
@@ -21,6 +22,11 @@ class Result:
     size: tuple[int, int]  # width and height
     probabilities: NDArray[np.float32]  # [C]
     decode: str = "exact"  # or "fast", as Picture has it
+    known: int | None = None  # so many best classes, and the others are 0; None: all
+
+    def suffices(self, classes: int) -> bool:
+        """Whether so many best classes can be told from it."""
+        return self.known is None or classes <= self.known
 
 
 class ResultCache:
@@ -38,8 +44,10 @@ class ResultCache:
         shape = b"%dx%d" % size if size else b""  # beside the hash: no file can imitate it
         return hashlib.sha256(image).digest() + shape
 
-    def get(self, key: bytes) -> Result | None:
-        return self._results.get(key)
+    def get(self, key: bytes, classes: int = 1) -> Result | None:
+        """The result, if so many best classes can be told from it."""
+        result = self._results.get(key)
+        return result if result and result.suffices(classes) else None
 
     def put(self, key: bytes, result: Result) -> None:
         """Keep a result, unless it alone is larger than the cache."""

@@ -7,7 +7,7 @@ import gc
 import logging
 import platform
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from math import isfinite
@@ -29,7 +29,7 @@ from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline
 from handler.logs import log_line, quiet_torchserve, set_level
-from handler.metrics import Metrics, leave_out_prediction_time, torchserve_emit
+from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, protocol_of, read_request
 from handler.pipeline import warm_up
@@ -37,7 +37,9 @@ from handler.pulse import Pulse, count_hung
 from handler.receiving import read_ahead
 from handler.replies import Reply, make_reply, refuse
 from handler.settings import Settings
+from handler.shared_cache import SharedCache, scope_of
 from handler.slots import claim_slot
+from handler.torchserve_metrics import leave_out_prediction_time, torchserve_emit
 
 LIBRARIES = """
     torchserve torch torchvision openvino simplejpeg pillow numpy safetensors orjson multipart
@@ -124,6 +126,10 @@ class ImageClassifier(BaseHandler):
             log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None
+        self.shared = None
+        if self.settings.cache_url:
+            scope = scope_of(self.card, self.engine, self.decoder, self.settings)
+            self.shared = SharedCache(self.settings, scope, len(self.card.labels), self.metrics)
         started = perf_counter()
         step_seconds = warm_up(
             self.engine,
@@ -186,26 +192,43 @@ class ImageClassifier(BaseHandler):
 
     def preprocess(self, data: list[Mapping[str, Any]]) -> tuple[Batch, list[Row]]:
         """TorchServe's rows to Rows with images whose decoding has begun, or with errors."""
-        batch = Batch(self.settings, self.decoder, self.cache, self.failures, self.pulse.step)
-        rows = []
+        batch = Batch(
+            self.settings, self.decoder, self.cache, self.shared, self.failures, self.pulse.step
+        )
         arrival = time()
-        for index, fields in enumerate(data):
+        unopened: Iterable[Row] = (
+            self._read_row(index, fields, arrival) for index, fields in enumerate(data)
+        )
+        if self.shared:  # one question for all rows: they are all read before one is opened
+            unopened = list(unopened)
+            batch.recall(unopened, self.shared)
+        rows = []
+        for row in unopened:
             started = perf_counter()
-            request_id, headers = self.context.get_request_id(index), self._headers(index)
-            row = Row(request_id, headers, self._read(request_id, fields, headers, arrival))
-            if isinstance(row.request, RequestError):
-                row.protocol = protocol_of(fields, headers)
-            else:
-                row.protocol = row.request.protocol
+            if isinstance(row.request, ImageRequest):
                 row.images = batch.open_images(
                     row.request.images,
-                    request_id,
-                    use_cache=not is_probe(headers),
-                    deadline=read_deadline(headers, arrival),
+                    row.request_id,
+                    classes=row.classes,
+                    deadline=read_deadline(row.headers, arrival),
                 )
-            row.seconds["preprocess"] = perf_counter() - started
+            row.seconds["preprocess"] += perf_counter() - started
             rows.append(row)
         return batch, rows
+
+    def _read_row(self, index: int, fields: Mapping[str, Any], arrival: float) -> Row:
+        """A Row whose images are still as they were sent."""
+        started = perf_counter()
+        request_id, headers = self.context.get_request_id(index), self._headers(index)
+        row = Row(request_id, headers, self._read(request_id, fields, headers, arrival))
+        if isinstance(row.request, RequestError):
+            row.protocol = protocol_of(fields, headers)
+        else:
+            row.protocol = row.request.protocol
+            if not is_probe(headers):
+                row.classes = row.request.classes_of(len(self.card.labels))
+        row.seconds["preprocess"] = perf_counter() - started
+        return row
 
     def _read(
         self,
@@ -308,5 +331,7 @@ class ImageClassifier(BaseHandler):
             "libraries": {name: version(name) for name in LIBRARIES}
             | {"python": platform.python_version()},
             "packaged_with": card.packaged_with,
-            "settings": asdict(self.settings),
+            "shared_cache": self.shared.describe() if self.shared else None,
+            # The gateway shows this to the network, which an address and a password do not concern.
+            "settings": asdict(self.settings) | {"cache_url": self.settings.cache_url and "set"},
         }

@@ -9,7 +9,6 @@ and handed over every five seconds.
 
 import atexit
 import logging
-import re
 import threading
 import time
 import traceback
@@ -17,20 +16,15 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import accumulate, count
 from typing import Any
 
 import psutil
-from ts.metrics.caching_metric import CachingMetric
-from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
-from ts.metrics.metric_type_enum import MetricTypes
 
 from handler.errors import RequestError
 from handler.gpus import MEMORY_TOTAL, MEMORY_USED, UTILIZATION
 from handler.logs import log_line
-
-PREDICTION_TIME = "PredictionTime"  # ts/service.py
 
 FLUSH_SECONDS = 5.0
 SLOW_FLUSHES = 3  # metrics with many series are handed over in every third flush
@@ -120,8 +114,31 @@ CACHE_LOOKUPS = _counter(
     "classifier_cache_lookups_total",
     (*MODEL, "result"),
     "images looked up in the result cache, by hit or miss",
-    "0 without a cache.",
+    "0 without a cache. A hit in either counts, the worker's own and the shared one.",
     values=("hit", "miss"),
+)
+SHARED_LOOKUPS = _counter(
+    "classifier_shared_cache_lookups_total",
+    (*MODEL, "result"),
+    "images looked up in the shared cache, by result",
+    "`error`: Redis gave no answer within 4 ms, or an error. `skipped`: it was not asked, because "
+    "it failed before, or has not yet answered the last question. Neither fails a request. 0 "
+    "without `CLASSIFIER_CACHE_URL`.",
+    values=("hit", "miss", "error", "skipped"),
+)
+SHARED_WRITES = _counter(
+    "classifier_shared_cache_writes_total",
+    (*MODEL, "result"),
+    "results for the shared cache, by what became of them",
+    "`dropped`: too many waited to be written, or Redis failed before. `error`: Redis refused it, "
+    "such as a full one without eviction.",
+    values=("written", "error", "dropped"),
+)
+SHARED_SECONDS = _histogram(
+    "classifier_shared_cache_seconds",
+    MODEL,
+    "seconds that a batch waited for the shared cache",
+    bounds=(0.00025, 0.0005, 0.001, 0.002, 0.003, 0.004, 0.005, 0.01),
 )
 STAGE = _histogram(
     "classifier_stage_seconds",
@@ -346,45 +363,3 @@ class Metrics:
         self.readers.append(read_worker)
         atexit.register(self.flush)
         threading.Thread(target=run, name="metrics", daemon=True).start()
-
-
-@lru_cache(maxsize=4096)
-def label_value(text: str) -> str:
-    """A label's value in a form that passes through TorchServe.
-
-    TorchServe splits its lines at "|", "," and ":", and drops a sample with an empty value. Only
-    ASCII is kept, because TorchServe also breaks lines at U+2028.
-    """
-    return re.sub(r"[^ -~]|[|,:]", "_", text).strip() or "_"
-
-
-class _Unsent(CachingMetric):
-    """A metric of TorchServe's own that goes nowhere."""
-
-    def add_or_update(self, *_: Any, **__: Any) -> None:
-        pass
-
-
-def leave_out_prediction_time(cache: MetricsCacheYamlImpl) -> None:
-    """TorchServe's worker sends its PredictionTime with each batch, and the frontend drops it."""
-    gauges = cache.cache.setdefault(MetricTypes.GAUGE, {})
-    gauges[PREDICTION_TIME] = _Unsent(PREDICTION_TIME, "ms", [], MetricTypes.GAUGE)
-
-
-def torchserve_emit() -> Emit:
-    """A function that hands values over as TorchServe's own metrics do.
-
-    The frontend adds the label `Hostname`. It drops metrics that its metrics.yaml does not declare,
-    so an archive that runs in a TorchServe with other metrics loses these and nothing else.
-    """
-    metrics = {
-        # TorchServe ignores the unit in a line: the page's HELP has the one of metrics.yaml.
-        series: CachingMetric(series, "Count", [*labels], MetricTypes(kind))
-        for name, family in FAMILIES.items()
-        for series, (kind, labels) in family.series(name).items()
-    }
-
-    def emit(name: str, value: float, labels: Sequence[str]) -> None:
-        metrics[name].add_or_update(value, [label_value(label) for label in labels])
-
-    return emit

@@ -48,6 +48,13 @@ class ImageRequest:
     protocol: Protocol = "own"  # in which it is answered
     wanted: Wanted = protocol_v2.DEFAULT  # of V2
 
+    def classes_of(self, total: int) -> int:
+        """How many of the likeliest classes its answer needs, of all that there are."""
+        if self.protocol != "v2":
+            return self.top_k
+        tensors = (one for one in self.wanted.outputs if one.name == "probabilities")
+        return max([self.top_k, *(one.classes or total for one in tensors)])
+
 
 def read_request(
     row: Mapping[str, Any], headers: Mapping[str, Any], classes: int, settings: Settings

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from handler.cache_url import check_url
 from handler.rules import check, check_names, from_environment, rules_of, setting
 
 PREFIX = "CLASSIFIER_"
@@ -76,6 +77,14 @@ class Settings:
     cache_bytes: int = setting(
         0, "memory of each worker for results of images seen before; 0: no cache", low=0, high=2**40
     )
+    cache_url: str = setting(
+        "",
+        "a Redis in which replicas share results: `redis://`, `rediss://` or `unix://`; "
+        "empty: none",
+    )
+    cache_ttl_seconds: int = setting(
+        86_400, "how long the shared cache keeps a result", low=1, high=31_536_000
+    )
     warmup_batches: int = setting(
         1, "rounds of warm-up before a worker reports ready", low=0, high=100
     )
@@ -89,6 +98,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check(self)
+        if self.cache_url:
+            check_url(self.cache_url)
 
     @classmethod
     def load(

@@ -38,7 +38,7 @@ def imported(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "files"),
     [
-        ("handler", ["", "-gpu"]),
+        ("handler", ["", "-gpu", "-cache"]),
         ("service", ["", "-int8", "-benchmark", "-signing", "-grpc", "-dev"]),
     ],
 )

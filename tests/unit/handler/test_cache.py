@@ -1,6 +1,7 @@
 """The result cache: what it keeps, what it lets go, and what it costs."""
 
 import tracemalloc
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -44,6 +45,15 @@ def test_a_result_larger_than_the_cache_is_not_kept() -> None:
     assert cache.get(key(1)) is None
     cache.put(key(1), result(1))
     assert cache.get(key(1))
+
+
+def test_a_result_is_used_for_no_more_classes_than_it_knows() -> None:
+    cache = ResultCache(2**20)
+    cache.put(key(1), replace(result(1), known=20))
+    assert cache.get(key(1), 20)
+    assert cache.get(key(1), 21) is None
+    cache.put(key(1), result(1))
+    assert cache.get(key(1), 1000)
 
 
 def test_a_row_of_a_batch_does_not_keep_the_batch() -> None:

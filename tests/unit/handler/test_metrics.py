@@ -29,10 +29,9 @@ from handler.metrics import (
     TOP_CLASSES,
     Metrics,
     Reading,
-    label_value,
-    leave_out_prediction_time,
 )
-from handler.metrics import torchserve_emit as emit_to_torchserve
+from handler.torchserve_metrics import label_value, leave_out_prediction_time
+from handler.torchserve_metrics import torchserve_emit as emit_to_torchserve
 
 MODEL = ("birds", "1.0")
 BOUNDS = FAMILIES[STAGE].bounds

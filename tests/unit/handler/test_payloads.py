@@ -385,3 +385,30 @@ def test_odd_rows_are_read_or_refused(value: Any) -> None:
         for row in rows:
             with suppress(InvalidBase64, InvalidTopK, MalformedRequest, NoImage):
                 assert read(row, headers).images
+
+
+# --- What a cached result must have
+
+
+@pytest.mark.parametrize(
+    ("outputs", "classes"),
+    [
+        (None, 1000),
+        ([{"name": "probabilities"}], 1000),
+        ([{"name": "label"}, {"name": "confidence"}], 3),
+        ([{"name": "probabilities", "parameters": {"classification": 7}}], 7),
+        ([{"name": "probabilities", "parameters": {"classification": 2}}], 3),
+    ],
+)
+def test_v2_needs_all_classes_for_the_tensor_of_probabilities(
+    outputs: list[Any] | None, classes: int
+) -> None:
+    image = {"name": "image", "shape": [1], "datatype": "BYTES", "data": [b64(JPEG)]}
+    body = {"inputs": [image], "parameters": {"top_k": 3}, "outputs": outputs}
+    assert read({"body": json.dumps(body).encode()}, JSON).classes_of(1000) == classes
+
+
+def test_other_requests_need_as_many_classes_as_they_ask_for() -> None:
+    assert read({"body": JPEG}).classes_of(1000) == 5
+    instances = {"instances": [{"b64": b64(JPEG)}], "parameters": {"top_k": 2}}
+    assert read({"body": json.dumps(instances).encode()}, JSON).classes_of(1000) == 2

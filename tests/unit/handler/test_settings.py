@@ -18,6 +18,7 @@ RANGES = [
     ("max_forward", 0, 1024),
     ("threads", 0, 1024),
     ("cache_bytes", 0, 2**40),
+    ("cache_ttl_seconds", 1, 31_536_000),
     ("warmup_batches", 0, 100),
 ]
 CHOICES = [
@@ -30,6 +31,7 @@ CHOICES = [
     ("log_level", ["info", "warning", "error"]),
 ]
 SWITCHES = ["allow_untrained", "log_requests"]
+ADDRESSES = ["cache_url"]  # tests/unit/handler/test_cache_url.py
 
 
 def load(section: Any = None, **environ: str) -> Settings:
@@ -41,7 +43,7 @@ def test_defaults_hold_if_nothing_is_said() -> None:
 
 
 def test_every_setting_is_covered_below() -> None:
-    covered = [name for name, *_ in RANGES + CHOICES] + SWITCHES
+    covered = [name for name, *_ in RANGES + CHOICES] + SWITCHES + ADDRESSES
     assert sorted(covered) == sorted(NAMES)
 
 

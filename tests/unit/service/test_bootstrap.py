@@ -258,6 +258,21 @@ def test_what_only_grpc_needs_is_installed_for_it(
     assert ("requirements-grpc.txt" in asked) is needed
 
 
+@pytest.mark.parametrize(
+    ("command", "url", "needed"),
+    [("serve", "redis://cache", True), ("package", "redis://cache", False), ("serve", "", False)],
+)
+def test_what_only_the_shared_cache_needs_is_installed_for_it(
+    monkeypatch: pytest.MonkeyPatch, command: str, url: str, needed: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
+    monkeypatch.setattr("os.execv", lambda *command: None)
+    monkeypatch.setenv("CLASSIFIER_CACHE_URL", url)
+    assert main([command]) == 0
+    assert ("requirements-cache.txt" in asked) is needed
+
+
 def test_old_pythons_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

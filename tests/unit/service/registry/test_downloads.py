@@ -112,9 +112,7 @@ def test_a_file_that_is_too_large_is_refused(site: Web, monkeypatch: pytest.Monk
     assert download(Url(site.url + PATH), DIGEST).is_file()
 
 
-def test_a_server_that_falls_silent_is_given_up(
-    site: Web, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_falls_silent_is_given_up(site: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     def silent(request: BaseHTTPRequestHandler) -> None:
         request.send_response(200)
         request.send_header("Content-Length", str(len(CONTENT)))

@@ -111,7 +111,7 @@ class _Files:
     def find(self, what: str, fits: Callable[[PurePosixPath], bool]) -> PurePosixPath | None:
         """The one file that fits; None if there is none. Raises InvalidModel for several."""
         if self._one and fits(self._one):
-            return self._one
+            return self._one if self._one in self._sizes else None
         found = sorted(file for file in self._sizes if fits(file))
         if len(found) > 1:
             listed = ", ".join(map(str, found[:20]))

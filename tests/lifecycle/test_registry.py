@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import pytest
 import requests
@@ -19,8 +20,7 @@ from safetensors.torch import save_file
 
 from handler.errors import InvalidModel, SetupError
 from handler.model_card import file_sha256
-from service.archive.mar import read_card
-from service.archive.packaging import package
+from service.archive.mar import read_card, seal
 from service.options import ModelOptions, parse_package
 from service.registry.cache import cache_folder
 from service.registry.downloads import download
@@ -30,8 +30,7 @@ from service.registry.references import Url
 from tests.drawing import encode, noise
 from tests.processes import free_port, wait_for
 from tests.server.serving import READY_SECONDS, environment, run_script, serving
-from tests.unit.service.planning import planned
-from tests.unit.tiny import ARCHITECTURE, LABELS, RECIPE, tiny_network
+from tests.unit.tiny import ARCHITECTURE, LABELS, RECIPE, tiny_card, tiny_network
 
 NAME = "birds"
 
@@ -207,8 +206,12 @@ def test_options_go_over_what_the_registry_says(client: Any, birds: Path) -> Non
 
 
 def test_untrained_weights_are_not_logged(client: Any, tmp_path: Path) -> None:
+    archive = tmp_path / "untrained.mar"
+    with ZipFile(archive, "w"):
+        pass
+    seal(archive, tiny_card(trained=False))
     with pytest.raises(InvalidModel, match="is untrained"):
-        log_archive(package(planned(tmp_path)), "nothing")
+        log_archive(archive, "nothing")
     assert not client.search_registered_models("name = 'nothing'")
 
 

@@ -363,8 +363,10 @@ def read_options(
         parser.error("--weights-sha256 is for --weights of a URL or of mlflow:")
     if options.transform_input and not set(options.models) <= {"googlenet", "inception_v3"}:
         parser.error("--transform-input is for googlenet and inception_v3")
-    if len(options.models) > 1 and (own or options.recipe or options.labels or options.log_to):
-        parser.error("a weights file, --recipe, --labels and --log-to go with one --model")
+    if len(options.models) > 1 and (own or options.recipe or options.labels):
+        parser.error("a weights file, --recipe and --labels go with one --model")
+    if len(options.models) > 1 and options.log_to:
+        parser.error("--log-to goes with one --model")
     if len(options.models) > 1 and options.tuned not in (None, "auto"):
         parser.error("a file after --tuned goes with one --model")
     return options

@@ -9,12 +9,13 @@ from handler.errors import SetupError
 from service.registry.references import one_line
 
 # Ours where the environment says nothing. MLflow's own are 7 attempts of 120 s, a report of its use
-# to its makers, and a bar that counts files.
+# to its makers, a bar that counts files, and addresses on stdout.
 DEFAULTS = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

@@ -29,9 +29,9 @@ def file_sha256(path: Path) -> str:
 class WeightsFacts:
     """Where the weights came from."""
 
-    name: str  # torchvision's name, the file's name, or "untrained"
+    name: str  # torchvision's name, the file's, a registered model's NAME/VERSION, or "untrained"
     trained: bool
-    source: str  # "torchvision", "file" or "seed 0"
+    source: str  # "torchvision", "file", "seed 0", a URL, or mlflow:models:/NAME/VERSION
     sha256: str  # of the file given, else of "{architecture} seed 0 torch {version}"
 
 

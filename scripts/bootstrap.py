@@ -26,20 +26,26 @@ def main(argv: list[str]) -> int:
     command, *rest = argv
     if command == "conformance":  # for anybody's server: no torch, and environments of its own
         os.execv(sys.executable, [sys.executable, str(ROOT / "scripts" / "conformance.py"), *rest])
-    torch_build, signatures = "auto", False
+    torch_build, signatures, elsewhere = "auto", False, False
     if command in ("serve", "package"):  # their mistakes and --help need no set-up
         from service import options  # after the version check: newer syntax
+        from service.registry.references import parse_reference
 
+        model: options.ModelOptions
         if command == "serve":
-            serve = options.parse_serve(rest)
+            model = serve = options.parse_serve(rest)
             torch_build, signatures = serve.torch, serve.require_signed not in (None, "off")
         else:
-            signatures = options.parse_package(rest).sign is not None
+            model = options.parse_package(rest)
+            signatures = model.sign is not None
+        elsewhere = model.log_to is not None or parse_reference(model.weights) is not None
     requirements = [REQUIREMENTS.get(command, "requirements.txt")]
     if any(word.partition("=")[0] == "--calibration" for word in rest):
         requirements.append("requirements-int8.txt")
     if signatures:
         requirements.append("requirements-signing.txt")
+    if elsewhere:
+        requirements.append("requirements-registry.txt")
     if command in ("serve", "gateway") and os.environ.get("GATEWAY_GRPC_PORT", "0") != "0":
         requirements.append("requirements-grpc.txt")
     if command == "serve" and os.environ.get("CLASSIFIER_CACHE_URL"):

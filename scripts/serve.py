@@ -11,6 +11,7 @@ from service.logs import Log, default_form
 from service.options import parse_serve
 from service.plan import plan_service
 from service.processes import on_stop
+from service.registry.fetching import fetch
 from service.serving import prepare, run
 
 
@@ -21,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_stop(signal.default_int_handler)  # what is half made is cleaned up
     try:
         name_ignored(log)
-        plan = plan_service(options)
+        plan = plan_service(*fetch(options))
         server, gateway = prepare(plan, log)
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)

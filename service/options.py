@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
+from service.registry.references import DIGEST, NAME, Url, parse_reference
+
 DEFAULT_MODEL = "mobilenet_v2"
 DEFAULT_VERSION = "1.0"
+NOT_SERVED = ("version", "sign", "log_to")  # options of ./scripts/package alone
 RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (0, 10_000)}
 
 
@@ -69,6 +72,27 @@ def _version(text: str) -> str:
     return text
 
 
+def _weights(text: str) -> str:
+    try:
+        parse_reference(text)
+    except ValueError as exc:
+        raise argparse.ArgumentTypeError(str(exc)) from exc
+    return text
+
+
+def _sha256(text: str) -> str:
+    if not re.fullmatch(DIGEST, text):
+        raise argparse.ArgumentTypeError(f"must be 64 digits of 0-9 and a-f, got {text!r}")
+    return text
+
+
+def _log_to(text: str) -> str:
+    found = re.fullmatch(f"mlflow:({NAME})", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"must be mlflow:NAME, got {text!r}")
+    return found[1]
+
+
 def _host(text: str) -> str:
     if not text or ":" in text or "/" in text:
         raise argparse.ArgumentTypeError(
@@ -103,9 +127,18 @@ class ModelOptions:
         action="append",
     )
     weights: str | None = _option(
-        "FILE: a checkpoint with a state dict in it, of torch.save or safetensors "
+        "FILE: a checkpoint with a state dict in it, of torch.save or safetensors; such a file "
+        "behind https://, s3:// or gs://; mlflow:models:/NAME@ALIAS, mlflow:models:/NAME/VERSION "
+        "or mlflow:runs:/RUN_ID/PATH "
         "(default: pretrained, or untrained if they cannot be downloaded)",
-        "pretrained|untrained|FILE",
+        "pretrained|untrained|FILE|URL",
+        type=_weights,
+    )
+    weights_sha256: str | None = _option(
+        "of the file behind a URL, for which it must be given, or of MLflow's weights "
+        "(default: of MLflow's weights their tag sha256, if they have it)",
+        "HEX",
+        type=_sha256,
     )
     weights_prefix: str | None = _option(
         "which of several sets of weights in the file: what is before its tensors' names, "
@@ -193,6 +226,12 @@ class ModelOptions:
         "(default: no signature)",
         "KEY.pem",
     )
+    log_to: str | None = _option(  # the model's name
+        "log the archive, its weights, labels and card to MLflow as a new version of this "
+        "registered model, also if it is up to date (default: not logged)",
+        "mlflow:NAME",
+        type=_log_to,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,7 +310,7 @@ def parse_package(argv: Sequence[str] | None = None) -> ModelOptions:
 def serve_parser() -> argparse.ArgumentParser:
     about = "Package models and serve them with TorchServe."
     parser = argparse.ArgumentParser("./scripts/serve", description=about, allow_abbrev=False)
-    add_options(parser, ServeOptions, without=["version", "sign"])
+    add_options(parser, ServeOptions, without=NOT_SERVED)
     return parser
 
 
@@ -308,7 +347,9 @@ def read_options(
         for name, value in vars(args).items()
         if name in names
     }
-    if not given["models"] and not given.get("archives"):
+    reference = parse_reference(given["weights"])
+    in_mlflow = reference is not None and not isinstance(reference, Url)  # which knows the model
+    if not given["models"] and not given.get("archives") and not in_mlflow:
         given["models"] = (DEFAULT_MODEL,)
     options = kind(**given)
     if options.device == "cpu" and (options.device_ids or options.workers_per_gpu):
@@ -316,10 +357,16 @@ def read_options(
     own = options.weights not in (None, "pretrained", "untrained")
     if not own and (options.weights_prefix is not None or options.transform_input):
         parser.error("--weights-prefix and --transform-input are for a file given as --weights")
+    if isinstance(reference, Url) and not options.weights_sha256:
+        parser.error(f"{reference.shown} needs --weights-sha256 HEX: the digest it must have")
+    if options.weights_sha256 and not reference:
+        parser.error("--weights-sha256 is for --weights of a URL or of mlflow:")
     if options.transform_input and not set(options.models) <= {"googlenet", "inception_v3"}:
         parser.error("--transform-input is for googlenet and inception_v3")
     if len(options.models) > 1 and (own or options.recipe or options.labels):
         parser.error("a weights file, --recipe and --labels go with one --model")
+    if len(options.models) > 1 and options.log_to:
+        parser.error("--log-to goes with one --model")
     if len(options.models) > 1 and options.tuned not in (None, "auto"):
         parser.error("a file after --tuned goes with one --model")
     return options
@@ -330,7 +377,7 @@ def to_argv(options: ModelOptions) -> list[str]:
     argv = [f"--model={model}" for model in options.models]
     for spec in fields(ModelOptions):
         value = getattr(options, spec.name)
-        if spec.name not in ("models", "version", "sign") and value != spec.default:
+        if spec.name not in ("models", *NOT_SERVED) and value != spec.default:
             text = ",".join(map(str, value)) if isinstance(value, tuple) else value
             argv.append(f"{_flag(spec.name)}={text}")
     return argv

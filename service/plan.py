@@ -22,6 +22,7 @@ from service.archive.mar import CONFIG_FILE, read_card, read_config, read_target
 from service.archive.signing import read_public_key
 from service.gateway.settings import GatewaySettings
 from service.options import DEFAULT_VERSION, ModelOptions, ServeOptions
+from service.registry.fetching import Origin
 from service.torchserve.config import ROOT, ServerConfig
 from service.torchserve.gpus import check_gpus, gpu_environment
 from service.tuning.tuned import describe_differences, find_tuned
@@ -98,6 +99,7 @@ class PackagePlan(ModelPlan):
     """A model whose archive is made here, unless it is up to date: what goes into it."""
 
     weights: str | None  # "pretrained", "untrained", a file; None: pretrained if there are any
+    origin: Origin | None  # of a file that was fetched from elsewhere
     weights_prefix: str | None
     transform_input: str | None  # "on" or "off"
     recipe: str | None  # torchvision's entry; None: the model's DEFAULT
@@ -135,15 +137,18 @@ class ServicePlan:
         return *self.packages, *self.given
 
 
-def plan_service(options: ServeOptions) -> ServicePlan:
-    """Decide everything about a start. Raises SetupError for what cannot be."""
+def plan_service(options: ServeOptions, origin: Origin | None = None) -> ServicePlan:
+    """Decide everything about a start. Raises SetupError for what cannot be.
+
+    `origin` of the weights, if they were fetched (service.registry.fetching).
+    """
     server = ServerConfig.load(
         options.host, options.port, options.management_port, options.metrics_port
     )
     server.check_start()
     gpus = server.usable_gpus()
     warning = check_gpus(options.device, count_gpus(), os.environ)
-    packages = tuple(plan_package(name, options, server) for name in options.models)
+    packages = tuple(plan_package(name, options, server, origin) for name in options.models)
     taken = {f"{plan.name}/{plan.version}" for plan in packages}
     given = tuple(_plan_given(options, server, taken))
     for plan in (*packages, *given):
@@ -160,7 +165,9 @@ def plan_service(options: ServeOptions) -> ServicePlan:
     )
 
 
-def plan_package(name: str, options: ModelOptions, server: ServerConfig) -> PackagePlan:
+def plan_package(
+    name: str, options: ModelOptions, server: ServerConfig, origin: Origin | None = None
+) -> PackagePlan:
     """Decide how an archive is made and served. Raises InvalidSettings."""
     device = os.environ.get("CLASSIFIER_DEVICE", options.device)
     gpu = device != "cpu" and server.usable_gpus() > 0
@@ -183,6 +190,7 @@ def plan_package(name: str, options: ModelOptions, server: ServerConfig) -> Pack
         settings=settings,
         server=server,
         weights=options.weights,
+        origin=origin,
         weights_prefix=options.weights_prefix,
         transform_input=options.transform_input,
         recipe=options.recipe,

@@ -16,6 +16,7 @@ from handler.machine import has_gpu
 from handler.model_card import UNTRAINED, ModelCard, WeightsFacts, file_sha256
 from handler.selection import Hardware, select
 from service.plan import PackagePlan
+from service.registry.fetching import Origin
 from service.torchserve.config import ROOT
 
 CODE = (ROOT / "handler", ROOT / "service" / "archive")  # in an archive, and what makes archives
@@ -61,7 +62,7 @@ def _expected_weights(plan: PackagePlan, card: ModelCard) -> WeightsFacts | None
     if plan.weights in (None, "pretrained"):
         return card.weights if card.weights.source == "torchvision" else None
     try:
-        return file_facts(Path(plan.weights))
+        return file_facts(Path(plan.weights), plan.origin)
     except OSError:
         return None
 
@@ -73,9 +74,10 @@ def untrained_facts(architecture: str) -> WeightsFacts:
     return WeightsFacts(name=UNTRAINED, trained=False, source=f"seed {SEED}", sha256=sha256)
 
 
-def file_facts(path: Path) -> WeightsFacts:
-    """Weights of the user's. Raises OSError."""
-    return WeightsFacts(name=path.name, trained=True, source="file", sha256=file_sha256(path))
+def file_facts(path: Path, origin: Origin | None = None) -> WeightsFacts:
+    """Weights of the user's, and where they were fetched, if they were. Raises OSError."""
+    name, source = (origin.name, origin.source) if origin else (path.name, "file")
+    return WeightsFacts(name=name, trained=True, source=source, sha256=file_sha256(path))
 
 
 def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
@@ -89,7 +91,8 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
     return _sha256(
         {
             "code": code_sha256(plan.card)[1],
-            "model": [plan.name, plan.version, plan.recipe, weights.name, weights.sha256],
+            "model": [plan.name, plan.version, plan.recipe],
+            "weights": [weights.name, weights.source, weights.sha256],
             "choices": [plan.weights_prefix, plan.transform_input],
             "labels": [plan.labels.suffix, file_sha256(plan.labels)] if plan.labels else None,
             "int8": _calibration_facts(plan),

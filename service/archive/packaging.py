@@ -140,7 +140,7 @@ def choose_weights(plan: PackagePlan, recipe: WeightsEnum) -> Source:
     Raises InvalidModel, and InvalidSettings if untrained weights may not be served.
     """
     try:
-        source = find_weights(plan.weights or "pretrained", recipe, plan.name)
+        source = find_weights(plan.weights or "pretrained", recipe, plan.name, plan.origin)
     except DownloadFailed as exc:
         if plan.weights:
             raise

@@ -15,6 +15,7 @@ from handler.model_card import WeightsFacts, file_sha256
 from handler.networks import SCALE_INPUT_AGAIN, build_network
 from service.archive.checkpoints import Checkpoint, find_tables, read_checkpoint
 from service.archive.digest import SEED, file_facts, untrained_facts
+from service.registry.fetching import Origin
 
 DOWNLOAD_TIMEOUT_SECONDS = 20  # without a byte
 
@@ -31,10 +32,13 @@ class Source:
     path: Path | None  # None: drawn from the seed
 
 
-def find_weights(choice: str, recipe: WeightsEnum, architecture: str) -> Source:
+def find_weights(
+    choice: str, recipe: WeightsEnum, architecture: str, origin: Origin | None = None
+) -> Source:
     """`pretrained`, `untrained` or a file's path to a Source; downloads what is not in the cache.
 
-    Raises InvalidModel; DownloadFailed if the network is at fault.
+    `origin` of a file that was fetched. Raises InvalidModel; DownloadFailed if the network is at
+    fault.
     """
     if choice == "untrained":
         return Source(untrained_facts(architecture), None)
@@ -49,7 +53,7 @@ def find_weights(choice: str, recipe: WeightsEnum, architecture: str) -> Source:
         raise InvalidModel(
             f"--weights {choice}: there is no such file (nor is it 'pretrained' or 'untrained')"
         )
-    return Source(file_facts(path), path)
+    return Source(file_facts(path, origin), path)
 
 
 def download(url: str, cache: Path) -> Path:
@@ -112,7 +116,8 @@ def scales_input_again(
         return False
     if asked:
         return asked == "on"
-    if source.facts.source != "file" or source.facts.sha256.startswith(_digest_in(recipe.url)):
+    known = source.facts.source in ("torchvision", f"seed {SEED}")
+    if known or source.facts.sha256.startswith(_digest_in(recipe.url)):
         return True  # torchvision's own, or random
     found = ""
     if architecture == "googlenet":  # inception_v3 has them by default either way

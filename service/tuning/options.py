@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from handler.machine import available_cores
-from service.options import ModelOptions, add_options, number, positive, read_options
+from service.options import NOT_SERVED, ModelOptions, add_options, number, positive, read_options
+from service.registry.references import parse_reference
 from service.tuning.bench import TuningOptions
 
 
@@ -18,7 +19,7 @@ def make_parser() -> argparse.ArgumentParser:
         "A model option that is given (--precision, --workers, …) is kept and not varied.",
         allow_abbrev=False,
     )
-    add_options(parser, ModelOptions, without=["tuned", "version", "sign"])
+    add_options(parser, ModelOptions, without=["tuned", "weights_sha256", *NOT_SERVED])
     add = parser.add_argument_group("tuning").add_argument
     limit = "99 of 100 requests must be answered within this time"
     add("--slo-p99-ms", type=positive, required=True, metavar="MS", help=limit)
@@ -44,6 +45,8 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:
     """The model's options and those of the tuning; exits with 2 if they are wrong."""
     parser = make_parser()
     args = parser.parse_args(argv)
+    if parse_reference(args.weights):
+        parser.error("--weights must be a file here")
     model = read_options(ModelOptions, parser, args)
     if len(model.models) > 1:
         parser.error("one --model is tuned at a time")

@@ -273,6 +273,26 @@ def test_what_only_the_shared_cache_needs_is_installed_for_it(
     assert ("requirements-cache.txt" in asked) is needed
 
 
+@pytest.mark.parametrize(
+    ("argv", "needed"),
+    [
+        ("serve --weights mlflow:models:/birds@champion", True),
+        (f"package --weights=s3://models/w.pth --weights-sha256 {'0' * 64}", True),
+        ("package --log-to mlflow:birds", True),
+        ("serve --weights birds.pth", False),
+        ("package", False),
+    ],
+)
+def test_what_only_registries_need_is_installed_for_them(
+    monkeypatch: pytest.MonkeyPatch, argv: str, needed: bool
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
+    monkeypatch.setattr("os.execv", lambda *command: None)
+    assert main(argv.split()) == 0
+    assert ("requirements-registry.txt" in asked) is needed
+
+
 def test_old_pythons_are_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

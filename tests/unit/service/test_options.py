@@ -100,6 +100,8 @@ def test_given_archives_take_the_place_of_the_default_model() -> None:
         ("--model googlenet --transform-input on", "are for a file given as --weights"),
         ("--weights w.pth --transform-input on", "is for googlenet and inception_v3"),
         ("--archive a.mar --weights w.pth", "--weights is for making an archive"),
+        ("--weights https://h/w.pth", "https://h/w.pth needs --weights-sha256 HEX"),
+        ("--weights w.pth --weights-sha256 " + 64 * "0", "is for --weights of a URL or of mlflow:"),
         ("--gateway-port 1", "--gateway-port goes with --gateway"),
         ("--device gpu", "invalid choice: 'gpu'"),
         ("--mod resnet50", "unrecognized arguments: --mod"),
@@ -149,12 +151,14 @@ def test_host(host: str) -> None:
         ("--minimum-agreement", ["", "x", "nan", "-0.1", "1.1"], "must be 0 to 1"),
         ("--host", ["", "::1", "http://x", "x:8080", "x/y"], "a host name or an IPv4 address"),
         ("--version", ["", "1/0", "..", "a b", "é", "a" * 33], "must be at most 32 letters"),
+        ("--log-to", ["", "birds", "mlflow:", "mlflow:a/1", "mlflow:a b"], "must be mlflow:NAME"),
+        ("--weights-sha256", ["", "0", "A" * 64, "0" * 65], "must be 64 digits of 0-9 and a-f"),
     ],
 )
 def test_values_of_another_form(
     option: str, texts: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parse: Parse = parse_package if option == "--version" else parse_serve
+    parse: Parse = parse_package if option in ("--version", "--log-to") else parse_serve
     for text in texts:
         said = mistake([f"{option}={text}"], capsys, parse)
         assert message in said
@@ -172,8 +176,8 @@ def test_help_shows_every_option_with_its_default(
     text = capsys.readouterr().out.partition("show this help")[2]
     entries = [f"--{entry}" for entry in re.split(r"\n  --", text)[1:]]
     without = [entry.split()[0] for entry in entries if "(default: " not in entry]
-    # packaging has --version and --sign; for serving they are always the default
-    assert len(entries) == len(vars(parse([]))) - 2 * (parse is parse_serve)
+    # packaging has options of its own; for serving they are always the default
+    assert len(entries) == len(vars(parse([]))) - len(options.NOT_SERVED) * (parse is parse_serve)
     assert without == []
 
 

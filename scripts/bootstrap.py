@@ -42,6 +42,8 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-signing.txt")
     if command in ("serve", "gateway") and os.environ.get("GATEWAY_GRPC_PORT", "0") != "0":
         requirements.append("requirements-grpc.txt")
+    if command == "predict" and any(word.endswith("parquet") for word in rest):
+        requirements.append("requirements-bulk.txt")
     try:
         set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:

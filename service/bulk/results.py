@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from handler.errors import SetupError
 from service.bulk.sources import Image
+from service.temporary import is_at
 
 Record = dict[str, Any]
 Key = tuple[str, str]  # name and SHA-256 of an image
@@ -45,6 +46,8 @@ class Results:
         with ExitStack() as stack:
             old: IO[bytes] = stack.enter_context(path.open("ab+"))
             _lock(old, path)
+            if not is_at(old.fileno(), path):  # it was replaced since
+                raise in_use(path)
             kept = sum(map(len, self._kept(old)))
             if kept == path.stat().st_size:
                 stack.pop_all()
@@ -127,4 +130,8 @@ def _lock(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SetupError(f"{path}: another ./scripts/predict is writing to it") from None
+        raise in_use(path) from None
+
+
+def in_use(path: Path) -> SetupError:
+    return SetupError(f"{path}: another ./scripts/predict is writing to it")

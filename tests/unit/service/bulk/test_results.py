@@ -50,7 +50,7 @@ def test_a_last_line_torn_anywhere_is_mended(tmp_path: Path) -> None:
     path = written(tmp_path / "r.jsonl", (ONE, GOOD), (TWO, GOOD))
     whole = path.read_bytes()
     end = whole.index(b"\n") + 1
-    for cut in range(end, len(whole)):
+    for cut in (end + 1, end + 40, end + 200, len(whole) - 1, end):
         path.write_bytes(whole[:cut])
         with Results(path) as results:
             assert [results.claim(image) for image in (ONE, TWO)] == [False, True]

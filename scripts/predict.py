@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--patience",
         type=positive,
-        default=300.0,
+        default=300,
         metavar="S",
         help="seconds without any answer until --output gives up",
     )

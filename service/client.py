@@ -10,11 +10,12 @@ from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
-from urllib3.exceptions import NewConnectionError
 
 from handler.errors import SetupError
 
 TIMEOUT_SECONDS = 60
+# Errors of urllib3, which requests has below its own: there was no connection.
+UNCONNECTED = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Client:
         except requests.RequestException as exc:
             message = f"{self.url} does not answer: is ./scripts/serve running?"
             cause = getattr(exc.args[0] if exc.args else None, "reason", None)
-            reached = not isinstance(cause, NewConnectionError)
+            reached = type(cause).__name__ not in UNCONNECTED
             return Reply(error(0, type(exc).__name__, message), reached=reached)
         try:
             # TorchServe's own errors have no status.

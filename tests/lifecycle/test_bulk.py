@@ -45,7 +45,8 @@ def test_every_image_is_once_in_the_output(tmp_path: Path, colours: list[str], s
         try:
             wait_for(lambda: lines(output) >= IMAGES // 3, SECONDS)
             started = psutil.Process(server.process.pid).children(recursive=True)
-            for process in (server.process, *started):
+            server.process.kill()
+            for process in started:
                 process.kill()
             server.process.wait()
             wait_for(lambda: not alive(started))

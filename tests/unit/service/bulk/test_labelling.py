@@ -14,6 +14,7 @@ import pytest
 
 from service.bulk import report
 from service.bulk.formats import COLUMNS
+from service.bulk.summary import Summary
 from tests import ROOT
 from tests.drawing import encode, noise, plain
 from tests.unit.service.bulk.serving import Says, Service, failure, serving, success
@@ -22,7 +23,7 @@ EVIL = "<img src=x onerror=alert(1)>&'\".png"
 
 
 def predict(service: Service, *argv: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, ROOT / "scripts" / "predict.py", *argv]
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), *map(str, argv)]
     return subprocess.run(
         [*command, "--url", service.url, "--model", "m", "--concurrency", "4"],
         cwd=ROOT,
@@ -108,7 +109,7 @@ def test_the_report_is_bounded_and_keeps_the_least_sure(
     rows = [{"status": "success", "image": str(images / name), "sha256": "of another"}
             | {"predictions": [{"class": "c", "class_id": 1, "confidence": p}]}
             for name, p in (("1.png", 0.5), ("2.png", 0.1), ("3.png", 0.3))]  # fmt: skip
-    summary = report.Summary(images=3, classified=3)
+    summary = Summary(images=3, classified=3)
     report.write_report(rows, images.iterdir(), summary, tmp_path / "r.html")
     text = (tmp_path / "r.html").read_text("utf-8")
     assert re.findall(r"<strong>(.+?) %", text) == ["10.00", "30.00"]
@@ -150,7 +151,7 @@ def test_csv_and_parquet_have_what_the_lines_have(images: Path, tmp_path: Path) 
 def test_a_spreadsheet_computes_no_name(tmp_path: Path) -> None:
     """A name that is given without a folder begins the cell."""
     (tmp_path / "=HYPERLINK(1).png").write_bytes(encode(plain()))
-    command = [sys.executable, ROOT / "scripts" / "predict.py", "=HYPERLINK(1).png"]
+    command = [sys.executable, str(ROOT / "scripts" / "predict.py"), "=HYPERLINK(1).png"]
     with serving(lambda image, time: success("@SUM(1)")) as service:
         subprocess.run(
             [*command, "--url", service.url, "--model", "m", "--output", "r.csv"],
@@ -168,7 +169,7 @@ def test_mistakes_are_named_before_anything_is_sent(images: Path, tmp_path: Path
     (tmp_path / "mine.csv").write_text("mine")
     (tmp_path / "empty").mkdir()
     (tmp_path / "key").write_text("two words")
-    mistakes = {
+    mistakes: dict[tuple[str | Path, ...], str] = {
         ("--html", "x.html"): "--html and --format need --output FILE",
         ("--output", tmp_path / "r.txt"): "end its name with .jsonl, .csv, .parquet",
         ("--output", tmp_path / "mine.csv"): "exists, and no",
@@ -191,8 +192,9 @@ def test_without_an_output_a_folder_is_answered_in_order(images: Path) -> None:
         done = predict(service, images, "--json")
         missing = predict(service, "missing.png")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [answer["status"] for answer in answers].count("success") == 6
-    assert answers[-2]["type"] == "UnreadableImage"
+    best = [answer["predictions"][0]["confidence"] for answer in answers[:6]]
+    assert best == [0.9, 0.8, 0.7, 0.4, 0.6, 0.5], "by name: <img… before =4.png"
+    assert [answer["type"] for answer in answers[6:]] == ["UnreadableImage"]
     assert (done.returncode, missing.returncode) == (1, 1)
     assert missing.stdout == (
         "missing.png\n  UnreadableFile: missing.png: No such file or directory\n\n"

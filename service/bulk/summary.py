@@ -39,7 +39,7 @@ class Summary:
     def as_json(self) -> dict[str, Any]:
         classes = [
             {"class": label, "class_id": index, "images": images}
-            for (label, index), images in self.classes.most_common(MOST)
+            for (label, index), images in self.most_frequent
         ]
         return {
             "images": self.images,
@@ -53,6 +53,11 @@ class Summary:
             "images_per_second": round(self.rate, 1),
             "stopped": self.stopped,
         }
+
+    @property
+    def most_frequent(self) -> list[tuple[tuple[str, int], int]]:
+        """Classes and their images; those with equally many by index."""
+        return sorted(self.classes.items(), key=lambda item: (-item[1], item[0][1]))[:MOST]
 
     @property
     def rate(self) -> float:
@@ -71,7 +76,7 @@ class Summary:
         if self.classes:
             rows = [
                 (f"{label} ({index})", images, f"{images / self.classified:.1%}")
-                for (label, index), images in self.classes.most_common(MOST)
+                for (label, index), images in self.most_frequent
             ]
             more = len(self.classes) - len(rows)
             heading = f"class, and {more} more" if more > 0 else "class"

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-grpc.txt")
     if command == "serve" and os.environ.get("CLASSIFIER_CACHE_URL"):
         requirements.append("requirements-cache.txt")
+    if command == "predict" and any(word.endswith("parquet") for word in rest):
+        requirements.append("requirements-bulk.txt")
     try:
         set_up(requirements, torch_build)
     except subprocess.CalledProcessError as exc:

@@ -1,47 +1,117 @@
 """A client of the predictions port: asks about an image, and shows the answer in a terminal."""
 
+import re
 import sys
-from pathlib import Path
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from pathlib import Path, PurePath
+from time import time
 from typing import Any
 
 import requests
+from requests.adapters import HTTPAdapter
+
+from handler.errors import SetupError
 
 TIMEOUT_SECONDS = 60
+# Errors of urllib3, which requests has below its own: there was no connection.
+UNCONNECTED = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError")
 
 
-def ask(session: requests.Session, url: str, path: Path, top_k: int | None) -> dict[str, Any]:
-    """The server's answer for one file; any other failure takes the form of its errors."""
+@dataclass(frozen=True)
+class Reply:
+    """What became of one request; `status` is that of HTTP, and 0 if no answer came."""
+
+    answer: dict[str, Any]
+    status: int = 0
+    retry_after: float | None = None  # seconds
+    reached: bool = True  # False: there was no connection, so the image cannot be the cause
+
+
+class Client:
+    """Asks one URL, from several threads if need be."""
+
+    def __init__(
+        self, url: str, top_k: int | None = None, key: str | None = None, connections: int = 1
+    ) -> None:
+        """`key`: what the gateway knows the client by."""
+        self.url = url
+        self._options = {} if top_k is None else {"top_k": str(top_k)}
+        self._session = requests.Session()
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))
+        if "127.0.0.1" in url or "localhost" in url:
+            self._session.trust_env = False  # no proxy of the environment
+        if key is not None:
+            self._session.headers["X-API-Key"] = key
+
+    def ask(self, name: str, body: bytes) -> Reply:
+        """The server's answer for one image; any other failure takes the form of its errors."""
+        last = PurePath(name).name[-255:].encode(errors="replace").decode()  # it may be no text
+        try:
+            form = requests.Request(
+                "POST",
+                self.url,
+                files={"file": ("image", body)},
+                data={"filename": last} | self._options,
+            ).prepare()
+            # TorchServe would parse multipart/form-data in Java, which costs more.
+            kind = form.headers["Content-Type"].replace("form-data", "mixed")
+            response = self._session.post(
+                self.url,
+                data=form.body,
+                headers={"Content-Type": kind},
+                timeout=TIMEOUT_SECONDS,
+                allow_redirects=False,  # the key is for this server alone
+            )
+        except requests.RequestException as exc:
+            message = f"{self.url} does not answer: is ./scripts/serve running?"
+            cause = getattr(exc.args[0] if exc.args else None, "reason", None)
+            reached = type(cause).__name__ not in UNCONNECTED
+            return Reply(error(0, type(exc).__name__, message), reached=reached)
+        try:
+            # TorchServe's own errors have no status.
+            answer = {"status": "error"} | response.json()
+        except (ValueError, TypeError):
+            reason = response.reason or "no JSON in the answer"
+            answer = error(response.status_code, "NoAnswer", reason)
+        after = _seconds(response.headers.get("Retry-After"))
+        return Reply(answer, response.status_code, after)
+
+
+def read_key(path: Path) -> str:
+    """An API key, alone in a file. Raises SetupError, which does not show it; OSError."""
+    key = path.read_bytes().strip()
+    if not re.fullmatch(rb"[!-~]{1,1024}", key):
+        raise SetupError(f"{path} must have one key of visible ASCII characters, and nothing else")
+    return key.decode()
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a Retry-After, which is a number of seconds or a date (RFC 9110, 10.2.3)."""
+    if retry_after is None:
+        return None
+    if retry_after.isascii() and retry_after.isdigit():
+        return float(retry_after[:9])
     try:
-        body = path.read_bytes()
-    except OSError as exc:
-        return _error(0, "UnreadableFile", f"{path}: {exc.strerror}")
-    name = path.name[-255:].encode(errors="replace").decode()  # it may not be text at all
-    options = {"filename": name} | ({} if top_k is None else {"top_k": str(top_k)})
-    try:
-        form = requests.Request(
-            "POST", url, files={"file": ("image", body)}, data=options
-        ).prepare()
-        # TorchServe would parse multipart/form-data in Java, which costs more.
-        headers = {"Content-Type": form.headers["Content-Type"].replace("form-data", "mixed")}
-        response = session.post(url, data=form.body, headers=headers, timeout=TIMEOUT_SECONDS)
-    except requests.RequestException as exc:
-        return _error(0, type(exc).__name__, f"{url} does not answer: is ./scripts/serve running?")
-    try:
-        answer = response.json()
-    except ValueError:
-        return _error(response.status_code, "NoAnswer", response.reason or "no JSON in the answer")
-    # TorchServe's own errors have no status.
-    return {"status": "error"} | answer
+        return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
+    except (ValueError, OverflowError):
+        return None
 
 
-def table(path: Path, answer: dict[str, Any]) -> str:
+def error(code: int, kind: str, message: str) -> dict[str, Any]:
+    """The form that the service's errors have."""
+    return {"status": "error", "code": code, "type": kind, "message": message}
+
+
+def table(name: str, answer: dict[str, Any]) -> str:
     """The answer for one image as lines for a terminal."""
     if answer["status"] != "success":
-        return f"{path}\n  {answer.get('type')}: {answer.get('message')}\n"
+        return f"{name}\n  {answer.get('type')}: {answer.get('message')}\n"
     metadata = answer["metadata"]
     width, height = metadata["image_size"]
     lines = [
-        f"{path}  {width}x{height}  {metadata['inference_time'] * 1000:.1f} ms  "
+        f"{name}  {width}x{height}  {metadata['inference_time'] * 1000:.1f} ms  "
         f"{metadata['model']} {metadata['version']}, weights {metadata['weights']}"
     ]
     block = "█" if can_print("█") else "#"
@@ -61,7 +131,3 @@ def can_print(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _error(code: int, kind: str, message: str) -> dict[str, Any]:
-    return {"status": "error", "code": code, "type": kind, "message": message}

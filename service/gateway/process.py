@@ -181,6 +181,12 @@ class Gateway:
         return self._settings.host, self._settings.port
 
     @property
+    def grpc_url(self) -> str | None:
+        """HOST:PORT of gRPC for a client on this machine, None if it is not served."""
+        settings = self._settings
+        return f"{settings.local_host}:{settings.grpc_port}" if settings.grpc_port else None
+
+    @property
     def grpc_address(self) -> dict[str, tuple[str, int]]:
         """Where gRPC is served, by what it is for; empty if it is not."""
         settings = self._settings

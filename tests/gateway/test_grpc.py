@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
+import requests
 from google.protobuf import empty_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
@@ -19,6 +20,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from service.openinference import inference_pb2 as pb
+from service.openinference.rest import to_rest
 from tests.gateway.v2 import (
     CLASSES,
     CONFIDENCES,
@@ -221,6 +223,25 @@ def test_a_method_that_there_is_not(channel: grpc.Channel) -> None:
     with pytest.raises(grpc.RpcError) as error:
         call(channel, "RepositoryIndex", empty_pb2.Empty(), empty_pb2.Empty)
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_a_split_is_of_predict_alone(tmp_path: Path) -> None:
+    """Over V2 a client who names no version gets the default one."""
+    with serving_grpc(tmp_path, split="2.0=100") as other, other.channel() as channel:
+        infer(channel, image_request(b"one"))
+        assert other.replica.path == "/predictions/resnet50"
+        body = to_rest(image_request(b"one"))
+        for path, asked in (
+            ("/predict", "/predictions/resnet50/2.0"),
+            ("/v2/models/resnet50/infer", "/predictions/resnet50"),
+        ):
+            requests.post(
+                other.gateway.url + path,
+                data=body.data,
+                headers={"Inference-Header-Content-Length": str(body.json_bytes)},
+                timeout=TIMEOUT,
+            ).raise_for_status()
+            assert other.replica.path == asked
 
 
 def test_large_messages(channel: grpc.Channel, served: Served) -> None:

@@ -110,8 +110,13 @@ class Calls:
     async def _receive(self, context: Any) -> bytes:
         """The next message. Raises Refused."""
         data = await self._next(context)
-        if data is None:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "BadRequest: there is no message")
+        if (
+            data is None
+        ):  # the second: grpcio itself has answered RESOURCE_EXHAUSTED, and says no more
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "BadRequest: there is no message, or it is larger than GATEWAY_MAX_BODY_BYTES",
+            )
         return data
 
     async def _refuse(self, context: Any, caller: Caller, exc: Exception) -> Exception:

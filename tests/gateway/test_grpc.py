@@ -4,6 +4,7 @@ A stand-in that speaks V2 over REST is behind the gateway.
 """
 
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +36,7 @@ from tests.gateway.v2 import (
     refused,
     serving_grpc,
 )
+from tests.processes import wait_for
 
 PIXELS = bytes(range(12))  # [1, 2, 2, 3]
 
@@ -248,8 +250,14 @@ def test_large_messages(channel: grpc.Channel, served: Served) -> None:
     """Images of up to GATEWAY_MAX_BODY_BYTES in all come through, larger ones do not."""
     infer(channel, image_request(bytes(99_000)))
     assert len(served.replica.tensors) == 99_004
-    for size in (99_900, 150_000, 10_000_000):  # refused by the gateway, and by gRPC
-        assert refused(channel, image_request(bytes(size)))[0] == "RESOURCE_EXHAUSTED"
+    before = len(served.gateway.lines("grpc"))
+    for size in (99_900, 150_000, 10_000_000):  # refused as V2 over REST, and as a call
+        code, message = refused(channel, image_request(bytes(size)))
+        assert (code, "100000" in message) == ("RESOURCE_EXHAUSTED", True), message
+    wait_for(lambda: len(served.gateway.lines("grpc")) >= before + 2)
+    time.sleep(1)  # until a second line about one of them would be there
+    lines = served.gateway.lines("grpc")[before:]
+    assert ["larger than GATEWAY_MAX_BODY_BYTES" in line["message"] for line in lines] == [True] * 2
 
 
 def test_a_message_that_is_large_when_it_is_unpacked(channel: grpc.Channel) -> None:

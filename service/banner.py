@@ -32,6 +32,7 @@ def announce(
             management=addresses.management.url,
             metrics=addresses.metrics.url,
             gateway=gateway.url if gateway else None,
+            grpc=gateway.grpc_url if gateway else None,
         )
     if log.form == "text" or sys.stderr.isatty():
         text = banner(served, addresses, gateway, seconds) + "\n"
@@ -69,6 +70,7 @@ def banner(
             f"  predict   curl {key}{url}/predict -F file=@{example}",
             f"  health    curl {url}/health",
             f"  info      curl {key}{url}/info",
+            *([f"  gRPC      {gateway.grpc_url}"] if gateway.grpc_url else []),
             "",
         ]
     lines += [f"  metrics   curl {addresses.metrics.url}/metrics", "  stop      Ctrl-C"]

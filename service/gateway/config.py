@@ -21,6 +21,7 @@ BACKLOG = 4096
 # workers than the load needs cost CPU: each wakes for fewer events, with colder caches.
 CORES_PER_WORKER = 4
 MAX_WORKERS = 4
+GRPC_SLACK_SECONDS = 20  # until a gRPC server that does not keep its own limits is given up
 
 
 class Replicas(NamedTuple):
@@ -50,6 +51,7 @@ def render(
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only the gateway needs it
 
     body, total = settings.max_body_bytes, settings.response_timeout_seconds
+    host = bracketed(settings.host)
     # A replica that does not answer must not use up all the time that a request has.
     can_retry = len(replicas.upstreams) > 1
     first_seconds = max(1, total // 4) if can_retry else total
@@ -78,7 +80,9 @@ def render(
         trusted_proxies=settings.networks("trusted_proxies") if settings.trusted_proxies else [],
         first_seconds=first_seconds,
         second_seconds=max(1, total - first_seconds) if can_retry else total,
-        listen=f"{bracketed(settings.host)}:{settings.port} backlog={BACKLOG}",
+        listen=f"{host}:{settings.port} backlog={BACKLOG}",
+        grpc_listen=f"{host}:{settings.grpc_port} backlog={BACKLOG}",
+        grpc_seconds=settings.body_timeout_seconds + total + GRPC_SLACK_SECONDS,
     )
 
 

@@ -75,8 +75,9 @@ class Gateway:
         check_reachable(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
-        for name, owner in (("control", None), ("inside", worker_user())):
-            path = self._folder / name  # of a socket: nginx lets everybody write to it
+        user = worker_user()
+        for name, owner in (("control", None), ("inside", user)):
+            path = self._folder / name  # of sockets: nginx lets everybody write to its own
             path.mkdir(0o700)
             if owner:
                 os.chown(path, owner.pw_uid, owner.pw_gid)
@@ -97,6 +98,9 @@ class Gateway:
                 raise SetupError(f"nginx refuses its configuration: {reason}")
             pid_file = self._folder / "nginx.pid"
             pid_file.unlink(missing_ok=True)  # the check leaves one
+            if self._grpc:  # first: it is asked as soon as nginx listens
+                ids = (user.pw_uid, user.pw_gid) if user else None
+                self._grpc.start(self._guardian, self._folder / "inside", ids, self._stop_seconds)
             self._process = self._guardian.start(command, pass_fds=[writer, self._temporary.lock])
         finally:
             os.close(writer)
@@ -107,11 +111,6 @@ class Gateway:
         wait_until(lambda: pid_file.exists() or process.poll() is not None, START_SECONDS, 0.02)
         if not pid_file.exists():
             raise SetupError("nginx did not start; the cause is in the log above")
-        if self._grpc:
-            user = worker_user()
-            ids = (user.pw_uid, user.pw_gid) if user else None
-            socket = self._folder / "inside" / "sock"
-            self._grpc.start(self._guardian, socket, ids, self._stop_seconds)
         self._watch.start(self._folder / "control" / "sock")
 
     def _relay(self, reader: int) -> None:
@@ -188,6 +187,12 @@ class Gateway:
     @property
     def address(self) -> tuple[str, int]:
         return self._settings.host, self._settings.port
+
+    @property
+    def grpc_url(self) -> str | None:
+        """HOST:PORT of gRPC for a client on this machine, None if it is not served."""
+        settings = self._settings
+        return f"{settings.local_host}:{settings.grpc_port}" if settings.grpc_port else None
 
     @property
     def grpc_address(self) -> dict[str, tuple[str, int]]:

@@ -144,11 +144,15 @@ class GatewaySettings:
         return _entries("models", self.models)
 
     @property
+    def local_host(self) -> str:
+        """The gateway's address for a client on this machine, as it stands before a port."""
+        return bracketed({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host))  # noqa: S104
+
+    @property
     def url(self) -> str:
         """The gateway for a client on this machine."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         scheme = "https" if self.tls_certificate else "http"
-        return f"{scheme}://{bracketed(host)}:{self.port}"
+        return f"{scheme}://{self.local_host}:{self.port}"
 
     def weights(self) -> dict[str, int]:
         """Version -> percent of the clients; empty without a split."""

@@ -1,15 +1,11 @@
-"""Who calls, and how many calls wait for what their callers still have to send."""
+"""Calls that are refused, and how many wait for what their callers still have to send."""
 
 import asyncio
-import ipaddress
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from urllib.parse import unquote
 
 import grpc
-
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 class Refused(Exception):
@@ -27,31 +23,6 @@ class Refused(Exception):
     ) -> None:
         super().__init__(message)
         self.code, self.metadata, self.is_logged = code, tuple(metadata), is_logged
-
-
-def address_of(peer: str, forwarded: str, proxies: Sequence[Network]) -> str:
-    """The client's address, as nginx finds it.
-
-    `peer` is gRPC's (`ipv4:127.0.0.1:1234`, `ipv6:%5B::1%5D:1234`), `forwarded` an X-Forwarded-For.
-    That counts only from one of the proxies: its last address that is none of them.
-    """
-    _, _, rest = unquote(peer).partition(":")
-    address = _parse(rest.rpartition(":")[0].strip("[]"))
-    for word in reversed(forwarded.split(",")):
-        if address is None or not any(address in network for network in proxies):
-            break
-        if (found := _parse(word.strip())) is None:
-            break
-        address = found
-    return str(address or "unknown")
-
-
-def _parse(text: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        return None
-    return getattr(address, "ipv4_mapped", None) or address
 
 
 class Places:

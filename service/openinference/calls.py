@@ -1,7 +1,6 @@
 """Calls from bytes to bytes: who calls, limits, errors, and lines in the log."""
 
 import asyncio
-import ipaddress
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
@@ -14,7 +13,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from service.logs import Log
 from service.openinference import inference_pb2 as pb
-from service.openinference.callers import Places, Refused, address_of
+from service.openinference.callers import Places, Refused
 from service.openinference.inference import Caller, Inference
 from service.openinference.process import Config
 from service.openinference.wire import has_many_fields
@@ -40,7 +39,6 @@ class Calls:
         self._inference = inference
         self._places = Places(config.max_concurrent)
         self._seconds = config.body_seconds
-        self._proxies = [ipaddress.ip_network(network) for network in config.proxies]
         self._log = log
         self._stopping = stopping
         self._reflection = reflection.aio.ReflectionServicer([SERVICE, HEALTH, REFLECTION])
@@ -71,7 +69,7 @@ class Calls:
         self, kind: type[Message], answer: Callable[[Any, Caller], Awaitable[Message]]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(_: object, context: Any) -> bytes:
-            caller = self._caller(context)
+            caller = Caller.of(context)
             try:
                 with self._places.take(caller.address):
                     data = await self._receive(context)
@@ -89,7 +87,7 @@ class Calls:
         self, answer: Callable[[Any, Caller], AsyncIterator[Message]]
     ) -> "grpc.RpcMethodHandler[Any, Any]":
         async def handle(_: object, context: Any) -> AsyncIterator[bytes]:
-            caller = self._caller(context)
+            caller = Caller.of(context)
             try:
                 with self._places.take(caller.address):
                     async for reply in answer(context, caller):
@@ -98,12 +96,6 @@ class Calls:
                 raise await self._refuse(context, caller, exc) from None
 
         return grpc.stream_stream_rpc_method_handler(handle)
-
-    def _caller(self, context: Any) -> Caller:
-        metadata = dict(context.invocation_metadata() or ())
-        forwarded = str(metadata.get("x-forwarded-for", ""))
-        address = address_of(context.peer(), forwarded, self._proxies)
-        return Caller(address, metadata, context.time_remaining)
 
     async def _next(self, context: Any) -> bytes | None:
         """The next message, or None if there is none. Raises Refused if it does not come."""
@@ -118,8 +110,13 @@ class Calls:
     async def _receive(self, context: Any) -> bytes:
         """The next message. Raises Refused."""
         data = await self._next(context)
-        if data is None:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, "BadRequest: there is no message")
+        if (
+            data is None
+        ):  # the second: grpcio itself has answered RESOURCE_EXHAUSTED, and says no more
+            raise Refused(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "BadRequest: there is no message, or it is larger than GATEWAY_MAX_BODY_BYTES",
+            )
         return data
 
     async def _refuse(self, context: Any, caller: Caller, exc: Exception) -> Exception:

@@ -30,6 +30,12 @@ class Caller:
     time_left: Callable[[], float | None]
     told: tuple[tuple[str, str], ...] = field(default=())
 
+    @classmethod
+    def of(cls, context: Any) -> "Caller":
+        """Of a call that nginx has passed on, which says whose it is."""
+        metadata = dict(context.invocation_metadata() or ())
+        return cls(str(metadata.get("x-forwarded-for", "")), metadata, context.time_remaining)
+
     def headers(self) -> dict[str, str]:
         """Headers of a request to the gateway. Raises Refused."""
         found = {"X-Forwarded-For": self.address}

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.gateway.settings import PREFIX, GatewaySettings, bracketed
+from service.gateway.settings import PREFIX, GatewaySettings
 from service.logs import Log
 from service.processes import Guardian, end, wait_until
 
@@ -19,19 +19,15 @@ SERVE = (
     f"import sys; sys.path[0] = {str(ROOT)!r}; "
     "from service.openinference.server import serve_from; sys.exit(serve_from(sys.stdin.buffer))"
 )
-LISTENING = "gRPC listens"
 START_SECONDS = 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What the server needs to know. It comes on stdin, which nobody else can read."""
+    """What the server needs to know, as JSON on stdin."""
 
-    listen: str  # HOST:PORT
-    gateway: str  # path of its Unix socket
-    certificate: str  # PEM; empty: no TLS
-    key: str
-    proxies: tuple[str, ...]  # networks whose X-Forwarded-For counts
+    listen: str  # path of a Unix socket, as the next
+    gateway: str
     user: tuple[int, int] | None  # ids of the user and group to become
     max_body_bytes: int
     max_concurrent: int
@@ -43,8 +39,7 @@ class Config:
     def read(cls, text: bytes) -> "Config":
         facts = json.loads(text)
         user = facts.pop("user")
-        proxies = tuple(facts.pop("proxies"))
-        return cls(user=(user[0], user[1]) if user else None, proxies=proxies, **facts)
+        return cls(user=(user[0], user[1]) if user else None, **facts)
 
 
 class GrpcServer:
@@ -60,24 +55,20 @@ class GrpcServer:
                 )
         self._settings = settings
         self._output = output
-        self._listens = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
 
     def start(
-        self, guardian: Guardian, gateway: Path, user: tuple[int, int] | None, stop_seconds: int
+        self, guardian: Guardian, folder: Path, user: tuple[int, int] | None, stop_seconds: int
     ) -> None:
-        """Start it in front of the gateway that listens on the socket. Raises SetupError.
+        """Start it between two sockets of nginx's. Raises SetupError.
 
-        `user`: ids of the user and group that it becomes.
+        `folder` is where they are, `user` the ids of the user and group that it becomes.
         """
-        settings = self._settings
+        settings, socket = self._settings, folder / "grpc"
         config = Config(
-            listen=f"{bracketed(settings.host)}:{settings.grpc_port}",
-            gateway=str(gateway),
-            certificate=_text_of(settings.tls_certificate),
-            key=_text_of(settings.tls_key),
-            proxies=tuple(settings.networks("trusted_proxies") if settings.trusted_proxies else ()),
+            listen=str(socket),
+            gateway=str(folder / "sock"),
             user=user,
             max_body_bytes=settings.max_body_bytes,
             max_concurrent=settings.max_concurrent,
@@ -93,20 +84,14 @@ class GrpcServer:
         process.stdin.close()
         self._log = threading.Thread(target=self._relay, args=(process,))
         self._log.start()
-        wait_until(
-            lambda: self._listens.is_set() or process.poll() is not None, START_SECONDS, 0.02
-        )
-        if not self._listens.is_set():
+        wait_until(lambda: socket.exists() or process.poll() is not None, START_SECONDS, 0.02)
+        if not socket.exists():
             raise SetupError("the gRPC server did not start; the cause is in the log above")
 
-    def _relay(self, process: subprocess.Popen[bytes]) -> None:
+    def _relay(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdout is not None  # noqa: S101 - as above
         with process.stdout as output:
-            self._output.relay(output, self._look)
-
-    def _look(self, line: bytes) -> None:
-        if LISTENING.encode() in line:
-            self._listens.set()
+            self._output.relay(output)
 
     def exit_status(self) -> int | None:
         """None while it runs."""
@@ -125,7 +110,3 @@ def _is_installed(package: str) -> bool:
         return find_spec(package) is not None
     except ModuleNotFoundError:  # its parent
         return False
-
-
-def _text_of(path: str) -> str:
-    return Path(path).read_text("utf-8") if path else ""

@@ -5,9 +5,7 @@
 Behind the gateway is a stand-in that takes nothing but V2 over REST; with --real, TorchServe. A
 finding is INTERNAL or UNKNOWN, a call that is never answered, a traceback in the log, anything
 else that reaches the stand-in, or a process that was replaced. Then a tenth as many connections get
-raw frames of HTTP/2, of whose answers only the time counts; a last call must be answered. Frames
-whose path is not UTF-8 end a server of grpc.aio, which is replaced: that is counted, and is no
-finding.
+raw frames of HTTP/2, of whose answers only the time counts; a last call must be answered.
 """
 
 import argparse
@@ -33,8 +31,6 @@ from tests.server.serving import Server, package, serving
 
 CALLS = 32  # at a time
 HANG_SECONDS = 30
-CONNECTS = 50  # tries
-NOT_UTF8 = "codec can't decode byte"
 QUIET_SECONDS = 0.2  # after which a connection is closed from here
 MODEL = {"models": "mobilenet_v2"}
 UNDESERVED = {"INTERNAL", "UNKNOWN", "DEADLINE_EXCEEDED", "UNAVAILABLE", "DATA_LOSS"}
@@ -55,7 +51,6 @@ class Findings:
     wrong: list[str] = field(default_factory=list)
     codes: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
-    replaced: int = 0
     seconds: float = 0.0
 
 
@@ -106,14 +101,8 @@ async def send_all(port: int, count: int, seed: int, found: Findings) -> None:
         for number in connections:
             frames = stream(random.Random(f"{seed} frames {number}"))
             found.kinds[frames.kind] += 1
-            for _ in range(CONNECTS):
-                with suppress(ConnectionError):  # while the server is replaced
-                    if not await is_done(port, frames):
-                        found.wrong.append(f"not done: {frames}")
-                    break
-                await asyncio.sleep(0.1)
-            else:
-                found.wrong.append(f"no connection: {frames}")
+            if not await is_done(port, frames):
+                found.wrong.append(f"not done: {frames}")
 
     started = time.monotonic()
     async with grpc.aio.insecure_channel(target, options) as channel:
@@ -134,12 +123,8 @@ def watch(gateway: Gateway, port: int, count: int, seed: int) -> Findings:
     asyncio.run(send_all(port, count, seed, found))
     if processes(gateway) != before:
         found.wrong.append("processes of the gateway were replaced")
-    lines = gateway.lines("grpc")
-    found.replaced = sum("gRPC listens" in line.get("message", "") for line in lines) - 1
     found.wrong += [
-        f"in the log: {line}"
-        for line in lines
-        if line["level"] != "INFO" and NOT_UTF8 not in line.get("message", "")
+        f"in the log: {line}" for line in gateway.lines("grpc") if line["level"] != "INFO"
     ]
     return found
 
@@ -168,7 +153,7 @@ def report(found: Findings) -> str:
     return (
         f"{found.sent} calls in {found.seconds:.0f} s "
         f"({found.sent / max(found.seconds, 0.001):.0f}/s), findings: {len(found.wrong)}\n"
-        f"kinds: {kinds}\nanswers: {codes}\nservers replaced: {found.replaced}"
+        f"kinds: {kinds}\nanswers: {codes}"
     )
 
 

@@ -4,6 +4,7 @@ A stand-in that speaks V2 over REST is behind the gateway.
 """
 
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import grpc
 import pytest
+import requests
 from google.protobuf import empty_pb2
 from google.protobuf.descriptor_pool import DescriptorPool
 from grpc_health.v1 import health_pb2
@@ -19,6 +21,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 )
 
 from service.openinference import inference_pb2 as pb
+from service.openinference.rest import to_rest
 from tests.gateway.v2 import (
     CLASSES,
     CONFIDENCES,
@@ -33,6 +36,7 @@ from tests.gateway.v2 import (
     refused,
     serving_grpc,
 )
+from tests.processes import wait_for
 
 PIXELS = bytes(range(12))  # [1, 2, 2, 3]
 
@@ -223,12 +227,37 @@ def test_a_method_that_there_is_not(channel: grpc.Channel) -> None:
     assert error.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
+def test_a_split_is_of_predict_alone(tmp_path: Path) -> None:
+    """Over V2 a client who names no version gets the default one."""
+    with serving_grpc(tmp_path, split="2.0=100") as other, other.channel() as channel:
+        infer(channel, image_request(b"one"))
+        assert other.replica.path == "/predictions/resnet50"
+        body = to_rest(image_request(b"one"))
+        for path, asked in (
+            ("/predict", "/predictions/resnet50/2.0"),
+            ("/v2/models/resnet50/infer", "/predictions/resnet50"),
+        ):
+            requests.post(
+                other.gateway.url + path,
+                data=body.data,
+                headers={"Inference-Header-Content-Length": str(body.json_bytes)},
+                timeout=TIMEOUT,
+            ).raise_for_status()
+            assert other.replica.path == asked
+
+
 def test_large_messages(channel: grpc.Channel, served: Served) -> None:
     """Images of up to GATEWAY_MAX_BODY_BYTES in all come through, larger ones do not."""
     infer(channel, image_request(bytes(99_000)))
     assert len(served.replica.tensors) == 99_004
-    for size in (99_900, 150_000, 10_000_000):  # refused by the gateway, and by gRPC
-        assert refused(channel, image_request(bytes(size)))[0] == "RESOURCE_EXHAUSTED"
+    before = len(served.gateway.lines("grpc"))
+    for size in (99_900, 150_000, 10_000_000):  # refused as V2 over REST, and as a call
+        code, message = refused(channel, image_request(bytes(size)))
+        assert (code, "100000" in message) == ("RESOURCE_EXHAUSTED", True), message
+    wait_for(lambda: len(served.gateway.lines("grpc")) >= before + 2)
+    time.sleep(1)  # until a second line about one of them would be there
+    lines = served.gateway.lines("grpc")[before:]
+    assert ["larger than GATEWAY_MAX_BODY_BYTES" in line["message"] for line in lines] == [True] * 2
 
 
 def test_a_message_that_is_large_when_it_is_unpacked(channel: grpc.Channel) -> None:

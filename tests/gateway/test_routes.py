@@ -170,10 +170,11 @@ def test_the_banners_lines_work(gateway: Served) -> None:
     names = ("port", "management-port", "metrics-port")
     ports = (gateway.server.ports[name] for name in names)
     addresses = ServerConfig.load("127.0.0.1", *ports).addresses
-    front: Any = SimpleNamespace(url=gateway.url, has_keys=False)
+    front: Any = SimpleNamespace(url=gateway.url, grpc_url="[::1]:8001", has_keys=False)
     text = banner([gateway.server.model], addresses, front, 1.0)
     lines = [line for line in text.splitlines() if f"curl {gateway.url}" in line]
     assert len(lines) == 3
+    assert "gRPC      [::1]:8001" in text
     for line in lines:
         command = "curl" + line.partition("curl")[2] + " --silent --show-error --fail"
         done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60, check=True)

@@ -19,6 +19,7 @@ RELEASES = {
     "canary": ["canary"],
     "modelcar": ["gpu", "modelcar"],
     "volume": ["cpu", "volume"],
+    "grpc": ["cpu", "grpc"],
     "keda": ["cpu"],
 }
 RELEASE_NAMES = {"canary": f"canary-{NAME}"}

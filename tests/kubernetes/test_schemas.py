@@ -11,7 +11,7 @@ from tests.kubernetes.rendered import RELEASES, release
 
 VERSIONS = ("1.30.0", kubernetes_validate.latest_version())  # that the chart takes, from and to
 # Kinds of others, whose schemas no package has: test_wiring.py checks what they refer to.
-CUSTOM = {"HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
+CUSTOM = {"GRPCRoute", "HTTPRoute", "PodMonitor", "PrometheusRule", "ScaledObject"}
 
 
 @pytest.mark.parametrize("version", VERSIONS)

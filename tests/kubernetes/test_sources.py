@@ -16,6 +16,7 @@ from tests.kubernetes.rendered import (
     combined,
     key,
     kustomized,
+    load,
     of_kind,
     release,
 )
@@ -62,6 +63,7 @@ def test_an_overlay_is_the_chart_with_its_values(place: str, name: str) -> None:
     [
         ("overlays/gpu", ["modelcar"], "modelcar"),
         ("overlays/cpu", ["volume"], "volume"),
+        ("overlays/cpu", ["grpc"], "grpc"),
         ("base", ["keda", "monitoring", "routes"], "keda"),
     ],
 )
@@ -96,6 +98,7 @@ def test_every_overlay_has_values_of_its_name() -> None:
             "exclude each other",
         ),
         (["routes.canary.weight=101"], "/routes/canary/weight"),
+        (["routes.enabled=true", "routes.grpcHostnames={v2.test}"], "gateway.grpcPort is missing"),
     ],
 )
 def test_the_chart_refuses(values: list[str], words: str) -> None:
@@ -125,15 +128,23 @@ def test_jobs_are_those_that_rules_take() -> None:
 
 
 def test_the_canary_gets_its_share() -> None:
+    """Over HTTP and gRPC, by names of their own, at ports that its Service has."""
     text = template(
         "--set", "routes.enabled=true,routes.canary.release=canary-classifier",
-        "--set", "routes.canary.weight=10",
+        "--set", "routes.canary.weight=10,routes.grpcHostnames={v2.test},gateway.grpcPort=8001",
     )  # fmt: skip
-    (route,) = [one for one in yaml.safe_load_all(text) if one and one["kind"] == "HTTPRoute"]
-    (rule,) = route["spec"]["rules"]
-    shares = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
+    objects = load(text)
+    routes = {one["kind"]: one["spec"] for one in objects if one["kind"].endswith("Route")}
+    assert routes.keys() == {"HTTPRoute", "GRPCRoute"}
+    assert routes["GRPCRoute"]["hostnames"] == ["v2.test"]
     services = {
         key(one)[1] for one in release("cpu") + release("canary") if key(one)[0] == "Service"
     }
-    assert shares == {"classifier-gateway": 90, "canary-classifier-gateway": 10}
-    assert shares.keys() <= services
+    for kind, name in (("HTTPRoute", "http"), ("GRPCRoute", "grpc")):
+        (rule,) = routes[kind]["rules"]
+        shares = {backend["name"]: backend["weight"] for backend in rule["backendRefs"]}
+        assert shares == {"classifier-gateway": 90, "canary-classifier-gateway": 10}
+        assert shares.keys() <= services
+        ports = of_kind(objects, "Service")["gateway"]["spec"]["ports"]
+        (port,) = [one["port"] for one in ports if one["name"] == name]
+        assert {backend["port"] for backend in rule["backendRefs"]} == {port}

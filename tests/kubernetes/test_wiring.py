@@ -75,9 +75,15 @@ def test_addresses_are_those_that_are_listened_on(
     assert (
         f"getent hosts {address};" in pod(deployments["gateway"])["initContainers"][0]["command"][2]
     )
-    assert container(deployments["gateway"])["ports"] == [
-        {"name": "http", "containerPort": GatewaySettings.port}
-    ]
+    expected = [{"name": "http", "containerPort": GatewaySettings.port}]
+    if grpc := gateway.get("GATEWAY_GRPC_PORT"):
+        expected.append({"name": "grpc", "containerPort": int(grpc)})
+    assert container(deployments["gateway"])["ports"] == expected
+    names = [port["name"] for port in expected]
+    balanced = of_kind(release(name), "Service")["gateway"]["spec"]["ports"]
+    assert [port["targetPort"] for port in balanced] == names
+    (opened,) = of_kind(release(name), "NetworkPolicy")["gateway"]["spec"]["ingress"]
+    assert [port["port"] for port in opened["ports"]] == names
     service = of_kind(release(name), "Service")["replica"]
     assert service["metadata"]["name"] == address
     assert service["spec"]["clusterIP"] == "None"  # its name stands for the replicas' addresses
@@ -174,7 +180,10 @@ def test_a_gateway_answers_what_it_has_accepted(name: str) -> None:
     assert response <= MAX_STOP_SECONDS  # else a stop cuts off the slowest
     gateway = of_kind(release(name), "Deployment")["gateway"]
     waits = container(gateway)["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert pod(gateway)["terminationGracePeriodSeconds"] >= waits + response + 5 + 10
+    stops = response + 5  # first gRPC's server, then nginx
+    if "GATEWAY_GRPC_PORT" in settings_of(name, "gateway"):
+        stops *= 2
+    assert pod(gateway)["terminationGracePeriodSeconds"] >= waits + stops + 10
     assert 10 <= waits < 30
 
 
@@ -218,7 +227,7 @@ def test_only_the_gateway_reaches_management(name: str) -> None:
     assert set(by_prometheus["from"][0]) == {"namespaceSelector"}
     assert policies["replica"]["spec"]["egress"] == []
     (clients,) = policies["gateway"]["spec"]["ingress"]
-    assert clients == {"ports": [{"port": "http"}]}
+    assert set(clients) == {"ports"}  # from everywhere; which: see above
     for policy in policies.values():
         assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
 

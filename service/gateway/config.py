@@ -114,7 +114,9 @@ def worker_user() -> pwd.struct_passwd | None:
 def check_reachable(folder: Path) -> None:
     """Raise SetupError if nginx's workers cannot get to a folder because one above it is closed."""
     user = worker_user()
-    for parent in folder.parents if user else ():
+    if user is None:
+        return
+    for parent in folder.parents:
         stat = parent.stat()
         if not stat.st_mode & 0o001 and stat.st_uid != user.pw_uid:
             raise SetupError(

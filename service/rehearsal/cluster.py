@@ -136,8 +136,8 @@ class Cluster:
                 self._controllers.result()
             if time.monotonic() > deadline:
                 pods = [*self.replicas.pods, *self.gateways.pods]
-                states = [f"{pod.unit.folder.name}: ready {pod.is_ready}" for pod in pods]
-                raise SetupError(f"not as it should be in {SETTLE_SECONDS:g} s: {states}")
+                said = [pod.unit.server.last_lines() for pod in pods if pod.unit.server]
+                raise SetupError(f"not as it should be in {SETTLE_SECONDS:g} s; they said {said}")
             await asyncio.sleep(TICK_SECONDS)
 
     async def evict(self, pod: Pod) -> None:

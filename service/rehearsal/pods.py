@@ -5,6 +5,7 @@ https://kubernetes.io/docs/concepts/workloads/pods/pod-lifecycle/
 
 import asyncio
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -218,4 +219,4 @@ def command_here(command: Sequence[str], ip: str) -> list[str]:
 
 def at_address(text: str, ip: str) -> str:
     """A pod has its loopback and all its addresses to itself; here they are one of loopback."""
-    return text.replace("0.0.0.0", ip).replace("127.0.0.1", ip)  # noqa: S104
+    return re.sub(r"(?<![\d.])(0\.0\.0\.0|127\.0\.0\.1)(?![\d.])", ip, text)

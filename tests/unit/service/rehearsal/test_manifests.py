@@ -97,6 +97,7 @@ def test_a_process_in_place_of_a_container(small: Manifests, tmp_path: Path) -> 
         "GATEWAY_HOST": "127.9.0.2",
         "GATEWAY_KEYS": "off",
         "GATEWAY_MANAGEMENT": "replicas:8081",
+        "GATEWAY_METRICS_ALLOW": "127.9.0.2,10.0.0.0/8",
         "GATEWAY_MODELS": "birds",
         "GATEWAY_RATE": "0",
         "GATEWAY_RESPONSE_TIMEOUT_SECONDS": "20",

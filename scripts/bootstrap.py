@@ -13,6 +13,7 @@ REQUIREMENTS = {  # of the commands that need more than requirements.txt
     "test": "requirements-dev.txt",
     "benchmark": "requirements-benchmark.txt",
     "generate": "requirements-dev.txt",  # every command's options, and the .proto's compiler
+    "rehearse": "requirements-benchmark.txt",
     "tune": "requirements-benchmark.txt",
 }
 

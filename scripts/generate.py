@@ -12,7 +12,7 @@ import service.load.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import conformance, gateway, healthcheck, manifests, predict, sbom
+from scripts import conformance, gateway, healthcheck, manifests, predict, rehearse, sbom
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
@@ -36,6 +36,7 @@ PARSERS = {
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,
     "chaos": service.chaos.options.make_parser,
+    "rehearse": rehearse.make_parser,
     "sbom": sbom.make_parser,
     "conformance": conformance.make_parser,
     "manifests": manifests.make_parser,

@@ -8,6 +8,7 @@ local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
 local settings = require "settings"
+local state = require "state"
 
 -- OpenSSL's own, which nginx is linked with.
 ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
@@ -15,22 +16,23 @@ local digest = ffi.new "unsigned char[32]"
 
 local gateway = {}
 
--- The sha256 of the client's API key, in hex; "" without a key. Looking it up in a hash table tells
--- a client nothing by how long it takes: that depends on the digest, and whoever could choose
--- digests at will would have broken sha256.
-function gateway.key_hash()
+-- Who asks, by the API key: "granted NAME", "disabled NAME", or "missing". Looking the key's sha256 up in
+-- a table tells a client nothing by how long it takes: that depends on the digest, and whoever could
+-- choose digests at will would have broken sha256.
+function gateway.who_asks()
     if ngx.is_subrequest then -- of a request whose key has been looked at
-        return ngx.var.key_hash
+        return ngx.var.asking
     end
     local key = (ngx.var.http_authorization or ""):match "^[Bb][Ee][Aa][Rr][Ee][Rr] +(%S+)$"
     key = key or ngx.var.http_x_api_key
     if not key or key == "" then
-        return ""
+        return "missing"
     end
     ffi.C.SHA256(key, #key, digest)
-    return (ffi.string(digest, 32):gsub(".", function(byte)
+    local hash = ffi.string(digest, 32):gsub(".", function(byte)
         return ("%02x"):format(byte:byte())
-    end))
+    end)
+    return state.now().clients[hash] or "missing"
 end
 
 -- The seconds that a try may take: those of its location, or what a client still waits that sent
@@ -55,14 +57,14 @@ local function ask(location, replica, asked)
     local connection = ngx.var.connection
     replicas.enter(connection, replica)
     local since = ngx.now()
-    local reply = ngx.location.capture(location .. replica.name .. ngx.var.target, {
+    local reply = ngx.location.capture(location .. replica .. ngx.var.target, {
         method = ngx.HTTP_POST,
         args = ngx.var.args,
         always_forward_body = true,
     })
     replicas.leave(connection)
     local logged = {
-        address = replica.address,
+        address = replica,
         status = reply.status,
         seconds = ("%.3f"):format(ngx.now() - since),
     }
@@ -113,9 +115,10 @@ function gateway.predict()
     end
     local replica = replicas.first()
     local asked = ngx.var.http_x_request_timeout -- each try sets what is left of it
-    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica, asked)
+    local is_alone = not replicas.another_than(replica)
+    local first = ask(is_alone and "/_only/" or "/_first/", replica, asked)
     local other = try_again_at(first, replica)
-    local second = other and ask("/_second/", other, asked)
+    local second = other and ask(is_alone and "/_only/" or "/_second/", other, asked)
     local reply = second or first
     ngx.var.tried_addresses = tried("address", first, second)
     ngx.var.tried_statuses = tried("status", first, second)

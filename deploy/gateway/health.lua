@@ -4,6 +4,7 @@ local errors = require "errors"
 local places = require "places"
 local replicas = require "replicas"
 local settings = require "settings"
+local state = require "state"
 
 local MAKE_SECONDS = 10 -- after which another request tries to make the answer
 
@@ -64,18 +65,18 @@ end
 -- 200 if every model has a READY worker on some replica, and some replica answers predictions; else
 -- 503 with what is missing.
 local function make_health()
-    local asked = {}
-    for replica = 0, settings.management - 1 do
+    local asked, known = {}, state.now()
+    for _, address in ipairs(known.management) do
         for _, target in ipairs(settings.targets) do
-            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
+            asked[#asked + 1] = { ("/_management/%s/%s"):format(address, target) }
         end
     end
     local replies = { ngx.location.capture_multi(asked) }
     local missing, whole, found = {}, 0, {}
-    for replica = 0, settings.management - 1 do
+    for replica = 1, #known.management do
         local all = true
         for i, target in ipairs(settings.targets) do
-            local ready = is_ready(replies[replica * #settings.targets + i])
+            local ready = is_ready(replies[(replica - 1) * #settings.targets + i])
             found[target] = found[target] or ready
             all = all and ready
         end
@@ -87,18 +88,18 @@ local function make_health()
         end
     end
     local silent = {}
-    for _, replica in ipairs(settings.replicas) do
+    for _, replica in ipairs(known.upstreams) do
         local why = replicas.left_out(replica)
-        silent[#silent + 1] = why and replica.address .. ": " .. why
+        silent[#silent + 1] = why and replica .. ": " .. why
     end
-    local answering = #settings.replicas - #silent
+    local answering = #known.upstreams - #silent
     if answering == 0 then
         missing[#missing + 1] = "no replica answers a prediction"
     end
     return #missing > 0 and 503 or 200, cjson.encode {
         status = #missing > 0 and "unhealthy" or "healthy",
         model = settings.targets[1]:match "[^/]+",
-        replicas = { ready = math.min(whole, answering), total = settings.management },
+        replicas = { ready = math.min(whole, answering), total = #known.management },
         missing = #missing > 0 and missing or nil,
         left_out = #silent > 0 and silent or nil,
     }
@@ -106,7 +107,7 @@ end
 
 -- Whether some replica is not left out.
 function health.answers_predictions()
-    for _, replica in ipairs(settings.replicas) do
+    for _, replica in ipairs(state.now().upstreams) do
         if not replicas.left_out(replica) then
             return true
         end
@@ -129,9 +130,9 @@ end
 function health.versions(model)
     local _, text = remembered("versions " .. model, 1, function()
         local asked = {}
-        for replica = 0, settings.management - 1 do
-            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, model) }
-            asked[#asked + 1] = { ("/_management/%d/%s/all"):format(replica, model) }
+        for _, address in ipairs(state.now().management) do
+            asked[#asked + 1] = { ("/_management/%s/%s"):format(address, model) }
+            asked[#asked + 1] = { ("/_management/%s/%s/all"):format(address, model) }
         end
         local replies = { ngx.location.capture_multi(asked) }
         local ready, default = {}, nil
@@ -163,14 +164,14 @@ end
 -- still loads is not asked: it would answer when it has, or never. `target` is MODEL or MODEL/VERSION.
 function health.describe(target)
     return remembered("info " .. target, 10, function()
-        local asked = {}
-        for replica = 0, settings.management - 1 do
-            asked[#asked + 1] = { ("/_management/%d/%s"):format(replica, target) }
+        local asked, management = {}, state.now().management
+        for _, address in ipairs(management) do
+            asked[#asked + 1] = { ("/_management/%s/%s"):format(address, target) }
         end
-        for i, state in ipairs { ngx.location.capture_multi(asked) } do
+        for i, answer in ipairs { ngx.location.capture_multi(asked) } do
             local reply = { status = 503 }
-            if is_ready(state) then
-                reply = ngx.location.capture(("/_describe/%d/%s"):format(i - 1, target))
+            if is_ready(answer) then
+                reply = ngx.location.capture(("/_describe/%s/%s"):format(management[i], target))
             end
             local text = reply.status == 200 and reply.body:match '"customizedMetadata":%s*(%b{})'
             local facts = text and cjson.decode(text)
@@ -201,9 +202,9 @@ function health.metrics()
     end
     ngx.print "# HELP gateway_replica_in_use Whether a replica answers, so that it gets requests\n"
     ngx.print "# TYPE gateway_replica_in_use gauge\n"
-    for _, replica in ipairs(settings.replicas) do
+    for _, replica in ipairs(state.now().upstreams) do
         local in_use = replicas.left_out(replica) and 0 or 1
-        ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica.address, in_use))
+        ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica, in_use))
     end
 end
 

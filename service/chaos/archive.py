@@ -46,8 +46,8 @@ def load_engine(*args, **kwargs):
 """
 
 
-def make_archive(folder: Path) -> Path:
-    """Package the model; the archive's path. Raises SetupError."""
+def make_archive(folder: Path, more: str = HANG) -> Path:
+    """Package the model, with more code for its engine; the archive's path. Raises SetupError."""
     environ = os.environ | {"TS_MODEL_STORE": str(folder / "packaged"), "PYTHONPATH": str(ROOT)}
     # In a process of its own, with which its memory for torch ends.
     subprocess.run([sys.executable, "-c", MAKE_WEIGHTS, str(folder)], env=environ, check=True)
@@ -58,14 +58,19 @@ def make_archive(folder: Path) -> Path:
     if done.returncode:
         raise SetupError(f"packaging failed: {(done.stderr.splitlines() or ['no reason'])[-1]}")
     made, archive = folder / "packaged" / f"{MODEL}.mar", folder / f"{MODEL}.mar"
+    copy_with(made, archive, more)
+    return archive
+
+
+def copy_with(made: Path, archive: Path, more: str) -> None:
+    """Copy an archive, with more code at the end of the module that loads the engine."""
     with ZipFile(made) as old, ZipFile(archive, "w") as new:
         for item in old.infolist():
-            more = HANG if item.filename == "handler/engines.py" else ""
+            added = more if item.filename == "handler/engines.py" else ""
             if item.filename != CARD_FILE:
-                new.writestr(item, old.read(item) + more.encode())
+                new.writestr(item, old.read(item) + added.encode())
         card = ModelCard.from_json(old.read(CARD_FILE))
     seal(archive, card)
-    return archive
 
 
 def can_hang(archive: Path) -> bool:

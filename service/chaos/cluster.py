@@ -43,6 +43,15 @@ def run_tool(*command: object) -> bool:
     return done.returncode == 0
 
 
+def clean_environ() -> dict[str, str]:
+    """This process' environment without settings of the user's."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(DROPPED) and not name.lower().endswith("_proxy")
+    } | {"PYTHONPATH": str(ROOT)}
+
+
 def is_taken(port: int) -> bool:
     """Whether somebody listens there."""
     with socket.socket() as probe:
@@ -127,11 +136,7 @@ class Cluster:
         self.history = history
         self.workers = [workers] * replicas  # as many as each replica should have
         self.has_disks = os.geteuid() == 0 and has_own_mounts()
-        environ = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(DROPPED) and not name.lower().endswith("_proxy")
-        } | {"PYTHONPATH": str(ROOT)}
+        environ = clean_environ()
         self.replicas = [self._replica(n, archive, environ) for n in range(replicas)]
         self.gateway = self._gateway(environ)
         self.units = [*self.replicas, self.gateway]

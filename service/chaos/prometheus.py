@@ -1,5 +1,6 @@
 """A real Prometheus with the rules and alerts of deploy/monitoring."""
 
+import json
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -58,6 +59,13 @@ class Prometheus:
                 )
 
 
+def write_targets(folder: Path, job: str, targets: Sequence[str]) -> None:
+    """Change the addresses of a job; the Prometheus of that folder sees it at once."""
+    new = folder / f"{job}.new"
+    new.write_text(json.dumps([{"targets": list(targets)}]), "utf-8")
+    new.replace(folder / f"{job}.json")
+
+
 @contextmanager
 def running_prometheus(
     folder: Path, targets: Mapping[str, Sequence[str]], seconds: int
@@ -74,7 +82,10 @@ def running_prometheus(
     config["global"]["scrape_timeout"] = f"{seconds}s"
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
     for scrape in config["scrape_configs"]:
-        scrape["static_configs"] = [{"targets": list(targets.get(scrape["job_name"], ()))}]
+        job = scrape["job_name"]
+        write_targets(folder, job, targets.get(job, ()))
+        scrape.pop("static_configs", None)
+        scrape["file_sd_configs"] = [{"files": [str(folder / f"{job}.json")]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config), "utf-8")
     address = f"127.0.0.1:{free_ports(1)[0]}"
     command = [

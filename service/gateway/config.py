@@ -5,9 +5,9 @@ import os
 import pwd
 import re
 import resource
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from handler.errors import SetupError
 from handler.machine import available_cores
@@ -36,13 +36,19 @@ class Replicas(NamedTuple):
         return cls(settings.addresses("upstreams"), settings.addresses("management"))
 
 
+def state(replicas: Replicas, clients: Iterable[Client]) -> dict[str, Any]:
+    """What nginx is told, when it starts and later, without a reload: see state.lua."""
+    return replicas._asdict() | {
+        "left_out": {},
+        "clients": {
+            client.sha256: f"{'disabled' if client.disabled else 'granted'} {client.name}"
+            for client in clients
+        },
+    }
+
+
 def render(
-    settings: GatewaySettings,
-    replicas: Replicas,
-    clients: Sequence[Client],
-    folder: Path,
-    access_log: str,
-    modules: Sequence[Path],
+    settings: GatewaySettings, folder: Path, access_log: str, modules: Iterable[Path]
 ) -> str:
     """nginx.conf for a gateway whose folder has a copy of deploy/gateway in `pages`.
 
@@ -52,9 +58,9 @@ def render(
 
     body, total = settings.max_body_bytes, settings.response_timeout_seconds
     host = bracketed(settings.host)
-    # A replica that does not answer must not use up all the time that a request has.
-    can_retry = len(replicas.upstreams) > 1
-    first_seconds = max(1, total // 4) if can_retry else total
+    # A replica that does not answer must not use up all the time that a request has, unless it is
+    # the only one.
+    first = max(1, total // 4)
     workers = min(max(1, available_cores() // CORES_PER_WORKER), MAX_WORKERS)
     environment = Environment(
         loader=FileSystemLoader(DEPLOY),
@@ -65,8 +71,6 @@ def render(
     environment.filters["absolute"] = absolute
     return environment.get_template("nginx.conf.jinja").render(
         settings=settings,
-        replicas=replicas,
-        clients=clients,
         folder=folder,
         access_log=access_log,
         modules=modules,
@@ -78,8 +82,7 @@ def render(
         described=described(settings),
         shares=shares(settings.weights()),
         trusted_proxies=settings.networks("trusted_proxies") if settings.trusted_proxies else [],
-        first_seconds=first_seconds,
-        second_seconds=max(1, total - first_seconds) if can_retry else total,
+        tries={"_first": first, "_second": max(1, total - first), "_only": total},
         listen=f"{host}:{settings.port} backlog={BACKLOG}",
         grpc_listen=f"{host}:{settings.grpc_port} backlog={BACKLOG}",
         grpc_seconds=settings.body_timeout_seconds + total + GRPC_SLACK_SECONDS,

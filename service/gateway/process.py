@@ -1,5 +1,6 @@
 """nginx in front of TorchServe as a process: started, kept up to date, and stopped."""
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from service.gateway.config import (
     Replicas,
     check_reachable,
     render,
+    state,
     targets,
     worker_user,
 )
@@ -58,7 +60,7 @@ class Gateway:
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
-        self._watch = Watch(lambda: self._replicas.upstreams, targets(settings), output)
+        self._watch = Watch(lambda: state(self._replicas, self._clients), targets(settings), output)
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -82,10 +84,9 @@ class Gateway:
             if owner:
                 os.chown(path, owner.pw_uid, owner.pw_gid)
         reader, writer = os.pipe()
-        self._access_log = f"/dev/fd/{writer}"
         command = [self._nginx, "-p", str(self._folder), "-c", str(self._folder / "nginx.conf")]
         try:
-            self._write()
+            self._write(f"/dev/fd/{writer}")
             checked = subprocess.run(
                 [*command, "-t", "-q"],
                 capture_output=True,
@@ -122,40 +123,25 @@ class Gateway:
         with open(reader, "rb") as output:
             self._output.relay(output)
 
-    def _write(self) -> None:
-        config = render(
-            self._settings,
-            self._replicas,
-            self._clients,
-            self._folder,
-            self._access_log,
-            self._modules,
-        )
-        new = self._folder / "nginx.conf.new"
-        new.write_text(config, "utf-8")
-        new.replace(self._folder / "nginx.conf")
+    def _write(self, access_log: str) -> None:
+        """What nginx reads when it starts."""
+        config = render(self._settings, self._folder, access_log, self._modules)
+        (self._folder / "nginx.conf").write_text(config, "utf-8")
+        told = json.dumps(state(self._replicas, self._clients))
+        (self._folder / "state.json").write_text(told, "utf-8")
 
-    def _stamp(self) -> tuple[object, ...]:
-        """A value that changes if the keys file or the replicas do."""
-        file = None
+    def _stamp(self) -> object:
+        """A value that changes if the keys file does."""
         if self._settings.keys_file:
             with suppress(OSError):
                 stat = self._settings.keys_file.stat()
-                file = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
-        return file, self._find_replicas()
-
-    def _find_replicas(self) -> Replicas:
-        """The replicas as last found: a name that cannot be resolved delays nothing else."""
-        if time.monotonic() - self._looked >= RESOLVE_SECONDS:
-            with suppress(SetupError):
-                self._replicas = Replicas.find(self._settings)
-            self._looked = time.monotonic()
-        return self._replicas
+                return stat.st_mtime_ns, stat.st_size, stat.st_ino
+        return None
 
     def check(self) -> None:
         """Load the keys file and the replicas if they have changed; to be called repeatedly.
 
-        If either is invalid, both stay as they were. Raises GatewayEnded.
+        What is invalid or cannot be found stays as it was. Raises GatewayEnded.
         """
         if self._process is None:
             return
@@ -163,6 +149,10 @@ class Gateway:
             raise GatewayEnded(f"nginx ended with status {status}")
         if self._grpc and (status := self._grpc.exit_status()) is not None:
             raise GatewayEnded(f"the gRPC server ended with status {status}")
+        if time.monotonic() - self._looked >= RESOLVE_SECONDS:
+            with suppress(SetupError):
+                self._replicas = Replicas.find(self._settings)
+            self._looked = time.monotonic()
         stamp = self._stamp()
         if stamp != self._changed:  # and may still be changing: editors empty a file first
             self._changed = stamp
@@ -173,11 +163,8 @@ class Gateway:
         try:
             if self._settings.keys_file:
                 self._clients = read_keys(self._settings.keys_file)
-            self._write()
         except SetupError as exc:
             print(f"error: {exc}; the keys stay as they were", file=sys.stderr, flush=True)
-            return
-        self._process.send_signal(signal.SIGHUP)
 
     @property
     def url(self) -> str:

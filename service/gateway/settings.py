@@ -18,6 +18,7 @@ PREFIX = "GATEWAY_"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")  # of a model, or a client
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MAX_CLIENTS = 10_000  # in a keys file; nginx takes what they are told in, up to 4 MB
 
 
 @dataclass(frozen=True)
@@ -226,6 +227,8 @@ def read_keys(path: Path) -> list[Client]:
             )
         if any(digest == client.sha256 for client in clients):
             raise InvalidSettings(f"{path}, line {number}: the key is in the file already")
+        if len(clients) == MAX_CLIENTS:
+            raise InvalidSettings(f"{path} must have at most {MAX_CLIENTS} keys, got more")
         clients.append(Client(name, digest, disabled=bool(rest)))
     return clients
 

@@ -64,11 +64,10 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
     return f"predictions of {model} fail with status {answer.status_code}" if failed else ""
 
 
-def tell(control: Path, left_out: Mapping[str, str]) -> bool:
-    """Tell nginx which replicas get no requests; False if it does not accept that now."""
-    found = {address: {"why": why, "is_silent": why == SILENT} for address, why in left_out.items()}
-    body = json.dumps(found).encode()
-    head = f"POST /left_out HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+def send(control: Path, name: str, content: object) -> bool:
+    """Send nginx JSON under a name; False if it does not accept that now."""
+    body = json.dumps(content).encode()
+    head = f"POST /{name} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PING_TIMEOUT_SECONDS)
@@ -82,9 +81,11 @@ def tell(control: Path, left_out: Mapping[str, str]) -> bool:
 class Watch:
     """Checks all replicas in parallel, each in its own thread, until it is stopped."""
 
-    def __init__(self, find: Callable[[], Sequence[str]], models: Sequence[str], log: Log) -> None:
-        """`find` gives the current replicas as IP:PORT."""
-        self._find = find
+    def __init__(
+        self, state: Callable[[], Mapping[str, Any]], models: Sequence[str], log: Log
+    ) -> None:
+        """`state` gives what nginx is to be told now; the current replicas are its `upstreams`."""
+        self._state = state
         self._models = models
         self._log = log
         self._replicas: dict[str, _Replica] = {}
@@ -97,23 +98,26 @@ class Watch:
     def stop(self) -> None:
         self._ended.set()
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self) -> dict[str, dict[str, object]]:
         """The replicas that do not answer, each with what is wrong with it."""
-        replicas = self._replicas.items()
-        return {address: replica.reason for address, replica in replicas if replica.reason}
+        return {
+            address: {"why": replica.reason, "is_silent": replica.reason == SILENT}
+            for address, replica in self._replicas.items()
+            if replica.reason
+        }
 
     def _run(self, control: Path) -> None:
         told: object = None
         while not self._ended.is_set():
-            known = self._replicas
-            self._replicas = {found: known.get(found, _Replica()) for found in self._find()}
+            state, known = self._state(), self._replicas
+            self._replicas = {found: known.get(found, _Replica()) for found in state["upstreams"]}
             for address, replica in self._replicas.items():
                 if not replica.asking:
                     replica.asking = True
                     threading.Thread(target=self._ask, args=(address, replica), daemon=True).start()
-            left_out = self.left_out()
-            now = (tuple(self._replicas), left_out, time.monotonic() // TELL_SECONDS)
-            if now != told and tell(control, left_out):
+            content = {**state, "left_out": self.left_out()}
+            now = (content, time.monotonic() // TELL_SECONDS)
+            if now != told and send(control, "state", content):
                 told = now
             self._ended.wait(ASK_SECONDS)
 

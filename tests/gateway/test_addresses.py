@@ -1,5 +1,6 @@
 """Replicas behind a name that leads elsewhere after a while, as in Compose and Kubernetes."""
 
+import http.client
 import socket
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -49,9 +50,17 @@ def test_the_gateway_follows_a_name(port: int, monkeypatch: pytest.MonkeyPatch) 
         GatewaySettings(port=listening, upstreams=f"replica:{port}", management=f"replica:{port}"),
         Log("json"),
     )
+    kept = http.client.HTTPConnection("127.0.0.1", listening, timeout=10)
+
+    def answering_kept() -> bytes:
+        """A connection that the gateway has closed is not opened again: the request fails."""
+        kept.request("POST", "/predict", b"body")
+        return kept.getresponse().read()
+
     try:
         served.start()
         assert answering(listening) == "127.0.0.1"
+        assert answering_kept() == b"127.0.0.1"
         address = ""
         served.check()
         assert answering(listening) == "127.0.0.1", "a name that is not found changes nothing"
@@ -61,6 +70,10 @@ def test_the_gateway_follows_a_name(port: int, monkeypatch: pytest.MonkeyPatch) 
             served.check()
             return answering(listening) == "127.0.0.2"
 
+        opened = kept.sock
         wait_for(follows, DEADLINE_SECONDS)
+        assert answering_kept() == b"127.0.0.2"
+        assert kept.sock is opened
     finally:
+        kept.close()
         served.stop()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from service.gateway import watch as gateway_watch
-from service.gateway.watch import FAILURES, SILENT, Watch, ask_prediction, tell
+from service.gateway.watch import FAILURES, SILENT, Watch, ask_prediction, send
 from service.logs import Log
 from tests.processes import wait_for
 from tests.unit.conftest import Web
@@ -53,7 +53,8 @@ class Nginx:
         while True:
             connection, _ = self._listener.accept()
             with connection:
-                self.told.append(json.loads(connection.recv(65536).partition(b"\r\n\r\n")[2]))
+                content = json.loads(connection.recv(65536).partition(b"\r\n\r\n")[2])
+                self.told.append(content["left_out"])
                 connection.sendall(self._answer)
 
 
@@ -68,7 +69,7 @@ def replicas(nginx: Nginx, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str
     monkeypatch.setattr(gateway_watch, "ASK_SECONDS", 0.05)
     monkeypatch.setattr(gateway_watch, "PREDICTION_SECONDS", 0.1)
     addresses: list[str] = []
-    watch = Watch(lambda: addresses, ["birds"], Log("json"))
+    watch = Watch(lambda: {"upstreams": addresses}, ["birds"], Log("json"))
     watch.start(nginx.socket)
     yield addresses
     watch.stop()
@@ -123,4 +124,4 @@ def test_a_replica_that_is_gone_is_no_longer_told_of(
 def test_what_nginx_does_not_take_is_told_again(
     tmp_path: Path, make: Callable[[Path], Path]
 ) -> None:
-    assert not tell(make(tmp_path), {})
+    assert not send(make(tmp_path), "state", {"left_out": {}})

@@ -1,0 +1,1 @@
+"""A rehearsal: Kubernetes manifests played with real processes on this machine."""

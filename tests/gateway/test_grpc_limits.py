@@ -154,7 +154,8 @@ def test_a_deadline_reaches_the_handler(tmp_path: Path) -> None:
     limit = {"response_timeout_seconds": "2"}
     with serving_grpc(tmp_path, **limit) as served, served.channel() as channel:
         infer(channel, IMAGE, timeout=1.5)
-        assert 1 < float(served.replica.headers["x-request-timeout"]) <= 1.5
+        # gRPC rounds a deadline up on its way: grpc-timeout has two or three digits.
+        assert 1 < float(served.replica.headers["x-request-timeout"]) < 1.6
         infer(channel, IMAGE, timeout=10**6)
         assert float(served.replica.headers["x-request-timeout"]) == 2
         served.replica.held = threading.Event()

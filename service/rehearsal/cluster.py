@@ -131,7 +131,7 @@ class Cluster:
     async def settle(self) -> None:
         """Wait until all pods are as they should be. Raises SetupError if they are not in time."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        while not (self.replicas.is_settled() and self.gateways.is_settled()):
+        while not await self._is_settled():
             if self._controllers.done():
                 self._controllers.result()
             if time.monotonic() > deadline:
@@ -139,6 +139,20 @@ class Cluster:
                 said = [pod.unit.server.last_lines() for pod in pods if pod.unit.server]
                 raise SetupError(f"not as it should be in {SETTLE_SECONDS:g} s; they said {said}")
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _is_settled(self) -> bool:
+        """Whether all pods are as they should be, and every gateway uses all replicas."""
+        if not (self.replicas.is_settled() and self.gateways.is_settled()):
+            return False
+        count = self.replicas.desired
+        try:
+            for url in self.entrances("/health"):
+                async with self._session.get(url) as answer:
+                    if (await answer.json())["replicas"] != {"ready": count, "total": count}:
+                        return False
+        except aiohttp.ClientError:
+            return False
+        return True
 
     async def evict(self, pod: Pod) -> None:
         """As kubectl drain does: as soon as the budget allows it."""
@@ -168,10 +182,10 @@ class Cluster:
         self.started.append(pod)
         return pod
 
-    def entrances(self) -> list[str]:
-        """Where a client's connection may go: the gateways that are ready, as URLs."""
+    def entrances(self, path: str) -> list[str]:
+        """Where a client's connection may go: the gateways that are ready, as URLs of a page."""
         port = self.manifests.gateways.environ.get("GATEWAY_PORT", "8000")
-        return [f"http://{pod.ip}:{port}/predict" for pod in self.gateways.ready()]
+        return [f"http://{pod.ip}:{port}{path}" for pod in self.gateways.ready()]
 
 
 def read_metric(prometheus: Prometheus, metric: str) -> dict[str, float]:

@@ -65,7 +65,7 @@ def account(due: Sequence[Sample], refused: Mapping[str, int]) -> Account:
 class Traffic:
     """Clients in a thread of their own, from the begin to the end of a context."""
 
-    def __init__(self, entrances: Callable[[], Sequence[str]], rate: Callable[[float], float]):
+    def __init__(self, entrances: Callable[[str], Sequence[str]], rate: Callable[[float], float]):
         """`rate` is requests a second, so many seconds after the begin."""
         self._entrances = entrances
         self._rate = rate
@@ -103,7 +103,7 @@ class Traffic:
             yield due
 
     async def _post(self, image: ImageRequest) -> Reply:
-        entrances = self._entrances()
+        entrances = self._entrances("/predict")
         if not entrances:
             raise ConnectionError("no gateway is ready")
         url = self._rng.choice(entrances)

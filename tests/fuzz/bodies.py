@@ -21,7 +21,7 @@ from typing import NamedTuple
 import aiohttp
 
 from tests.drawing import encode, quarters
-from tests.fuzz.http import HANG_SECONDS, LIMITS, Findings, report, watched
+from tests.fuzz.http import HANG_SECONDS, LIMITS, Findings, conclude, report, watched
 from tests.fuzz.messages import damaged
 from tests.fuzz.target import Target
 from tests.fuzz.targets import protocol_v1, protocol_v2
@@ -152,10 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         package(folder, *options)
         with serving(folder, *options) as server:
             found = asyncio.run(against_torchserve(folder, server, args.requests, args.seed))
-    print(report(found), flush=True)
-    for wrong in found.wrong[:20]:
-        print(f"\n{wrong[:3000]}", file=sys.stderr)
-    return 1 if found.wrong else 0
+    return conclude(report(found), found.wrong)
 
 
 if __name__ == "__main__":

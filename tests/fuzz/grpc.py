@@ -22,7 +22,7 @@ from typing import Any
 
 import grpc
 
-from tests.fuzz.http import processes
+from tests.fuzz.http import conclude, processes
 from tests.fuzz.messages import SERVICE, Message, Stream, message, stream
 from tests.gateway.running import Gateway, running, settings
 from tests.gateway.v2 import serving_grpc
@@ -175,10 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             found = against_torchserve(folder, server, args.requests, args.seed)
         else:
             found = against_stand_in(folder, args.requests, args.seed)
-    print(report(found), flush=True)
-    for wrong in found.wrong[:20]:
-        print(f"\n{wrong[:3000]}", file=sys.stderr)
-    return 1 if found.wrong else 0
+    return conclude(report(found), found.wrong)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -252,6 +252,14 @@ def report(found: Findings) -> str:
     )
 
 
+def conclude(text: str, wrong: Sequence[str]) -> int:
+    """Print a report and the first findings; the exit status."""
+    print(text, flush=True)
+    for each in wrong[:20]:
+        print(f"\n{each[:3000]}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz.http", description=__doc__)
     parser.add_argument("--requests", type=int, default=5000)
@@ -279,10 +287,7 @@ def main(argv: list[str] | None = None) -> int:
                 found = asyncio.run(against_torchserve(folder, server, args.requests, args.seed))
         else:
             found = asyncio.run(against_recording(folder, args.requests, args.seed))
-    print(report(found), flush=True)
-    for wrong in found.wrong[:20]:
-        print(f"\n{wrong[:3000]}", file=sys.stderr)
-    return 1 if found.wrong else 0
+    return conclude(report(found), found.wrong)
 
 
 if __name__ == "__main__":

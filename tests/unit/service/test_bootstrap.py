@@ -218,6 +218,15 @@ def test_a_failing_set_up_is_one_line_and_starts_over(
     assert not bootstrap.STAMP.exists()
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files of requirements that would be installed for a command."""
+    names: list[str] = []
+    monkeypatch.setattr("scripts.bootstrap.set_up", lambda found, build: names.extend(found))
+    monkeypatch.setattr("os.execv", lambda *command: None)
+    return names
+
+
 @pytest.mark.parametrize(
     ("argv", "needed"),
     [
@@ -228,11 +237,8 @@ def test_a_failing_set_up_is_one_line_and_starts_over(
     ],
 )
 def test_what_only_signatures_need_is_installed_for_them(
-    monkeypatch: pytest.MonkeyPatch, argv: str, needed: bool
+    asked: list[str], argv: str, needed: bool
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
-    monkeypatch.setattr("os.execv", lambda *command: None)
     assert main(argv.split()) == 0
     assert ("requirements-signing.txt" in asked) is needed
 
@@ -247,11 +253,8 @@ def test_what_only_signatures_need_is_installed_for_them(
     ],
 )
 def test_what_only_grpc_needs_is_installed_for_it(
-    monkeypatch: pytest.MonkeyPatch, command: str, port: str, needed: bool
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, command: str, port: str, needed: bool
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
-    monkeypatch.setattr("os.execv", lambda *command: None)
     if port:
         monkeypatch.setenv("GATEWAY_GRPC_PORT", port)
     assert main([command]) == 0
@@ -263,11 +266,8 @@ def test_what_only_grpc_needs_is_installed_for_it(
     [("serve", "redis://cache", True), ("package", "redis://cache", False), ("serve", "", False)],
 )
 def test_what_only_the_shared_cache_needs_is_installed_for_it(
-    monkeypatch: pytest.MonkeyPatch, command: str, url: str, needed: bool
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, command: str, url: str, needed: bool
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
-    monkeypatch.setattr("os.execv", lambda *command: None)
     monkeypatch.setenv("CLASSIFIER_CACHE_URL", url)
     assert main([command]) == 0
     assert ("requirements-cache.txt" in asked) is needed
@@ -284,11 +284,8 @@ def test_what_only_the_shared_cache_needs_is_installed_for_it(
     ],
 )
 def test_what_only_registries_need_is_installed_for_them(
-    monkeypatch: pytest.MonkeyPatch, argv: str, needed: bool
+    asked: list[str], argv: str, needed: bool
 ) -> None:
-    asked: list[str] = []
-    monkeypatch.setattr("scripts.bootstrap.set_up", lambda names, build: asked.extend(names))
-    monkeypatch.setattr("os.execv", lambda *command: None)
     assert main(argv.split()) == 0
     assert ("requirements-registry.txt" in asked) is needed
 

@@ -8,6 +8,7 @@ local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
 local settings = require "settings"
+local feedback = settings.feedback_requests > 0 and require "feedback"
 
 -- OpenSSL's own, which nginx is linked with.
 ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
@@ -129,6 +130,9 @@ function gateway.predict()
         local content = reply.status < 500 and cjson.decode(reply.body)
         local theirs = type(content) == "table" and content.message
         return ngx.print(errors.body(theirs))
+    end
+    if feedback and reply.status == 200 then
+        feedback.remember(reply.header)
     end
     ngx.status = reply.status
     ngx.header["Content-Type"] = reply.header["Content-Type"]

@@ -6,6 +6,9 @@ local replicas = require "replicas"
 local settings = require "settings"
 
 local MAKE_SECONDS = 10 -- after which another request tries to make the answer
+local PIXEL = ngx.decode_base64( -- that of service/gateway/watch.py
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
+)
 
 local health = {}
 
@@ -175,6 +178,34 @@ function health.describe(target)
             local facts = text and cjson.decode(text)
             if facts and facts.model then
                 return 200, text
+            end
+        end
+        return 503, ""
+    end)
+end
+
+-- The names of a model's classes by their index, as JSON. Nothing gives them but a prediction of so many
+-- classes: that of one grey pixel, which the handler counts as a health check. `target` is MODEL/VERSION.
+function health.labels(target)
+    return remembered("labels " .. target, 60, function()
+        local _, text = health.describe(target)
+        local facts = cjson.decode(text) or {}
+        for _, replica in ipairs(settings.replicas) do
+            local reply = {}
+            if facts.classes and not replicas.left_out(replica) then
+                reply = ngx.location.capture(("/_labels/%s/predictions/%s"):format(replica.name, target), {
+                    method = ngx.HTTP_POST,
+                    args = { top_k = facts.classes },
+                    body = PIXEL,
+                })
+            end
+            local answer = reply.status == 200 and cjson.decode(reply.body)
+            if answer then
+                local labels = {}
+                for _, prediction in ipairs(answer.predictions) do
+                    labels[prediction.class_id + 1] = prediction.class
+                end
+                return 200, cjson.encode(labels)
             end
         end
         return 503, ""

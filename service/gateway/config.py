@@ -21,6 +21,9 @@ BACKLOG = 4096
 # workers than the load needs cost CPU: each wakes for fewer events, with colder caches.
 CORES_PER_WORKER = 4
 MAX_WORKERS = 4
+# Of an answer that feedback may judge: its id of 36 characters, the client, the model and its best
+# class, and nginx's 72 bytes of bookkeeping, in the next power of two. Two of the largest names take 512.
+FEEDBACK_BYTES = 260
 
 
 class Replicas(NamedTuple):
@@ -72,6 +75,7 @@ def render(
         worker_processes=workers,
         open_files=min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536),
         arriving_bytes=max(body, settings.max_concurrent * body // 4 // workers),
+        feedback_bytes=2**20 + settings.feedback_requests * FEEDBACK_BYTES,
         targets=targets(settings),
         described=described(settings),
         shares=shares(settings.weights()),

@@ -89,6 +89,13 @@ class GatewaySettings:
         low=1,
         high=3600,
     )
+    feedback_requests: int = setting(
+        0,
+        "answers that are remembered, so that `POST /feedback` can judge them, in 256 bytes each; 0: "
+        "no feedback",
+        low=0,
+        high=10_000_000,
+    )
     metrics_allow: str = setting("127.0.0.1,::1", "addresses or networks that may read `/metrics`")
     trusted_proxies: str = setting(
         "",

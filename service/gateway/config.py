@@ -75,7 +75,7 @@ def render(
         worker_processes=workers,
         open_files=min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536),
         arriving_bytes=max(body, settings.max_concurrent * body // 4 // workers),
-        feedback_bytes=2**20 + settings.feedback_requests * FEEDBACK_BYTES,
+        feedback_bytes=2**16 + settings.feedback_requests * FEEDBACK_BYTES,
         targets=targets(settings),
         described=described(settings),
         shares=shares(settings.weights()),

@@ -68,8 +68,10 @@ end
 
 local function refuse(status, message)
     ngx.status = status
+    local text = errors.body(message)
     ngx.header["Content-Type"] = "application/json"
-    return ngx.print(errors.body(message))
+    ngx.header["Content-Length"] = #text
+    return ngx.print(text)
 end
 
 local function is_index(value)
@@ -87,7 +89,8 @@ local function read(body)
             return nil, "the fields are request_id, class or class_id, and image; there is another one"
         end
     end
-    if type(asked.request_id) ~= "string" or not asked.request_id:find "^[%w-]+$" then
+    if type(asked.request_id) ~= "string" or #asked.request_id > 64
+        or not asked.request_id:find "^[%w-]+$" then
         return nil, "request_id must be the X-Request-ID of an answer"
     elseif (asked.class == nil) == (asked.class_id == nil) then
         return nil, "either class or class_id must be given"

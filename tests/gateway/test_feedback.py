@@ -187,7 +187,9 @@ def test_an_answer_is_judged_once(service: Service) -> None:
 def test_each_image_of_a_request_is_judged_by_its_index(service: Service) -> None:
     request_id = service.predict("0,-,1")
     for image, message in ((None, "3 images"), (3, "0 to 2"), (1, "not classified")):
-        refused = service.judge(request_id, class_id=0, **({} if image is None else {"image": image}))
+        refused = service.judge(
+            request_id, class_id=0, **({} if image is None else {"image": image})
+        )
         check_error(refused, 400)
         assert message in refused.json()["message"]
     assert service.judge(request_id, class_id=1, image=2).json()["correct"] is True
@@ -286,7 +288,9 @@ def test_only_the_client_that_asked_may_judge(tmp_path: Path) -> None:
         assert others.json() == unknown.json()
         assert service.judge(request_id, KEYS["alice"], class_id=0).status_code == 200
         file.write_text(file.read_text() + key_line("carol"))  # nginx reads its configuration anew
-        wait_for(lambda: service.judge(request_id, KEYS["carol"], class_id=0).status_code == 404, 20)
+        wait_for(
+            lambda: service.judge(request_id, KEYS["carol"], class_id=0).status_code == 404, 20
+        )
         # An answer from before the reload is remembered, and so is that it was judged.
         assert service.judge(request_id, KEYS["alice"], class_id=0).status_code == 409
 

@@ -21,8 +21,8 @@ BACKLOG = 4096
 # workers than the load needs cost CPU: each wakes for fewer events, with colder caches.
 CORES_PER_WORKER = 4
 MAX_WORKERS = 4
-# Of an answer that feedback may judge: its id of 36 characters, the client, the model and its best
-# class, and nginx's 72 bytes of bookkeeping, in the next power of two. Two of the largest names take 512.
+# Of an answer that feedback may judge: its id of 36 characters, client, model, version, best class
+# and nginx's own bookkeeping take 256, a power of two, or 512 if the names are long.
 FEEDBACK_BYTES = 260
 
 

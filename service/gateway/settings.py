@@ -91,8 +91,8 @@ class GatewaySettings:
     )
     feedback_requests: int = setting(
         0,
-        "answers that are remembered, so that `POST /feedback` can judge them, in 256 bytes each; 0: "
-        "no feedback",
+        "answers that are remembered, so that `POST /feedback` can judge them, in 256 bytes each; "
+        "0: no feedback",
         low=0,
         high=10_000_000,
     )

@@ -186,10 +186,13 @@ def test_an_answer_is_judged_once(service: Service) -> None:
 
 def test_each_image_of_a_request_is_judged_by_its_index(service: Service) -> None:
     request_id = service.predict("0,-,1")
-    for image, message in ((None, "3 images"), (3, "0 to 2"), (1, "not classified")):
-        refused = service.judge(
-            request_id, class_id=0, **({} if image is None else {"image": image})
-        )
+    refusals: list[tuple[dict[str, Any], str]] = [
+        ({}, "3 images"),
+        ({"image": 3}, "0 to 2"),
+        ({"image": 1}, "not classified"),
+    ]
+    for which, message in refusals:
+        refused = service.judge(request_id, class_id=0, **which)
         check_error(refused, 400)
         assert message in refused.json()["message"]
     assert service.judge(request_id, class_id=1, image=2).json()["correct"] is True

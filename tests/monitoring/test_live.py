@@ -76,7 +76,7 @@ def names(expr: str) -> set[str]:
 
 
 def gateway_metrics() -> set[str]:
-    """Those of the gateway, which does not run here: its code prints them; and rules made of them."""
+    """Those of the gateway, which does not run here, and what rules make of them."""
     code = [path.read_text() for path in (ROOT / "deploy" / "gateway").glob("*.lua")]
     found = set(re.findall(r"# TYPE (gateway_\w+)", "\n".join(code)))
     for name, expr in expressions():

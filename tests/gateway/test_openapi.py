@@ -129,7 +129,7 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "own path with version": ("POST", "/predictions/mobilenet_v2/1.0", {"data": PLAIN}, 200),
     "info": ("GET", "/info", {}, 200),
     "feedback": ("POST", "/feedback", {"json": {"request_id": "a", "class_id": 0}}, 404),
-    "method of feedback": ("GET", "/feedback", {}, 404),
+    "method of feedback": ("GET", "/feedback", {}, 405),
     "health": ("GET", "/health", {}, 200),
     "livez": ("GET", "/livez", {}, 200),
     "v1": ("POST", V1, {"json": {"instances": [{"b64": TEXT}], "parameters": {"top_k": 1}}}, 200),

@@ -94,5 +94,5 @@ def test_an_image_that_failed_and_requests_that_did(gateway: Served) -> None:
     assert "not classified" in judge(gateway, partial, image=0, class_id=0).json()["message"]
     assert judge(gateway, partial, image=1, **{"class": "green"}).status_code == 200
     failed = requests.post(f"{gateway.url}/predict", data=b"no image", timeout=60)
-    assert failed.status_code == 415
+    assert failed.status_code == 400
     assert judge(gateway, failed.headers["X-Request-ID"], class_id=0).status_code == 404

@@ -7,6 +7,7 @@ local errors = require "errors"
 local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
+local rollout = require "rollout"
 local settings = require "settings"
 
 -- OpenSSL's own, which nginx is linked with.
@@ -44,8 +45,8 @@ local function time_left(location, asked)
     return wait and math.min(seconds, wait - (ngx.now() - ngx.req.start_time()))
 end
 
--- Asks a replica. A worker that gets to the request only after the time it has drops it.
-local function ask(location, replica, asked)
+-- Asks a replica for `target`. A worker that gets to the request only after the time it has drops it.
+local function ask(location, replica, target, asked)
     local seconds = time_left(location, asked)
     if seconds and seconds <= 0 then
         ngx.exit(504)
@@ -55,7 +56,7 @@ local function ask(location, replica, asked)
     local connection = ngx.var.connection
     replicas.enter(connection, replica)
     local since = ngx.now()
-    local reply = ngx.location.capture(location .. replica.name .. ngx.var.target, {
+    local reply = ngx.location.capture(location .. replica.name .. target, {
         method = ngx.HTTP_POST,
         args = ngx.var.args,
         always_forward_body = true,
@@ -91,6 +92,7 @@ function gateway.leave()
     bodies.forget(connection)
     replicas.leave(connection)
     places.leave(connection)
+    rollout.leave(connection)
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
@@ -113,9 +115,11 @@ function gateway.predict()
     end
     local replica = replicas.first()
     local asked = ngx.var.http_x_request_timeout -- each try sets what is left of it
-    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica, asked)
-    local other = try_again_at(first, replica)
-    local second = other and ask("/_second/", other, asked)
+    local target, trial = rollout.choose(ngx.var.target)
+    local first = ask(replicas.another_than(replica) and "/_first/" or "/_second/", replica, target, asked)
+    local of_old = trial and rollout.finish(trial, first)
+    local other = of_old and replica or try_again_at(first, replica)
+    local second = other and ask("/_second/", other, of_old or target, asked)
     local reply = second or first
     ngx.var.tried_addresses = tried("address", first, second)
     ngx.var.tried_statuses = tried("status", first, second)
@@ -137,6 +141,9 @@ function gateway.predict()
     ngx.header["Inference-Header-Content-Length"] = reply.header["Inference-Header-Content-Length"]
     ngx.header["Content-Length"] = #reply.body
     ngx.print(reply.body)
+    if trial then
+        rollout.shadow(trial, reply, replica.address)
+    end
 end
 
 return gateway

@@ -3,6 +3,7 @@ local cjson = require "cjson.safe"
 local errors = require "errors"
 local places = require "places"
 local replicas = require "replicas"
+local rollout = require "rollout"
 local settings = require "settings"
 
 local MAKE_SECONDS = 10 -- after which another request tries to make the answer
@@ -204,6 +205,7 @@ function health.metrics()
         local in_use = replicas.left_out(replica) and 0 or 1
         ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica.address, in_use))
     end
+    rollout.print_metrics()
 end
 
 return health

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from handler.errors import SetupError
 from service.gateway.config import DEPLOY, Replicas, render, targets, worker_user
+from service.gateway.rollout import RolloutWatch
 from service.gateway.settings import GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.logs import Log
@@ -52,6 +53,8 @@ class Gateway:
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
         self._watch = Watch(lambda: self._replicas.upstreams, targets(settings), output)
+        file = settings.rollout_file
+        self._rollout = RolloutWatch(file, output) if file else None
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -105,6 +108,8 @@ class Gateway:
             socket = self._folder / "inside" / "sock"
             self._grpc.start(self._guardian, socket, ids, self._stop_seconds)
         self._watch.start(self._folder / "control" / "sock")
+        if self._rollout:
+            self._rollout.start(self._folder / "control" / "sock")
 
     def _relay(self, reader: int) -> None:
         """Pass the access log on until nginx has ended.
@@ -200,6 +205,8 @@ class Gateway:
     def stop(self) -> None:
         """Close the listeners, let requests in flight be answered, and end."""
         self._watch.stop()
+        if self._rollout:
+            self._rollout.stop()
         if self._grpc:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
                 self._grpc.stop(self._stop_seconds + 5)  # first: it asks nginx

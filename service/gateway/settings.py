@@ -58,6 +58,11 @@ class GatewaySettings:
     keys: str = setting(
         "", "the keys file, or `off`; empty: off on loopback, and an error on other addresses"
     )
+    rollout: str = setting(
+        "",
+        "the file in which `./scripts/rollout` says what share of the requests a new version gets; "
+        "empty: no rollouts",
+    )
     tls_certificate: str = setting("", "PEM file with the certificate and its chain")
     tls_key: str = setting("", "PEM file with its key")
     rate: int = setting(200, "requests a second of one client; 0: no limit", low=0, high=1_000_000)
@@ -107,6 +112,8 @@ class GatewaySettings:
             if not NAME.fullmatch(model):
                 raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
+        if self.split and self.rollout:
+            raise InvalidSettings(f"{PREFIX}SPLIT and {PREFIX}ROLLOUT both divide the requests")
         self.networks("metrics_allow")
         if self.trusted_proxies:
             self.networks("trusted_proxies")
@@ -138,6 +145,10 @@ class GatewaySettings:
     @property
     def keys_file(self) -> Path | None:
         return None if self.keys in ("", "off") else Path(self.keys).resolve()
+
+    @property
+    def rollout_file(self) -> Path | None:
+        return Path(self.rollout).resolve() if self.rollout else None
 
     @property
     def model_names(self) -> list[str]:

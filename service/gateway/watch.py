@@ -67,8 +67,13 @@ def ask_prediction(address: str, model: str, timeout: float) -> str:
 def tell(control: Path, left_out: Mapping[str, str]) -> bool:
     """Tell nginx which replicas get no requests; False if it does not accept that now."""
     found = {address: {"why": why, "is_silent": why == SILENT} for address, why in left_out.items()}
-    body = json.dumps(found).encode()
-    head = f"POST /left_out HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
+    return send(control, "left_out", found)
+
+
+def send(control: Path, name: str, content: object) -> bool:
+    """Send nginx JSON under a name; False if it does not accept that now."""
+    body = json.dumps(content).encode()
+    head = f"POST /{name} HTTP/1.0\r\nContent-Length: {len(body)}\r\n\r\n"
     try:
         with socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(PING_TIMEOUT_SECONDS)

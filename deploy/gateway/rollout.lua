@@ -5,6 +5,7 @@ local settings = require "settings"
 
 local MAX_SHADOWS = 4 -- at once, of this nginx worker: each holds a body
 local SHADOW_SECONDS = 20 -- until one has failed
+local MAX_ANSWER = 2 ^ 20 -- bytes, of one image
 local FIRST_EDGE, PER_DOUBLING, BUCKETS = 0.001, 4, 64 -- of latencies: 1 ms to 65 s
 
 local rollout = {}
@@ -116,14 +117,28 @@ local function best_class(body)
     return type(best) == "table" and best.class or nil
 end
 
+-- The status and the body of an answer; TorchServe may leave the connection open behind it.
+local function receive(socket)
+    local line = socket:receive "*l"
+    local status, length = line and tonumber(line:match "^HTTP/%S+ (%d+)"), 0
+    while line and line ~= "" do
+        length = tonumber(line:lower():match "^content%-length: *(%d+)") or length
+        line = socket:receive "*l"
+    end
+    local body = line and length <= MAX_ANSWER and socket:receive(length)
+    return body and status or 502, body
+end
+
 local function ask(address, request)
     local host, port = address:match "^(.+):(%d+)$"
     local socket = ngx.socket.tcp()
     socket:settimeout(SHADOW_SECONDS * 1000)
-    local answer = socket:connect(host, tonumber(port)) and socket:send(request) and socket:receive "*a"
+    local status, body = 502, nil
+    if socket:connect(host, tonumber(port)) and socket:send(request) then
+        status, body = receive(socket)
+    end
     socket:close()
-    local head, body = (answer or ""):match "^(HTTP.-)\r\n\r\n(.*)$"
-    return tonumber(head and head:match "^%S+ (%d+)") or 502, body
+    return status, body
 end
 
 local function run_shadow(premature, now, address, request, expected)

@@ -1,7 +1,7 @@
 """What a rollout does to TorchServe: registers a version beside another, and takes either away."""
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,7 +95,8 @@ class Replica:
         shutil.rmtree(folder, ignore_errors=True)  # of a rollout that was killed
         unpack(plan.archive, plan.config, folder, plan.card, public_key)
         try:
-            self.management.register(folder.name, workers)
+            # TorchServe answers when the workers have loaded, or have failed to.
+            replace(self.management, timeout=READY_SECONDS).register(folder.name, workers)
         except requests.HTTPError as exc:
             shutil.rmtree(folder, ignore_errors=True)
             if exc.response.status_code == requests.codes.method_not_allowed:

@@ -25,6 +25,8 @@ from service.torchserve.management import Management, UnknownModel
 LOOK_SECONDS = 1.0
 TAKE_UP_SECONDS = 15.0  # for the gateway, from the file to its page
 DRAIN_SECONDS = 60.0
+MANAGEMENT_SECONDS = 60.0  # for an answer: of a busy machine, or when workers end
+SILENT_LOOKS = 10  # in a row without the gateway's page, until the new version is taken back
 Say = Callable[[str], None]
 
 
@@ -54,7 +56,8 @@ class Rollout:
         self._file = file
         self._url = settings.url
         self._replicas = [
-            Replica(Management(f"http://{a}")) for a in settings.addresses("management")
+            Replica(Management(f"http://{a}", MANAGEMENT_SECONDS))
+            for a in settings.addresses("management")
         ]
         self._predictions = f"http://{settings.addresses('upstreams')[0]}/predictions"
         self._say = say
@@ -170,9 +173,17 @@ class Rollout:
         self._wait_for_gateway(step.number)
         since = time.monotonic()
         record.seen.append({})
+        silent = 0
         while True:
             time.sleep(LOOK_SECONDS)
-            page = read_page(self._url)
+            try:
+                page = read_page(self._url)
+                silent = 0
+            except requests.RequestException:
+                silent += 1
+                if silent == SILENT_LOOKS:
+                    raise
+                continue
             if page.step != step.number:
                 raise TakenBack(f"the gateway is at step {page.step} and not {step.number}")
             new, old = page.of(record.new), page.of(record.old)

@@ -40,15 +40,15 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--steps",
         type=_steps,
-        default=(1.0, 5.0, 25.0, 50.0, 100.0),
+        default="1,5,25,50,100",
         metavar="P,…",
-        help="percent of the requests that the new version gets, at last 100 (1,5,25,50,100)",
+        help="percent of the requests that the new version gets, at last 100 (%(default)s)",
     )
     for option, default, kind, text in (
         ("--shadow", 10, number(0, 100), "percent of the requests that are asked of both versions"),
-        ("--step-seconds", 60.0, positive, "seconds that a step takes at least"),
+        ("--step-seconds", 60, positive, "seconds that a step takes at least"),
         ("--step-requests", 100, number(1, 10**9), "requests that a step needs at least"),
-        ("--timeout", 3600.0, positive, "seconds within which a step must have seen them"),
+        ("--timeout", 3600, positive, "seconds within which a step must have seen them"),
     ):
         _add(group, option, default, kind, text)
     group = parser.add_argument_group("bounds")
@@ -69,7 +69,7 @@ def _add(
     text: str,
 ) -> None:
     group.add_argument(
-        option, metavar="N", type=kind, default=default, help=f"{text} (%(default)g)"
+        option, metavar="N", type=kind, default=default, help=f"{text} (%(default)s)"
     )
 
 

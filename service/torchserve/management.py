@@ -110,8 +110,8 @@ class Management:
     def register(self, folder: str, workers: int) -> None:
         """Register an unpacked archive that is a folder of the model store.
 
-        It may take as long as its workers take to load. Raises requests.HTTPError with status 405 if TorchServe was
-        started without `enable_model_api`.
+        The answer may take as long as its workers take to load. Raises requests.HTTPError with
+        status 405 if TorchServe was started without `enable_model_api`.
         """
         self._ask("POST", "models", dict, url=folder, initial_workers=workers)
 

@@ -1,5 +1,6 @@
 """A rollout from the check of the archive to its end, or until everything is as it was before."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -256,8 +257,9 @@ class Rollout:
         """Put everything back: no client gets the new version, and it is unregistered."""
         self._say(f"takes {record.new} back: {reason}")
         record.reason, self._share = record.reason or reason, None
-        with suppress(KeyboardInterrupt):  # a second Ctrl-C changes nothing
-            self._write(record)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave it half done
+        self._write(record)
         for replica in self._replicas:
             with suppress(requests.RequestException, UnknownModel):
                 replica.set_default(record.model, record.old)
@@ -272,16 +274,23 @@ class Rollout:
         self._write(record)
 
         def is_done() -> bool:
-            page = read_page(self._url)
+            try:
+                page = read_page(self._url)
+            except requests.ConnectionError:  # no gateway, no clients
+                return True
+            except requests.RequestException:
+                return False
             return page.step == 0 and not any(page.in_flight.values())
 
-        with suppress(requests.RequestException):  # no gateway, no clients
-            wait_until(is_done, DRAIN_SECONDS)
+        wait_until(is_done, DRAIN_SECONDS)
 
     def _remove(self, record: Record, version: str) -> None:
         for replica in self._replicas:
             try:
-                replica.remove(record.model, version)
+                if set(replica.management.versions(record.model)) - {version}:  # never the last
+                    replica.remove(record.model, version)
+            except UnknownModel:
+                continue
             except requests.RequestException as exc:
                 address = replica.management.url
                 self._say(f"{version} may be left registered at {address}: {type(exc).__name__}")

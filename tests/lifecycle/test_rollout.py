@@ -169,11 +169,16 @@ def altered(good: Path, folder: Path, change: str) -> str:
 def check_taken_back(service: Running, light: Light, record: Record, why: str) -> None:
     assert (record.status, why in record.reason) == ("taken back", True), record.reason
     assert service.versions() == {"1.0": True}
-    touched = light.of_version("2.0")
-    total = sum(light.answers.values())
-    print(f"{touched} of {total} requests were answered by 2.0: {dict(light.answers)}")
-    assert {status for status, _, _ in light.answers} == {200}
-    assert touched < 0.01 * total
+    # None got a wrong answer, and those that were sent to it waited longer at most.
+    assert {(status, right) for status, _, right in light.answers} == {(200, "right")}
+    assert light.of_version("2.0") == 0
+
+
+def check_untouched(light: Light, record: Record) -> None:
+    """Under 1 % of the requests of clients were sent to the new version."""
+    sent, total = sum(seen["new"]["live"] for seen in record.seen), sum(light.answers.values())
+    print(f"{sent} of {total} requests of clients were sent to 2.0")
+    assert sent < 0.01 * total
 
 
 def test_a_wrong_recipe_is_taken_back_in_the_shadow(
@@ -184,6 +189,7 @@ def test_a_wrong_recipe_is_taken_back_in_the_shadow(
     with light_load(service) as light:
         record = service.roll_out(archive, *PACE, "--shadow=100", expected=1)
     check_taken_back(service, light, record, "another best class")
+    check_untouched(light, record)
 
 
 def test_a_slow_version_is_taken_back_by_the_replay(
@@ -197,6 +203,17 @@ def test_a_slow_version_is_taken_back_by_the_replay(
     with light_load(service) as light:
         record = service.roll_out(archive, *PACE, f"--images={images}", expected=1)
     check_taken_back(service, light, record, "slower than")
+    check_untouched(light, record)
+
+
+def test_a_crashing_version_is_taken_back_in_the_shadow(
+    service: Running, good: Path, tmp_path: Path
+) -> None:
+    archive = altered(good, tmp_path, "_os._exit(1)")
+    with light_load(service) as light:
+        record = service.roll_out(archive, *PACE, "--shadow=100", expected=1)
+    check_taken_back(service, light, record, "failed")
+    check_untouched(light, record)
 
 
 def test_clients_of_a_crashing_version_get_the_old_ones_answers(

@@ -248,8 +248,9 @@ def test_a_good_version_takes_over(service: Running, good: Path) -> None:
         record = service.roll_out(str(good), *PACE, "--max-slowdown=4", expected=0)
         assert record.status == "finished"
         assert service.versions() == {"2.0": True}
-        before = light.of_version("1.0")
-        wait_for(lambda: sum(light.answers.values()) > before + light.of_version("2.0"))
+        before = light.answers.copy()
+        wait_for(lambda: light.of_version("2.0") > before[200, "2.0", "right"] + 5)
+        assert light.answers[200, "1.0", "right"] == before[200, "1.0", "right"]
     assert {(status, right) for status, _, right in light.answers} == {(200, "right")}
     assert requests.get(f"{service.served.url}/health", timeout=10).ok
 

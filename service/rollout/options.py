@@ -36,6 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--keep-old", action="store_true", help="leave the old version registered at the end"
     )
+    default: float
     group = parser.add_argument_group("steps")
     group.add_argument(
         "--steps",

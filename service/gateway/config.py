@@ -21,6 +21,7 @@ BACKLOG = 4096
 # workers than the load needs cost CPU: each wakes for fewer events, with colder caches.
 CORES_PER_WORKER = 4
 MAX_WORKERS = 4
+JOBS_CLIENT = "(jobs)"  # who asks for jobs' images; no name in a keys file can be this
 
 
 class Replicas(NamedTuple):
@@ -65,6 +66,7 @@ def render(
         settings=settings,
         replicas=replicas,
         clients=clients,
+        jobs_client=JOBS_CLIENT,
         folder=folder,
         access_log=access_log,
         modules=modules,

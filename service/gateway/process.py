@@ -1,7 +1,9 @@
 """nginx in front of TorchServe as a process: started, kept up to date, and stopped."""
 
+import hashlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -12,9 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.gateway.config import DEPLOY, Replicas, render, targets, worker_user
-from service.gateway.settings import GatewaySettings, read_keys
+from service.gateway.config import DEPLOY, JOBS_CLIENT, Replicas, render, targets, worker_user
+from service.gateway.settings import Client, GatewaySettings, read_keys
 from service.gateway.watch import Watch
+from service.jobs.process import Config as JobsConfig
+from service.jobs.process import JobsServer
 from service.logs import Log
 from service.openinference.process import GrpcServer
 from service.ports import check_ports
@@ -41,13 +45,15 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, output: Log) -> None:
         """`output` takes the access log.
 
-        Raises SetupError if nginx, its module or what gRPC needs is not installed, or a key is
-        malformed.
+        Raises SetupError if nginx, its module or what gRPC or jobs need is not installed, or a
+        key is malformed.
         """
         self._settings = settings
         self._output = output
         self._nginx, self._modules = find_nginx()
         self._grpc = GrpcServer(settings, output) if settings.grpc_port else None
+        self._jobs = JobsServer(output) if settings.jobs_url else None
+        self._jobs_key = secrets.token_urlsafe(32)
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
@@ -67,7 +73,11 @@ class Gateway:
         self._guardian = Guardian(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
-        for name, owner in (("control", None), ("inside", worker_user())):
+        for name, owner in (
+            ("control", None),
+            ("inside", worker_user()),
+            ("jobs", worker_user()),
+        ):
             path = self._folder / name  # of a socket: nginx lets everybody write to it
             path.mkdir(0o700)
             if owner:
@@ -99,12 +109,28 @@ class Gateway:
         wait_until(lambda: pid_file.exists() or process.poll() is not None, START_SECONDS, 0.02)
         if not pid_file.exists():
             raise SetupError("nginx did not start; the cause is in the log above")
+        socket = self._folder / "inside" / "sock"
+        if self._jobs:
+            self._jobs.start(self._guardian, self._jobs_config(socket))
         if self._grpc:
             user = worker_user()
             ids = (user.pw_uid, user.pw_gid) if user else None
-            socket = self._folder / "inside" / "sock"
             self._grpc.start(self._guardian, socket, ids, self._stop_seconds)
         self._watch.start(self._folder / "control" / "sock")
+
+    def _jobs_config(self, socket: Path) -> JobsConfig:
+        settings = self._settings
+        return JobsConfig(
+            socket=str(self._folder / "jobs" / "sock"),
+            gateway=str(socket),
+            key=self._jobs_key,
+            secret=settings.webhook_key().hex() if settings.jobs_webhooks else "",
+            folder=str(Path(settings.jobs_folder).resolve()),
+            max_image_bytes=settings.max_body_bytes,
+            response_seconds=settings.response_timeout_seconds,
+            stop_seconds=self._stop_seconds,
+            settings=settings,
+        )
 
     def _relay(self, reader: int) -> None:
         """Pass the access log on until nginx has ended.
@@ -116,10 +142,14 @@ class Gateway:
             self._output.relay(output)
 
     def _write(self) -> None:
+        clients = list(self._clients)
+        if self._jobs:
+            digest = hashlib.sha256(self._jobs_key.encode()).hexdigest()
+            clients.append(Client(JOBS_CLIENT, digest))
         config = render(
             self._settings,
             self._replicas,
-            self._clients,
+            clients,
             self._folder,
             self._access_log,
             self._modules,
@@ -156,6 +186,8 @@ class Gateway:
             raise GatewayEnded(f"nginx ended with status {status}")
         if self._grpc and (status := self._grpc.exit_status()) is not None:
             raise GatewayEnded(f"the gRPC server ended with status {status}")
+        if self._jobs:
+            self._jobs.check()
         stamp = self._stamp()
         if stamp != self._changed:  # and may still be changing: editors empty a file first
             self._changed = stamp
@@ -200,6 +232,9 @@ class Gateway:
     def stop(self) -> None:
         """Close the listeners, let requests in flight be answered, and end."""
         self._watch.stop()
+        if self._jobs:
+            with suppress(KeyboardInterrupt):  # as below
+                self._jobs.stop(self._stop_seconds + 5)  # first, as below
         if self._grpc:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
                 self._grpc.stop(self._stop_seconds + 5)  # first: it asks nginx

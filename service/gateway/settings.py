@@ -12,6 +12,7 @@ from handler.environment import platform_variables
 from handler.errors import InvalidSettings, SetupError
 from handler.rules import check, from_environment, setting
 from handler.settings import PREFIX as HANDLER_PREFIX
+from service.jobs.settings import JobsSettings
 from service.logs import Log
 
 PREFIX = "GATEWAY_"
@@ -30,8 +31,11 @@ class Client:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
-    """The settings of one gateway. A value that breaks its rule raises InvalidSettings."""
+class GatewaySettings(JobsSettings):
+    """The settings of one gateway, those of jobs included.
+
+    A value that breaks its rule raises InvalidSettings.
+    """
 
     host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
@@ -107,6 +111,7 @@ class GatewaySettings:
             if not NAME.fullmatch(model):
                 raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
+        self.check_jobs()
         self.networks("metrics_allow")
         if self.trusted_proxies:
             self.networks("trusted_proxies")

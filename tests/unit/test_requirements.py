@@ -39,7 +39,7 @@ def imported(folder: Path) -> set[str]:
     ("folder", "files"),
     [
         ("handler", ["", "-gpu"]),
-        ("service", ["", "-int8", "-benchmark", "-signing", "-grpc", "-dev"]),
+        ("service", ["", "-int8", "-benchmark", "-signing", "-grpc", "-jobs", "-dev"]),
     ],
 )
 def test_every_import_is_pinned_by_name(folder: str, files: list[str]) -> None:

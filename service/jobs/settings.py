@@ -73,6 +73,8 @@ class JobsSettings:
         for name in ("jobs_sources", "jobs_webhooks"):
             self.prefixes(name)
         if self.jobs_webhooks:
+            if not self.jobs_webhook_secret:
+                raise InvalidSettings(f"{PREFIX}WEBHOOKS needs {PREFIX}WEBHOOK_SECRET=FILE")
             self.webhook_key()
 
     def prefixes(self, name: str) -> tuple["Address", ...]:

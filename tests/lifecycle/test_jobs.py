@@ -217,16 +217,10 @@ def test_urls(served: Served, outside: Other) -> None:
 
 
 def test_urls_outside_the_list(served: Served, outside: Other) -> None:
-    for url in [
-        f"http://127.0.0.1:{outside.port}/hooks/x",
-        f"http://127.0.0.1:{outside.port}/images/../hooks/x",
-        f"http://localhost:{outside.port}/images/x",
-        "file:///etc/passwd",
-    ]:
+    address = f"http://127.0.0.1:{outside.port}"
+    for url in [f"{address}/images/../hooks/x", f"{address}0/hooks/x", "http://localhost/hooks/x"]:
         check_error(served.alice.ask("POST", json={"urls": [url]}), 403)
-        check_error(served.alice.ask("POST", files=form(b"x"), params={"webhook": url}), 403) if (
-            "/hooks/" not in url and url.startswith("http")
-        ) else None
+        check_error(served.alice.ask("POST", files=form(b"x"), params={"webhook": url}), 403)
 
 
 def test_a_private_address_is_not_reached(tmp_path: Path, redis: RedisServer) -> None:
@@ -295,7 +289,7 @@ def test_jobs_wait_while_others_ask(served: Served) -> None:
         ({"data": zipped([bytes(50_001)])}, 413, "RequestTooLarge"),
         ({"data": tarred(numbered(51), "w:gz")}, 413, "TooManyImages"),
         ({"data": b"PK no zip"}, 400, "UnreadableArchive"),
-        ({"data": tarred(IMAGES, "w:gz")[:-40]}, 400, "UnreadableArchive"),
+        ({"data": tarred([bytes(range(256)) * 9], "w")[:2000]}, 400, "UnreadableArchive"),
         ({"data": zipped([])}, 400, "NoImage"),
         ({"json": {"urls": "x"}}, 400, "MalformedRequest"),
         ({"json": []}, 400, "MalformedRequest"),
@@ -325,6 +319,16 @@ def test_a_client_has_so_many_unfinished_jobs(served: Served) -> None:
     for job in jobs:
         served.alice.ask("DELETE", f"/jobs/{job['id']}")
     served.torchserve.seconds = 0.0
+
+
+def test_what_redis_has_forgotten_is_put_back(served: Served, redis: RedisServer) -> None:
+    served.torchserve.seconds = 0.1
+    job = served.alice.post(*numbered(30))
+    wait_for(lambda: served.alice.get(job)["done"] >= 2, TIMEOUT)
+    redis.client.flushdb()
+    served.torchserve.seconds = 0.0
+    assert served.alice.wait(job)["state"] == "done"
+    assert [line["index"] for line in served.alice.results(job)] == list(range(30))
 
 
 def test_nothing_secret_is_in_the_log(served: Served) -> None:

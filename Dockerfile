@@ -15,14 +15,14 @@ ARG TORCH=cpu
 RUN python3 -c 'import ensurepip' \
     || { apt-get update && apt-get install --yes --no-install-recommends python3-venv \
         && rm -rf /var/lib/apt/lists/*; }
-COPY requirements.txt requirements-gpu.txt requirements-signing.txt requirements-grpc.txt ./
+COPY requirements.txt requirements-gpu.txt requirements-signing.txt requirements-grpc.txt requirements-jobs.txt ./
 RUN python3 -m venv .venv \
     && gpu=-gpu \
     && if [ "$TORCH" = cpu ]; then set -- --index-url https://download.pytorch.org/whl/cpu; gpu=; fi \
     && grep -E '^torch(vision)?==' requirements.txt > torch.txt \
     && .venv/bin/pip install --no-cache-dir --no-compile "$@" -r torch.txt \
     && .venv/bin/pip install --no-cache-dir --no-compile -r "requirements$gpu.txt" \
-        -r requirements-signing.txt -r requirements-grpc.txt \
+        -r requirements-signing.txt -r requirements-grpc.txt -r requirements-jobs.txt \
     && echo /app > "$(echo .venv/lib/python3*/site-packages)/repository.pth"
 
 FROM libraries AS models

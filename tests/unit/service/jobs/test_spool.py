@@ -45,8 +45,8 @@ def test_the_first_of_one_id_stays(tmp_path: Path) -> None:
         with Spool.create(tmp_path, LIMITS) as new:
             add(new, image)
             assert new.commit({"id": "a"}) is is_first
-    [image] = spool.read_index(tmp_path, "a")
-    assert spool.read_image(tmp_path, "a", image) == b"first"
+    [kept] = spool.read_index(tmp_path, "a")
+    assert spool.read_image(tmp_path, "a", kept) == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 

@@ -11,18 +11,15 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
+from benchmarks.alone import started_alone
 from benchmarks.conditions import conditions
 from benchmarks.environments import SetupFailed
-from benchmarks.images import load_rgb
-from benchmarks.run import chosen_precision
-from benchmarks.servers import Started, StartFailed, make_parser, make_servers, say
-from benchmarks.subjects import ROOT, gateway
-from handler.machine import available_cores
+from benchmarks.servers import Started, StartFailed, make_parser, say
+from benchmarks.subjects import ROOT
 from service.load.generator import TIMEOUT_SECONDS, Generator, cpu_percent
 from service.load.images import ImageRequest
 from service.load.measurement import Load, Measurement, Sample, summarise
@@ -196,20 +193,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser("capacity", description, "mobilenet_v2", ROOT / "benchmarks")
     parser.set_defaults(seconds=30)
     args = parser.parse_args(argv)
-    precision = chosen_precision()
-    workers = available_cores()
-    with make_servers(args, device="cpu", precision=precision, workers=workers) as servers:
-        images = load_rgb(args.images)
-        subject = gateway(servers.model, precision, servers.model_options(precision))
-        subject = replace(subject, environ={**subject.environ, **ONE_CLIENT})
-        try:
-            servers.package(precision)
-            with servers.started(subject, Path(sys.executable), images[0], []) as target:
-                found = measure(Server(target, servers.model, images), args.seconds)
-        except (SetupFailed, StartFailed) as exc:
-            print(f"failed: {exc}", file=sys.stderr)
-            return 1
-        data = {"conditions": conditions(servers, images), "seconds": args.seconds} | found
+    try:
+        with started_alone(args, **ONE_CLIENT) as alone:
+            found = measure(Server(alone.target, args.model, alone.images), args.seconds)
+            known = {"conditions": conditions(alone.servers, alone.images)}
+    except (SetupFailed, StartFailed) as exc:
+        print(f"failed: {exc}", file=sys.stderr)
+        return 1
+    data = known | {"seconds": args.seconds} | found
     (args.out / FILE).write_text(json.dumps(data, indent=1) + "\n")
     right = is_right(data)
     print(f"\n{table(data)}\n")

@@ -2,22 +2,29 @@
 
 A closed loop finds the best rate, an open loop sends a multiple of it by the clock, and another
 closed loop begins at the moment at which that ends, while its last requests are still in flight.
+`python -m benchmarks.overload` does this to the service behind its gateway; benchmarks.run, to all.
 """
 
 import asyncio
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import cycle
 from typing import Any
 
-from benchmarks.servers import Started
+from benchmarks.alone import started_alone
+from benchmarks.environments import SetupFailed
+from benchmarks.servers import Started, StartFailed, make_parser, say
 from service.load.generator import REFUSALS, TIMEOUT_SECONDS, Generator, Reply, cpu_percent
 from service.load.images import ImageRequest
 from service.load.measurement import Load, Sample, summarise
 from service.load.wire import Wire
 
 TIMES = (3, 10)  # the best rate
+CLIENTS = 8  # of the closed loops
+IN_TIME = 2.0  # seconds until full speed
 WARMUP_SECONDS = 1.0
 RECOVERY_SECONDS = 4.0
 PAUSE_SECONDS = 0.1  # of a refused client afterwards: it does not go on with the overload
@@ -109,3 +116,35 @@ def full_speed_seconds(rates: Sequence[float], best: float) -> float | None:
         if sum(rates[index : index + width]) / width >= FULL * best:
             return index * SLICE_SECONDS
     return None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    description = "Send a gateway 3 and 10 times what it can answer, and see it recover."
+    parser = make_parser("overload", description, "mobilenet_v2")
+    parser.set_defaults(seconds=60)
+    args = parser.parse_args(argv)
+    try:
+        with started_alone(args) as alone:
+            rows = measure_overload(alone.target, alone.images, CLIENTS, args.seconds)
+    except (SetupFailed, StartFailed) as exc:
+        print(f"failed: {exc}", file=sys.stderr)
+        return 1
+    for row in rows:
+        say(
+            f"{row['times']} times {row['best_rps']:.0f} requests/s for {args.seconds:.0f} s: "
+            f"{row['throughput_rps']:.0f}/s answered, {row['refused']} refused "
+            f"(p99 {row['refused_p99_ms']:.0f} ms), {row['failed']} failed, "
+            f"full speed after {row['full_speed_seconds']} s"
+        )
+    say(json.dumps(rows))
+    return 0 if all(is_good(row) for row in rows) else 1
+
+
+def is_good(row: Mapping[str, Any]) -> bool:
+    """Whether nothing failed, and full speed was there again in time."""
+    after = row["full_speed_seconds"]
+    return not row["failed"] and not row["after_failed"] and after is not None and after <= IN_TIME
+
+
+if __name__ == "__main__":
+    sys.exit(main())

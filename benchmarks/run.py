@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.alone import chosen_precision
 from benchmarks.conditions import conditions, now
 from benchmarks.environments import SetupFailed, prepare
 from benchmarks.figures import best_concurrency
@@ -37,8 +38,6 @@ from benchmarks.servers import (
 from benchmarks.subjects import PEERS, Subject, all_subjects
 from benchmarks.usage import Meter, memory
 from handler.machine import available_cores
-from handler.selection import Hardware, select
-from handler.settings import Settings
 from service.load.answers import Expectations
 from service.load.generator import send_once
 from service.load.images import ImageRequest, as_form
@@ -274,14 +273,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         if unknown:
             parser.error(f"no subject {', '.join(sorted(unknown))}; --list names them")
     return args
-
-
-def chosen_precision() -> str:
-    """What `auto` takes on this machine's CPU for an archive without an int8 model."""
-    from handler.openvino_engine import has_bf16  # imports torch, which takes seconds
-
-    hardware = Hardware(cpu_bf16=has_bf16())
-    return select(Settings(device="cpu"), hardware, converted=True, int8=False).precision
 
 
 def main(argv: Sequence[str] | None = None) -> int:

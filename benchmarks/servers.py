@@ -169,6 +169,8 @@ class Servers:
             began = time.monotonic()
             with ExitStack() as stack:
                 folder = Path(tempfile.mkdtemp(dir=self.folder, prefix=""))
+                for path in (self.folder, folder):
+                    path.chmod(0o711)  # nginx's workers are nobody's if we are root
                 stack.callback(shutil.rmtree, folder, ignore_errors=True)
                 server = stack.enter_context(self._start(subject, python, port, folder))
                 try:
@@ -251,8 +253,10 @@ def make_servers(
         )
 
 
-def make_parser(name: str, description: str, model: str, out: Path) -> argparse.ArgumentParser:
-    """A parser with the options that every benchmark of servers has."""
+def make_parser(
+    name: str, description: str, model: str, out: Path | None = None
+) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark of servers has; `out`: it writes there."""
     parser = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}",
         description=description,
@@ -268,7 +272,8 @@ def make_parser(name: str, description: str, model: str, out: Path) -> argparse.
     parser.add_argument("--recipe", metavar="ENTRY", help="as for ./scripts/serve")
     parser.add_argument("--images", type=absolute, metavar="DIR", help="JPEGs (None: drawn)")
     parser.add_argument("--seconds", type=float, default=8, help="of each measurement")
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
+    if out:
+        parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="for the report")
     return parser
 
 

@@ -12,7 +12,8 @@ import psutil
 from service.load.measurement import Measurement
 from service.load.processes import Server
 
-LAUNCHER, JAVA, WORKER, GATEWAY = "launcher", "Java", "worker", "nginx"
+LAUNCHER, JAVA, WORKER, GATEWAY, GRPC = "launcher", "Java", "worker", "nginx", "gRPC"
+GRPC_MODULE = "service.openinference.server"
 SCRIPTS = {"serve.py": LAUNCHER, "model_service_worker.py": WORKER}
 
 # Java's threads by the start of their names, which the kernel cuts at 15 characters.
@@ -131,6 +132,8 @@ def part_of(process: psutil.Process) -> str:
         return JAVA
     if program.startswith("nginx"):
         return GATEWAY
+    if any(GRPC_MODULE in word for word in words[1:]):
+        return GRPC
     script = next((Path(word).name for word in words[1:] if word.endswith(".py")), None)
     if script is None and "-m" in words[:-1]:
         script = words[words.index("-m") + 1]

@@ -128,7 +128,9 @@ function gateway.predict()
         -- TorchServe's message, if it tells the client something.
         local content = reply.status < 500 and cjson.decode(reply.body)
         local theirs = type(content) == "table" and content.message
-        return ngx.print(errors.body(theirs))
+        local text = errors.body(theirs)
+        ngx.header["Content-Length"] = #text
+        return ngx.print(text)
     end
     ngx.status = reply.status
     ngx.header["Content-Type"] = reply.header["Content-Type"]

@@ -38,6 +38,7 @@ end
 function health.send(status, text)
     ngx.status = status
     ngx.header["Content-Type"] = "application/json"
+    ngx.header["Content-Length"] = #text + 1
     ngx.print(text, "\n")
 end
 

@@ -110,6 +110,18 @@ def worker_user() -> pwd.struct_passwd | None:
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 
+def check_reachable(folder: Path) -> None:
+    """Raise SetupError if nginx's workers cannot get to a folder because one above it is closed."""
+    user = worker_user()
+    for parent in folder.parents if user else ():
+        stat = parent.stat()
+        if not stat.st_mode & 0o001 and stat.st_uid != user.pw_uid:
+            raise SetupError(
+                f"TMPDIR: {parent} is closed to {user.pw_name}, as whom nginx's workers run; "
+                "choose another, or chmod o+x"
+            )
+
+
 def user_and_group() -> str:
     """The names of nginx's `user`, empty if its workers run as we do."""
     user = worker_user()

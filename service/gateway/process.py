@@ -14,7 +14,15 @@ from contextlib import suppress
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.gateway.config import DEPLOY, JOBS_CLIENT, Replicas, render, targets, worker_user
+from service.gateway.config import (
+    DEPLOY,
+    JOBS_CLIENT,
+    Replicas,
+    check_reachable,
+    render,
+    targets,
+    worker_user,
+)
 from service.gateway.settings import Client, GatewaySettings, read_keys
 from service.gateway.watch import Watch
 from service.jobs.process import Config as JobsConfig
@@ -71,6 +79,7 @@ class Gateway:
         self._temporary = TemporaryFolder("gateway-")
         self._folder = self._temporary.path
         self._guardian = Guardian(self._folder)
+        check_reachable(self._folder)
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
         for name, owner in (

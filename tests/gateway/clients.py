@@ -31,6 +31,7 @@ def check_error(answer: requests.Response, status: int, type_name: str = "") -> 
     """It is an error in our form, and says nothing of what is behind the gateway."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Content-Length"] == str(len(answer.content))  # not in chunks
     error = answer.json()
     assert set(error) == {"status", "code", "type", "message"}
     assert (error["status"], error["code"]) == ("error", status)

@@ -1,3 +1,4 @@
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,17 @@ def nginx() -> None:
         find_nginx()
     except SetupError as exc:
         skip(str(exc))
+
+
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A TMPDIR for the gateway, with a short path for sockets.
+
+    nginx's workers, who are nobody's if we are root, get to it; to tmp_path they do not.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 @dataclass

@@ -3,13 +3,10 @@
 import os
 import signal
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
-import pytest
 import requests
 
 from tests import skip
@@ -35,18 +32,10 @@ def check(url: str) -> None:
         assert answer.json()["predictions"][0]["class"] == "red"
 
 
-@pytest.fixture
-def folder() -> Iterator[Path]:
-    """Where nginx's workers get as well, which are nobody's if we are root."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        yield Path(name)
-
-
-def test_folders_that_cannot_be_written(gateway: Served, tmp_path: Path, folder: Path) -> None:
-    env = settings([gateway.server]) | {"TMPDIR": str(folder)}
+def test_folders_that_cannot_be_written(gateway: Served, tmp_path: Path, temporary: Path) -> None:
+    env = settings([gateway.server]) | {"TMPDIR": str(temporary)}
     with running(tmp_path, env) as other:
-        [own] = folder.iterdir()
+        [own] = temporary.iterdir()
         closed = [path for path in own.iterdir() if path.is_dir()]
         assert {"body", "proxy"} <= {path.name for path in closed}
         for path in closed:
@@ -60,16 +49,16 @@ def fill(folder: Path) -> None:
             file.write(bytes(4096))
 
 
-def test_a_full_disk(tmp_path: Path, folder: Path, colours: list[str], store: Path) -> None:
+def test_a_full_disk(tmp_path: Path, temporary: Path, colours: list[str], store: Path) -> None:
     """Of ./scripts/serve and all that it starts; a worker that dies comes back, too."""
-    under = ["unshare", "--mount", "sh", "-c", MOUNT, str(folder)]
+    under = ["unshare", "--mount", "sh", "-c", MOUNT, str(temporary)]
     if os.geteuid() or subprocess.run([*under, "true"], check=False).returncode:
         skip("no file system can be mounted here")
-    started = serving_with_gateway(tmp_path, colours, store, under, TMPDIR=str(folder))
+    started = serving_with_gateway(tmp_path, colours, store, under, TMPDIR=str(temporary))
     with started as served:
         url, server = served.url, served.server
         check(url)
-        disk = Path(f"/proc/{server.process.pid}/root") / folder.relative_to("/")
+        disk = Path(f"/proc/{server.process.pid}/root") / temporary.relative_to("/")
         fill(disk)
         assert psutil.disk_usage(str(disk)).free == 0
         check(url)

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
 from tests import skip
 from tests.gateway.conftest import serving_with_gateway
@@ -33,13 +32,6 @@ def wait_until_nothing_is_left(
 def is_taken(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@pytest.fixture
-def temporary(tmp_path: Path) -> Path:
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    return folder
 
 
 def test_serve(tmp_path: Path, temporary: Path, colours: list[str], store: Path) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import secrets
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -23,18 +22,14 @@ def places(root: psutil.Process) -> dict[str, bytes]:
 
 
 def test_no_key_is_in_a_process_list_an_environment_a_file_or_the_log(
-    tmp_path: Path, colours: list[str], store: Path
+    tmp_path: Path, temporary: Path, colours: list[str], store: Path
 ) -> None:
     key = secrets.token_urlsafe(32)
     digest = hashlib.sha256(key.encode()).hexdigest()
     keys = tmp_path / "keys"
     keys.write_text(f"alice {digest}\n")
-    with (
-        tempfile.TemporaryDirectory(prefix="s-") as temporary,  # a short path, for sockets
-        serving_with_gateway(
-            tmp_path, colours, store, GATEWAY_KEYS=str(keys), TMPDIR=temporary
-        ) as served,
-    ):
+    variables = {"GATEWAY_KEYS": str(keys), "TMPDIR": str(temporary)}
+    with serving_with_gateway(tmp_path, colours, store, **variables) as served:
         for headers in ({"X-API-Key": key}, {"Authorization": f"Bearer {key}"}):
             for body, status in ((RED, 200), (b"no image", 400)):
                 answer = requests.post(
@@ -44,7 +39,7 @@ def test_no_key_is_in_a_process_list_an_environment_a_file_or_the_log(
         found = places(psutil.Process(served.server.process.pid))
         names = " ".join(found)
         assert all(name in names for name in ("java", "nginx", "python")), names
-        for path in Path(temporary).rglob("*"):
+        for path in temporary.rglob("*"):
             if path.is_file():
                 found[str(path)] = path.read_bytes()
         assert any("weights.safetensors" in where for where in found)

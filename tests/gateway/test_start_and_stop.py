@@ -1,5 +1,6 @@
 """Starting, refusing to start, and stopping."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from service.logs import Log
 from service.options import parse_serve
 from service.plan import plan_service
 from service.serving import prepare
+from tests import skip
 from tests.gateway.clients import SMALL
 from tests.gateway.conftest import Served, serving_with_gateway
-from tests.gateway.running import kill, refused, running, settings
+from tests.gateway.running import kill, refused, running, settings, variables
 from tests.load import Load
 from tests.processes import alive, wait_for
 
@@ -74,13 +76,23 @@ def test_serve_ends_when_nginx_does(tmp_path: Path, colours: list[str], store: P
         wait_for(lambda: not alive(children))
 
 
-def test_nothing_is_left_behind(tmp_path: Path) -> None:
-    folder = tmp_path / "tmp"
-    folder.mkdir()
-    with running(tmp_path, {"TMPDIR": str(folder)}) as gateway:
-        assert list(folder.iterdir())
+def test_nothing_is_left_behind(tmp_path: Path, temporary: Path) -> None:
+    with running(tmp_path, {"TMPDIR": str(temporary)}) as gateway:
+        assert list(temporary.iterdir())
         assert gateway.stop() == 0
-        assert not list(folder.iterdir())
+        assert not list(temporary.iterdir())
+
+
+def test_a_closed_folder_is_refused(tmp_path: Path, temporary: Path) -> None:
+    """nginx's workers, who are nobody's if we are root, could not get to pages and sockets."""
+    if os.geteuid():
+        skip("root's rights are needed")
+    folder = temporary / "closed" / "tmp"
+    folder.mkdir(parents=True)
+    folder.parent.chmod(0o700)
+    said = refused(tmp_path, variables(upstreams="127.0.0.1:1") | {"TMPDIR": str(folder)})
+    assert said.startswith(f"error: TMPDIR: {folder.parent} is closed to nobody")
+    assert not list(folder.iterdir())
 
 
 def test_stopping_the_gateway_loses_no_accepted_request(gateway: Served, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ RUN python3 -c 'import ensurepip' \
     || { apt-get update && apt-get install --yes --no-install-recommends python3-venv \
         && rm -rf /var/lib/apt/lists/*; }
 COPY requirements.txt requirements-gpu.txt requirements-signing.txt requirements-grpc.txt \
-    requirements-cache.txt ./
+    requirements-cache.txt requirements-jobs.txt ./
 RUN python3 -m venv .venv \
     && gpu=-gpu \
     && if [ "$TORCH" = cpu ]; then set -- --index-url https://download.pytorch.org/whl/cpu; gpu=; fi \
@@ -24,6 +24,7 @@ RUN python3 -m venv .venv \
     && .venv/bin/pip install --no-cache-dir --no-compile "$@" -r torch.txt \
     && .venv/bin/pip install --no-cache-dir --no-compile -r "requirements$gpu.txt" \
         -r requirements-signing.txt -r requirements-grpc.txt -r requirements-cache.txt \
+        -r requirements-jobs.txt \
     && echo /app > "$(echo .venv/lib/python3*/site-packages)/repository.pth"
 
 FROM libraries AS models

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from handler.errors import RequestError
 
 Answer = dict[str, Any]
+MAX_HEADER_LENGTH = 1000  # of the best classes: nginx takes 4 KB of headers, all of them together
 
 
 def best_classes(
@@ -56,6 +57,18 @@ def combine(results: list[Answer]) -> tuple[int, Answer]:
     if len(codes) < len(results):
         return 200, {"status": "partial", "results": results}
     return max(codes), {"status": "error", "results": results}
+
+
+def best_class_ids(results: Sequence[Answer]) -> str:
+    """The top-1 class index of each image, and `-` for one that failed: `0,17,-`.
+
+    Empty if that would be too long for a header.
+    """
+    text = ",".join(
+        str(result["predictions"][0]["class_id"]) if result["status"] == "success" else "-"
+        for result in results
+    )
+    return text if len(text) <= MAX_HEADER_LENGTH else ""
 
 
 def encode(answer: Answer) -> bytes:

@@ -57,3 +57,11 @@ def is_probe(headers: Mapping[str, Any]) -> bool:
     runs.
     """
     return headers.get("x-probe") == "1"
+
+
+def wants_best_classes(headers: Mapping[str, Any]) -> bool:
+    """Whether the gateway asks for the best classes in a header, so that feedback can judge them.
+
+    The gateway passes neither this header of a client on, nor the answer's header to a client.
+    """
+    return headers.get("x-best-classes") == "1"

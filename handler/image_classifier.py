@@ -17,7 +17,7 @@ from typing import Any
 
 from handler import metrics
 from handler.accounting import Accounts, describe_worker, milliseconds
-from handler.answers import best_classes, encode, failure, success
+from handler.answers import best_class_ids, best_classes, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
@@ -27,7 +27,7 @@ from handler.errors import MalformedRequest, ModelFailed, OutOfResources, Reques
 from handler.failures import GPU_FAILED, Failures
 from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
-from handler.headers import is_probe, read_deadline
+from handler.headers import is_probe, read_deadline, wants_best_classes
 from handler.logs import log_line, quiet_torchserve, set_level
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
@@ -276,6 +276,8 @@ class ImageClassifier(BaseHandler):
                 self.context.set_response_header(index, name, value)
             # Which version it was, and that it was us: TorchServe's own errors do not have it.
             self.context.set_response_header(index, "X-Model-Version", self.version)
+            if wants_best_classes(row.headers) and (ids := best_class_ids(row.results)):
+                self.context.set_response_header(index, "X-Best-Classes", ids)
             answers.append(reply.body)
             row.seconds["postprocess"] = perf_counter() - started
         return answers

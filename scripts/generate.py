@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import service.chaos.options
 import service.load.options
+import service.rollout.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
@@ -32,6 +33,7 @@ PARSERS = {
     "predict": predict.make_parser,
     "scale": service.scaling.options.make_parser,
     "tune": service.tuning.options.make_parser,
+    "rollout": service.rollout.options.make_parser,
     "benchmark": service.load.options.make_parser,
     "healthcheck": healthcheck.make_parser,
     "gateway": gateway.make_parser,

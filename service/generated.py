@@ -20,6 +20,7 @@ from service.chaos.cluster import RESPONSE_SECONDS
 from service.chaos.schedule import KINDS, Kind
 from service.gateway.settings import PREFIX as GATEWAY_PREFIX
 from service.gateway.settings import GatewaySettings
+from service.jobs.settings import JobsSettings
 from service.tables import markdown_table
 from service.torchserve.metrics import METRICS as TORCHSERVE
 
@@ -121,7 +122,8 @@ def tables(parsers: Mapping[str, ArgumentParser]) -> dict[str, list[str]]:
             ],
         ),
         "settings": _settings(PREFIX, Settings),
-        "gateway settings": _settings(GATEWAY_PREFIX, GatewaySettings),
+        "gateway settings": _settings(GATEWAY_PREFIX, GatewaySettings, without=JobsSettings),
+        "jobs settings": _settings(GATEWAY_PREFIX, JobsSettings),
         **{
             f"options {name}": _table(["option", "default", ""], rows)
             for name, rows in options.items()
@@ -142,12 +144,14 @@ def _sentences(family: Family) -> str:
     return f"{family.help[0].upper()}{family.help[1:]}. {family.note}".strip()
 
 
-def _settings(prefix: str, kind: type) -> list[str]:
+def _settings(prefix: str, kind: type, without: type | None = None) -> list[str]:
+    left_out = rules_of(without) if without else {}
     return _table(
         ["variable", "default", "allowed", ""],
         [
             [f"`{prefix}{name.upper()}`", _value(rule.default), _allowed(rule), rule.meaning]
             for name, rule in rules_of(kind).items()
+            if name not in left_out
         ],
     )
 

@@ -39,10 +39,11 @@ def positive(text: str) -> float:
     return value
 
 
-def _share(text: str) -> float:
-    if not 0 <= (share := _real(text)) <= 1:
+def share(text: str) -> float:
+    """A number from 0 to 1."""
+    if not 0 <= (value := _real(text)) <= 1:
         raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
-    return share
+    return value
 
 
 def _real(text: str) -> float:
@@ -183,7 +184,7 @@ class ModelOptions:
         "of held-out images whose best class int8 must leave as it is (default: %(default)s)",
         "SHARE",
         default=0.97,
-        type=_share,
+        type=share,
     )
     workers: int | None = _option(
         "processes per model, on all GPUs together; auto: one a core on CPU, "

@@ -55,8 +55,9 @@ local function make_room(client, needed)
     return true
 end
 
--- Take in the whole body, before the request counts as one that is under way.
-function bodies.receive()
+-- Take in the whole body, before the request counts as one that is under way, and go on at a named
+-- location.
+function bodies.receive(location)
     local client = ngx.var.client_id
     local length = tonumber(ngx.var.http_content_length)
     if ngx.var.http_transfer_encoding then
@@ -79,7 +80,7 @@ function bodies.receive()
     ngx.req.read_body()
     ngx.thread.kill(watch)
     bodies.forget(connection)
-    return ngx.exec "@predict"
+    return ngx.exec(location)
 end
 
 -- Gives nginx's refusal of a request, perhaps while its body was arriving, the form of the handler's

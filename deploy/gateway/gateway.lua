@@ -7,8 +7,10 @@ local errors = require "errors"
 local ffi = require "ffi"
 local places = require "places"
 local replicas = require "replicas"
+local rollout = require "rollout"
 local settings = require "settings"
 local state = require "state"
+local feedback = settings.feedback_requests > 0 and require "feedback"
 
 -- OpenSSL's own, which nginx is linked with.
 ffi.cdef "unsigned char *SHA256(const unsigned char *data, size_t size, unsigned char *digest);"
@@ -18,21 +20,21 @@ local gateway = {}
 
 -- Who asks, by the API key: "granted NAME", "disabled NAME", or "missing". Looking the key's sha256 up in
 -- a table tells a client nothing by how long it takes: that depends on the digest, and whoever could
--- choose digests at will would have broken sha256.
-function gateway.who_asks()
+-- choose digests at will would have broken sha256. Where no key is needed, `nobody` is said for missing.
+function gateway.who_asks(nobody)
     if ngx.is_subrequest then -- of a request whose key has been looked at
         return ngx.var.asking
     end
     local key = (ngx.var.http_authorization or ""):match "^[Bb][Ee][Aa][Rr][Ee][Rr] +(%S+)$"
     key = key or ngx.var.http_x_api_key
     if not key or key == "" then
-        return "missing"
+        return nobody or "missing"
     end
     ffi.C.SHA256(key, #key, digest)
     local hash = ffi.string(digest, 32):gsub(".", function(byte)
         return ("%02x"):format(byte:byte())
     end)
-    return state.now().clients[hash] or "missing"
+    return state.now().clients[hash] or nobody or "missing"
 end
 
 -- The seconds that a try may take: those of its location, or what a client still waits that sent
@@ -46,8 +48,8 @@ local function time_left(location, asked)
     return wait and math.min(seconds, wait - (ngx.now() - ngx.req.start_time()))
 end
 
--- Asks a replica. A worker that gets to the request only after the time it has drops it.
-local function ask(location, replica, asked)
+-- Asks a replica for `target`. A worker that gets to the request only after the time it has drops it.
+local function ask(location, replica, target, asked)
     local seconds = time_left(location, asked)
     if seconds and seconds <= 0 then
         ngx.exit(504)
@@ -57,7 +59,7 @@ local function ask(location, replica, asked)
     local connection = ngx.var.connection
     replicas.enter(connection, replica)
     local since = ngx.now()
-    local reply = ngx.location.capture(location .. replica .. ngx.var.target, {
+    local reply = ngx.location.capture(location .. replica .. target, {
         method = ngx.HTTP_POST,
         args = ngx.var.args,
         always_forward_body = true,
@@ -93,6 +95,7 @@ function gateway.leave()
     bodies.forget(connection)
     replicas.leave(connection)
     places.leave(connection)
+    rollout.leave(connection)
 end
 
 -- Where to try a request again, or nil: predictions change nothing, so that they may be. An error
@@ -115,10 +118,12 @@ function gateway.predict()
     end
     local replica = replicas.first()
     local asked = ngx.var.http_x_request_timeout -- each try sets what is left of it
+    local target, trial = rollout.choose(ngx.var.target)
     local is_alone = not replicas.another_than(replica)
-    local first = ask(is_alone and "/_only/" or "/_first/", replica, asked)
-    local other = try_again_at(first, replica)
-    local second = other and ask(is_alone and "/_only/" or "/_second/", other, asked)
+    local first = ask(is_alone and "/_only/" or "/_first/", replica, target, asked)
+    local of_old = trial and rollout.finish(trial, first)
+    local other = of_old and replica or try_again_at(first, replica)
+    local second = other and ask(is_alone and "/_only/" or "/_second/", other, of_old or target, asked)
     local reply = second or first
     ngx.var.tried_addresses = tried("address", first, second)
     ngx.var.tried_statuses = tried("status", first, second)
@@ -135,6 +140,9 @@ function gateway.predict()
         ngx.header["Content-Length"] = #text
         return ngx.print(text)
     end
+    if feedback and reply.status == 200 then
+        feedback.remember(reply.header)
+    end
     ngx.status = reply.status
     ngx.header["Content-Type"] = reply.header["Content-Type"]
     ngx.header["X-Model-Version"] = reply.header["X-Model-Version"]
@@ -142,6 +150,9 @@ function gateway.predict()
     ngx.header["Inference-Header-Content-Length"] = reply.header["Inference-Header-Content-Length"]
     ngx.header["Content-Length"] = #reply.body
     ngx.print(reply.body)
+    if trial then
+        rollout.shadow(trial, reply, replica)
+    end
 end
 
 return gateway

@@ -3,10 +3,14 @@ local cjson = require "cjson.safe"
 local errors = require "errors"
 local places = require "places"
 local replicas = require "replicas"
+local rollout = require "rollout"
 local settings = require "settings"
 local state = require "state"
 
 local MAKE_SECONDS = 10 -- after which another request tries to make the answer
+local PIXEL = ngx.decode_base64( -- that of service/gateway/watch.py
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR42mNoAAAAggCB2kUIOwAAAABJRU5ErkJggg=="
+)
 
 local health = {}
 
@@ -183,6 +187,34 @@ function health.describe(target)
     end)
 end
 
+-- The names of a model's classes by their index, as JSON. Nothing gives them but a prediction of so many
+-- classes: that of one grey pixel, which the handler counts as a health check. `target` is MODEL/VERSION.
+function health.labels(target)
+    return remembered("labels " .. target, 60, function()
+        local _, text = health.describe(target)
+        local facts = cjson.decode(text) or {}
+        for _, replica in ipairs(state.now().upstreams) do
+            local reply = {}
+            if facts.classes and not replicas.left_out(replica) then
+                reply = ngx.location.capture(("/_labels/%s/predictions/%s"):format(replica, target), {
+                    method = ngx.HTTP_POST,
+                    args = { top_k = facts.classes },
+                    body = PIXEL,
+                })
+            end
+            local answer = reply.status == 200 and cjson.decode(reply.body)
+            if answer then
+                local labels = {}
+                for _, prediction in ipairs(answer.predictions) do
+                    labels[prediction.class_id + 1] = prediction.class
+                end
+                return 200, cjson.encode(labels)
+            end
+        end
+        return 503, ""
+    end)
+end
+
 function health.info()
     if not places.take() then
         return ngx.exit(429)
@@ -206,6 +238,7 @@ function health.metrics()
         local in_use = replicas.left_out(replica) and 0 or 1
         ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica, in_use))
     end
+    rollout.print_metrics()
 end
 
 return health

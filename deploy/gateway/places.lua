@@ -56,7 +56,11 @@ end
 -- Take a place for the request until it ends; false if there is none.
 function places.take()
     local client = ngx.var.client_id
-    if taken "all" >= settings.max_concurrent or taken(client) >= settings.max_concurrent_per_client then
+    local all = taken "all"
+    if ngx.var.client == settings.jobs_client and all - taken(client) >= settings.jobs_yield_at then
+        return false -- an image of a job: others are before it
+    end
+    if all >= settings.max_concurrent or taken(client) >= settings.max_concurrent_per_client then
         return false
     end
     change("all", 1)

@@ -56,6 +56,15 @@ def read_config(archive: Path) -> dict[str, Any]:
         return parse_config(content.read(CONFIG_FILE))
 
 
+def member_sha256(archive: Path, name: str) -> str:
+    """Of one file in an archive. Raises InvalidModel."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return hashlib.sha256(content.read(name)).hexdigest()
+    except (OSError, zipfile.BadZipFile, KeyError) as exc:
+        raise InvalidModel(f"{archive} cannot be read as a model archive") from exc
+
+
 def parse_config(text: str | bytes) -> dict[str, Any]:
     """What `dump_config` made a text of."""
     config = dict(yaml.safe_load(text))

@@ -22,6 +22,10 @@ BACKLOG = 4096
 CORES_PER_WORKER = 4
 MAX_WORKERS = 4
 GRPC_SLACK_SECONDS = 20  # until a gRPC server that does not keep its own limits is given up
+# Of an answer that feedback may judge: its id of 36 characters, client, model, version, best class
+# and nginx's own bookkeeping take 256, a power of two, or 512 if the names are long.
+FEEDBACK_BYTES = 260
+JOBS_CLIENT = "(jobs)"  # who asks for jobs' images; no name in a keys file can be this
 
 
 class Replicas(NamedTuple):
@@ -71,6 +75,7 @@ def render(
     environment.filters["absolute"] = absolute
     return environment.get_template("nginx.conf.jinja").render(
         settings=settings,
+        jobs_client=JOBS_CLIENT,
         folder=folder,
         access_log=access_log,
         modules=modules,
@@ -78,6 +83,7 @@ def render(
         worker_processes=workers,
         open_files=min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], 65536),
         arriving_bytes=max(body, settings.max_concurrent * body // 4 // workers),
+        feedback_bytes=2**16 + settings.feedback_requests * FEEDBACK_BYTES,
         targets=targets(settings),
         described=described(settings),
         shares=shares(settings.weights()),

@@ -1,8 +1,10 @@
 """nginx in front of TorchServe as a process: started, kept up to date, and stopped."""
 
+import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from handler.errors import SetupError
 from service.gateway.config import (
     DEPLOY,
+    JOBS_CLIENT,
     Replicas,
     check_reachable,
     render,
@@ -22,8 +25,11 @@ from service.gateway.config import (
     targets,
     worker_user,
 )
-from service.gateway.settings import GatewaySettings, read_keys
+from service.gateway.rollout import RolloutWatch
+from service.gateway.settings import Client, GatewaySettings, read_keys
 from service.gateway.watch import Watch
+from service.jobs.process import Config as JobsConfig
+from service.jobs.process import JobsServer
 from service.logs import Log
 from service.openinference.process import GrpcServer
 from service.ports import check_ports
@@ -50,17 +56,21 @@ class Gateway:
     def __init__(self, settings: GatewaySettings, output: Log) -> None:
         """`output` takes the access log.
 
-        Raises SetupError if nginx, its module or what gRPC needs is not installed, or a key is
-        malformed.
+        Raises SetupError if nginx, its module or what gRPC or jobs need is not installed, or a
+        key is malformed.
         """
         self._settings = settings
         self._output = output
         self._nginx, self._modules = find_nginx()
         self._grpc = GrpcServer(settings, output) if settings.grpc_port else None
+        self._jobs = JobsServer(output) if settings.jobs_url else None
+        self._jobs_key = secrets.token_urlsafe(32)
         self._clients = read_keys(settings.keys_file) if settings.keys_file else []
         self._replicas = Replicas.find(settings)
         self._looked = time.monotonic()
-        self._watch = Watch(lambda: state(self._replicas, self._clients), targets(settings), output)
+        self._watch = Watch(self._state, targets(settings), output)
+        file = settings.rollout_file
+        self._rollout = RolloutWatch(file, output) if file else None
         self._seen = self._changed = self._stamp()
         self._process: subprocess.Popen[bytes] | None = None
         self._log: threading.Thread | None = None
@@ -78,7 +88,7 @@ class Gateway:
         self._folder.chmod(0o711)  # nginx's workers have another user if its master is root
         copy_pages(self._folder / "pages")  # that user may not be able to read the checkout
         user = worker_user()
-        for name, owner in (("control", None), ("inside", user)):
+        for name, owner in (("control", None), ("inside", user), ("jobs", user)):
             path = self._folder / name  # of sockets: nginx lets everybody write to its own
             path.mkdir(0o700)
             if owner:
@@ -112,7 +122,25 @@ class Gateway:
         wait_until(lambda: pid_file.exists() or process.poll() is not None, START_SECONDS, 0.02)
         if not pid_file.exists():
             raise SetupError("nginx did not start; the cause is in the log above")
+        if self._jobs:
+            self._jobs.start(self._guardian, self._jobs_config(self._folder / "inside" / "sock"))
         self._watch.start(self._folder / "control" / "sock")
+        if self._rollout:
+            self._rollout.start(self._folder / "control" / "sock")
+
+    def _jobs_config(self, socket: Path) -> JobsConfig:
+        settings = self._settings
+        return JobsConfig(
+            socket=str(self._folder / "jobs" / "sock"),
+            gateway=str(socket),
+            key=self._jobs_key,
+            secret=settings.webhook_key().hex() if settings.jobs_webhooks else "",
+            folder=str(Path(settings.jobs_folder).resolve()),
+            max_image_bytes=settings.max_body_bytes,
+            response_seconds=settings.response_timeout_seconds,
+            stop_seconds=self._stop_seconds,
+            settings=settings,
+        )
 
     def _relay(self, reader: int) -> None:
         """Pass the access log on until nginx has ended.
@@ -123,12 +151,19 @@ class Gateway:
         with open(reader, "rb") as output:
             self._output.relay(output)
 
+    def _state(self) -> dict[str, object]:
+        """What nginx is told of: replicas, and whose keys are known, the jobs' among them."""
+        clients = list(self._clients)
+        if self._jobs:
+            digest = hashlib.sha256(self._jobs_key.encode()).hexdigest()
+            clients.append(Client(JOBS_CLIENT, digest))
+        return state(self._replicas, clients)
+
     def _write(self, access_log: str) -> None:
         """What nginx reads when it starts."""
         config = render(self._settings, self._folder, access_log, self._modules)
         (self._folder / "nginx.conf").write_text(config, "utf-8")
-        told = json.dumps(state(self._replicas, self._clients))
-        (self._folder / "state.json").write_text(told, "utf-8")
+        (self._folder / "state.json").write_text(json.dumps(self._state()), "utf-8")
 
     def _stamp(self) -> object:
         """A value that changes if the keys file does."""
@@ -149,6 +184,8 @@ class Gateway:
             raise GatewayEnded(f"nginx ended with status {status}")
         if self._grpc and (status := self._grpc.exit_status()) is not None:
             raise GatewayEnded(f"the gRPC server ended with status {status}")
+        if self._jobs:
+            self._jobs.check()
         if time.monotonic() - self._looked >= RESOLVE_SECONDS:
             with suppress(SetupError):
                 self._replicas = Replicas.find(self._settings)
@@ -200,6 +237,11 @@ class Gateway:
     def stop(self) -> None:
         """Close the listeners, let requests in flight be answered, and end."""
         self._watch.stop()
+        if self._rollout:
+            self._rollout.stop()
+        if self._jobs:
+            with suppress(KeyboardInterrupt):  # as below
+                self._jobs.stop(self._stop_seconds + 5)  # first, as below
         if self._grpc:
             with suppress(KeyboardInterrupt):  # a second Ctrl-C: it is killed at once
                 self._grpc.stop(self._stop_seconds + 5)  # first: it asks nginx

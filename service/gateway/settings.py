@@ -12,6 +12,7 @@ from handler.environment import platform_variables
 from handler.errors import InvalidSettings, SetupError
 from handler.rules import check, from_environment, setting
 from handler.settings import PREFIX as HANDLER_PREFIX
+from service.jobs.settings import JobsSettings
 from service.logs import Log
 
 PREFIX = "GATEWAY_"
@@ -31,8 +32,11 @@ class Client:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatewaySettings:
-    """The settings of one gateway. A value that breaks its rule raises InvalidSettings."""
+class GatewaySettings(JobsSettings):
+    """The settings of one gateway, those of jobs included.
+
+    A value that breaks its rule raises InvalidSettings.
+    """
 
     host: str = setting("127.0.0.1", "an address of this machine; `0.0.0.0` for all")
     port: int = setting(8000, "port of the gateway", low=1, high=65535)
@@ -58,6 +62,11 @@ class GatewaySettings:
     )
     keys: str = setting(
         "", "the keys file, or `off`; empty: off on loopback, and an error on other addresses"
+    )
+    rollout: str = setting(
+        "",
+        "the file in which `./scripts/rollout` says what share of the requests a new version gets; "
+        "empty: no rollouts",
     )
     tls_certificate: str = setting("", "PEM file with the certificate and its chain")
     tls_key: str = setting("", "PEM file with its key")
@@ -90,6 +99,13 @@ class GatewaySettings:
         low=1,
         high=3600,
     )
+    feedback_requests: int = setting(
+        0,
+        "answers that are remembered, so that `POST /feedback` can judge them, in 256 bytes each; "
+        "0: no feedback",
+        low=0,
+        high=10_000_000,
+    )
     metrics_allow: str = setting("127.0.0.1,::1", "addresses or networks that may read `/metrics`")
     trusted_proxies: str = setting(
         "",
@@ -108,6 +124,9 @@ class GatewaySettings:
             if not NAME.fullmatch(model):
                 raise _invalid("models", "must be names separated by commas", self.models)
         self.weights()
+        if self.split and self.rollout:
+            raise InvalidSettings(f"{PREFIX}SPLIT and {PREFIX}ROLLOUT both divide the requests")
+        self.check_jobs()
         self.networks("metrics_allow")
         if self.trusted_proxies:
             self.networks("trusted_proxies")
@@ -139,6 +158,10 @@ class GatewaySettings:
     @property
     def keys_file(self) -> Path | None:
         return None if self.keys in ("", "off") else Path(self.keys).resolve()
+
+    @property
+    def rollout_file(self) -> Path | None:
+        return Path(self.rollout).resolve() if self.rollout else None
 
     @property
     def model_names(self) -> list[str]:

@@ -103,6 +103,26 @@ class Management:
         """
         self._ask_model("PUT", model, dict, min_worker=workers, max_worker=workers)
 
+    def versions(self, model: str) -> list[str]:
+        """The versions of a model that are registered. Raises UnknownModel."""
+        return self._ask_model("GET", f"{model}/all", _parse_versions)
+
+    def register(self, folder: str, workers: int) -> None:
+        """Register an unpacked archive that is a folder of the model store.
+
+        The answer may take as long as its workers take to load. Raises requests.HTTPError with
+        status 405 if TorchServe was started without `enable_model_api`.
+        """
+        self._ask("POST", "models", dict, url=folder, initial_workers=workers)
+
+    def set_default(self, model: str, version: str) -> None:
+        """Have this version answer those who name none. Raises UnknownModel."""
+        self._ask_model("PUT", f"{model}/{version}/set-default", dict)
+
+    def unregister(self, model: str, version: str) -> None:
+        """End the workers of a version and forget it. Raises UnknownModel."""
+        self._ask_model("DELETE", f"{model}/{version}", dict)
+
     def _ask_model(
         self, method: str, model: str, parse: Callable[[Any], T], **query: str | int
     ) -> T:
@@ -132,6 +152,10 @@ def _parse_page(answer: Any) -> tuple[list[str], str | None]:
 
 def _parse_info(answer: Any) -> dict[str, Any]:
     return dict(answer[0]["customizedMetadata"])
+
+
+def _parse_versions(answer: Any) -> list[str]:
+    return [str(facts["modelVersion"]) for facts in answer]
 
 
 def _parse_state(answer: Any) -> ModelState:

@@ -20,9 +20,10 @@ START_SECONDS = 20
 
 @dataclass
 class RedisServer:
-    """A redis-server that keeps nothing on disk."""
+    """A redis-server; `lasting` is one that writes its log to the disk once a second."""
 
     folder: Path
+    lasting: bool = False
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[bytes] = field(init=False)
 
@@ -35,9 +36,14 @@ class RedisServer:
         return Redis.from_url(self.url)
 
     def start(self, *options: str) -> None:
-        """Return once it answers. One that has ended can be started again, and is empty then."""
+        """Return once it answers. One that has ended can be started again.
+
+        Unless it is lasting, it is empty then.
+        """
         command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--save", "", "--dir", str(self.folder), *options]
+        if self.lasting:
+            command += ["--appendonly", "yes", "--appendfsync", "everysec"]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         wait_for(self._answers, START_SECONDS, lambda: f"redis-server: {self.process.poll()}")
 

@@ -34,8 +34,8 @@ def test_promtool_finds_nothing_wrong(promtool: str) -> None:
     run(promtool, "check", "rules", "--lint=all", "--lint-fatal", *rules)
 
 
-@pytest.mark.parametrize("name", ["fire", "silent"])
-def test_alerts(promtool: str, name: str) -> None:
+@pytest.mark.parametrize("name", ["fire", "silent", "accuracy"])
+def test_rules(promtool: str, name: str) -> None:
     run(promtool, "test", "rules", MONITORING / "tests" / f"{name}.yml")
 
 

@@ -6,7 +6,16 @@ import random
 import numpy as np
 import pytest
 
-from handler.answers import Answer, best_classes, combine, encode, failure, success
+from handler.answers import (
+    MAX_HEADER_LENGTH,
+    Answer,
+    best_class_ids,
+    best_classes,
+    combine,
+    encode,
+    failure,
+    success,
+)
 from handler.errors import RequestError, TooManyPixels
 
 LABELS = ("heron", "crane", "crane", "owl")
@@ -89,3 +98,13 @@ def test_answers_are_compact_utf8_json() -> None:
     assert b"\n" not in data
     assert json.loads(data)["predictions"] == [{"class": "Käuzchen \u2028"}]
     assert json.loads(data)["metadata"] == {"image_size": [4, 3]}
+
+
+def test_best_class_ids_name_each_image() -> None:
+    def of(class_id: int) -> Answer:
+        return success([{"class": "crane", "class_id": class_id, "confidence": 1.0}], {})
+
+    assert best_class_ids([of(1), failure(TooManyPixels("x")), of(20)]) == "1,-,20"
+    assert best_class_ids([failure(TooManyPixels("x"))]) == "-"
+    assert len(best_class_ids([of(99)] * 333)) == 998 <= MAX_HEADER_LENGTH
+    assert best_class_ids([of(99)] * 334) == "", "it would be cut off"

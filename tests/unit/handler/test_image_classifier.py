@@ -75,6 +75,15 @@ def test_phrases_stay_empty(classifier: ImageClassifier) -> None:
     assert [reply.phrase for reply in replies] == ["", ""]
 
 
+def test_best_classes_are_in_a_header_if_the_gateway_asks(classifier: ImageClassifier) -> None:
+    rows: list[dict[str, Any]] = [{"body": JPEG}, {"body": JPEG}, {"body": JPEG}, {"body": b"x"}]
+    asked = [{"X-Best-Classes": value} for value in ("1", "2")] + [{}, {"X-Best-Classes": "1"}]
+    replies = ask(classifier, *rows, headers=asked)
+    best = replies[0].body["predictions"][0]["class_id"]
+    headers = [reply.headers.get("X-Best-Classes") for reply in replies]
+    assert headers == [str(best), None, None, "-"]
+
+
 # --- One image
 
 

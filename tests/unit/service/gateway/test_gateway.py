@@ -89,7 +89,7 @@ def test_mistakes_are_named(variables: dict[str, str], words: list[str]) -> None
 
 @pytest.mark.parametrize("name", ["GATEWAY_PROT", "GATEWAY_port", "GATEWAY_"])
 def test_unknown_names_are_refused(name: str) -> None:
-    with pytest.raises(InvalidSettings, match=f"{name} is unknown; known: GATEWAY_HOST"):
+    with pytest.raises(InvalidSettings, match=f"{name} is unknown; known: .*GATEWAY_HOST"):
         GatewaySettings.load({name: "1"})
 
 

@@ -30,7 +30,7 @@ class Confidence:
 
     temperature: float
     scores: Floats  # [N], ascending: 1 - calibrated probability of each image's true class
-    center: Floats  # [D] of `describe` over the images
+    center: Floats  # [D] of what describes the images, see below
     precision: Floats  # [D, D]: the inverse of their covariance
     limit: float  # the distance over which an image is unknown
 
@@ -62,7 +62,8 @@ class Confidence:
 
         `probabilities` are calibrated, [C].
         """
-        offset = describe(pixels, probabilities) - self.center
+        described = np.concatenate([describe_pixels(pixels), describe_answer(probabilities)])
+        offset = described - self.center
         return float(offset @ self.precision @ offset) > self.limit
 
 
@@ -70,17 +71,14 @@ def calibrate(probabilities: Floats, temperature: float) -> Floats:
     """Probabilities [B, C] as if softmax had been given the logits over the temperature."""
     logits = np.log(np.maximum(probabilities, np.float32(TINY))) / np.float32(temperature)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    calibrated: Floats = powers / powers.sum(axis=1, keepdims=True)
-    return calibrated
+    return np.divide(powers, powers.sum(axis=1, keepdims=True), dtype=np.float32)
 
 
-def describe(pixels: NDArray[np.uint8], probabilities: Floats) -> Floats:
-    """What an image [3, H, W] is like and how sure the model is of it [C], in 28 numbers.
+def describe_pixels(pixels: NDArray[np.uint8]) -> Floats:
+    """What an image [3, H, W] looks like, in 24 numbers.
 
     Contrast and its unevenness at each scale, of brightness, of red to green and of yellow to blue:
-    photographs have these in narrow ratios, whatever they show, and noise, text and drawings have
-    not. Of the answer: the largest logarithm over the mean, the spread of the logarithms, the
-    entropy, and the largest logarithm.
+    photographs have these in narrow ratios, whatever they show; noise, text and drawings have not.
     """
     numbers = []
     levels = np.tensordot(OPPONENTS, pixels.astype(np.float32), 1)  # [3, H, W]
@@ -94,15 +92,18 @@ def describe(pixels: NDArray[np.uint8], probabilities: Floats) -> Floats:
         spread = np.sqrt(np.square(details).mean(axis=1)) + LEAST_CONTRAST
         numbers += [np.log(mean), np.log(spread / mean)]
         levels = (a + b + c + d) / 4
+    return np.concatenate(numbers)
+
+
+def describe_answer(probabilities: Floats) -> Floats:
+    """How sure the model is [C], in 4 numbers, of the logarithms of its probabilities.
+
+    The largest over their mean, their spread, the entropy, and the largest.
+    """
     logarithms = np.log(np.maximum(probabilities, np.float32(TINY)))
     largest = logarithms.max()
-    answer = (
-        largest - logarithms.mean(),
-        logarithms.std(),
-        -(probabilities * logarithms).sum(),
-        largest,
-    )
-    return np.concatenate([*numbers, answer]).astype(np.float32)
+    entropy = -(probabilities * logarithms).sum()
+    return np.array([largest - logarithms.mean(), logarithms.std(), entropy, largest], np.float32)
 
 
 def check_asked(confidence: Confidence | None, level: float | None, unknown: bool) -> None:

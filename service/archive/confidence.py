@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from handler.confidence import TINY, calibrate, describe
+from handler.confidence import TINY, calibrate, describe_answer, describe_pixels
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.model_card import INT8_FILE, OPENVINO_FILE, ConfidenceFacts, InputTransform
 from handler.torch_engine import TorchEager
@@ -55,10 +55,16 @@ def import_libraries() -> tuple[Any, Any]:
     return covariance, optimize
 
 
-def read_labelled(plan: PackagePlan, transform: InputTransform, classes: int) -> CalibrationSet:
-    """The images of --calibrate. Raises SetupError if they are too few or have no fitting label."""
+def read_labelled(
+    plan: PackagePlan, transform: InputTransform, classes: int
+) -> CalibrationSet | None:
+    """The images of --calibrate, if it is given.
+
+    Raises SetupError if they are too few, or have no labels of this model.
+    """
     folder = plan.calibrate
-    assert folder is not None
+    if folder is None:
+        return None
     import_libraries()
     if plan.calibration and folder.resolve() == plan.calibration.resolve():
         raise InvalidSettings(
@@ -101,18 +107,18 @@ def fit(
         probabilities = np.concatenate(
             [reference.probabilities(image[None]).numpy() for image in images]
         )
-    return fit_answers(probabilities, np.array(labelled.labels), labelled.images, engine)
+    looks = np.stack([describe_pixels(image) for image in labelled.images])
+    return fit_answers(probabilities, np.array(labelled.labels), looks, engine)
 
 
-def fit_answers(
-    probabilities: Floats, labels: Labels, images: tuple[NDArray[np.uint8], ...], engine: str
-) -> Fitted:
-    """Fit on probabilities [N, C] of images [3, H, W] and the indices of their true classes [N]."""
+def fit_answers(probabilities: Floats, labels: Labels, looks: Floats, engine: str) -> Fitted:
+    """Fit on probabilities [N, C], indices of true classes [N] and what images look like [N, 24].
+
+    `engine` is the name of the one that gave the probabilities.
+    """
     temperature = find_temperature(probabilities, labels)
     calibrated = calibrate(probabilities, temperature)
-    described = np.stack(
-        [describe(image, row) for image, row in zip(images, calibrated, strict=True)]
-    )
+    described = np.hstack([looks, [describe_answer(row) for row in calibrated]])
     center, precision = fit_gaussian(described)
     facts = ConfidenceFacts(
         images=len(labels),
@@ -145,7 +151,7 @@ def conformal_scores(calibrated: Floats, labels: Labels) -> Floats:
 
 
 def calibration_error(probabilities: Floats, labels: Labels) -> float:
-    """The expected calibration error: |accuracy - confidence|, averaged over bins of equal width."""
+    """The expected calibration error: |accuracy - confidence|, averaged over equal bins."""
     confidence, right = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
     bins = np.minimum((confidence * BINS).astype(int), BINS - 1)
     surplus = np.bincount(bins, right - confidence, BINS)

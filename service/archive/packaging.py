@@ -105,7 +105,7 @@ def package(plan: PackagePlan) -> Path:
     labels = read_labels(plan.labels) if plan.labels else recipe.meta["categories"]
     plan.check_limits(labels)
     calibration = check_calibration(plan, transform)
-    labelled = read_labelled(plan, transform, len(labels)) if plan.calibrate else None
+    labelled = read_labelled(plan, transform, len(labels))
     source = choose_weights(plan, recipe)
     inputs = digest(plan, source.facts)
     if plan.card and plan.card.inputs_sha256 == inputs:

@@ -69,6 +69,15 @@ class Answers:
             self.labels[chosen],
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence["Answers"]) -> "Answers":
+        return cls(
+            np.concatenate([one.probabilities for one in parts]),
+            np.concatenate([one.features for one in parts]),
+            np.concatenate([one.looks for one in parts]),
+            np.concatenate([one.labels for one in parts]),
+        )
+
 
 class Model:
     """A network whose last layer is linear, in torch and fp32."""
@@ -270,18 +279,19 @@ def measure_detectors(
         found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in unknown}
         alarms = []
         for known, other in halves(len(real.labels), seeds):
-            usual = detector(real.of(known), real.of(other))
+            half = real.of(known)
+            scores = detector(half, Answers.joined([real.of(other), *unknown.values()]))
+            ends = np.cumsum([len(other), *(len(one.labels) for one in unknown.values())])
+            usual, *parts = np.split(scores, ends[:-1])
             limit = np.quantile(usual, 0.95)
             if name == "ours":
-                half = real.of(known)
-                facts = fit_answers(half.probabilities, half.labels, half.looks, "").facts
-                limit = facts.unknown_limit
+                fitted = fit_answers(half.probabilities, half.labels, half.looks, "torch-fp32")
+                limit = fitted.facts.unknown_limit
             alarms.append(np.mean(usual > limit))
-            for kind, answers in unknown.items():
-                scores = detector(real.of(known), answers)
-                truth = np.r_[np.zeros(len(usual)), np.ones(len(scores))]
-                area = roc_auc_score(truth, np.r_[usual, scores])
-                found[kind].append((float(area), float(np.mean(scores > limit))))
+            for kind, part in zip(unknown, parts, strict=True):
+                truth = np.r_[np.zeros(len(usual)), np.ones(len(part))]
+                area = roc_auc_score(truth, np.r_[usual, part])
+                found[kind].append((float(area), float(np.mean(part > limit))))
         means = {kind: np.mean(pairs, axis=0) for kind, pairs in found.items()}
         rows.append(
             {"detector": name, "false_alarms": np.mean(alarms)}
@@ -326,22 +336,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         files = draw(kind, IMAGES_OF_A_KIND)
         pixels = [np.asarray(read_picture(file, transform, Settings()).pixels) for file in files]
         unknown[kind] = model.answers(pixels, [-1] * len(pixels))
-    found = {
-        "images": len(real.labels),
-        "seeds": options.seeds,
-        "sets": measure_sets(real, options.seeds),
-        "scores": measure_scores(real, options.seeds),
-        "calibration": measure_calibration(real, options.seeds),
-        "detectors": measure_detectors(model, real, unknown, min(options.seeds, DETECTOR_SEEDS)),
-    }
-    print(table(found["sets"]), table(found["scores"]), table([found["calibration"]]), sep="\n\n")
+    found: dict[str, Any] = {"images": len(real.labels), "seeds": options.seeds}
+    for name, measured in {
+        "sets": lambda: measure_sets(real, options.seeds),
+        "scores": lambda: measure_scores(real, options.seeds),
+        "calibration": lambda: [measure_calibration(real, options.seeds)],
+    }.items():
+        found[name] = measured()
+        print(table(found[name]), end="\n\n", flush=True)
+    seeds = min(options.seeds, DETECTOR_SEEDS)
+    found["detectors"] = measure_detectors(model, real, unknown, seeds)
     for number in ("AUROC", "found"):
         rows = [
             {"detector": row["detector"], "false alarms": row["false_alarms"]}
             | {kind: row[f"{kind}: {number}"] for kind in KINDS}
             for row in found["detectors"]
         ]
-        print(f"\n{number}\n{table(rows)}")
+        print(f"{number}\n{table(rows)}\n")
     print(json.dumps(found, default=float))
     return 0
 

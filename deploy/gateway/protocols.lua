@@ -107,6 +107,7 @@ function protocols.describe_model(model, version)
             tensor("confidence", "FP32", -1, -1),
             tensor("probabilities", "FP32", -1, facts.classes),
         },
+        parameters = facts.confidence,
     })
 end
 

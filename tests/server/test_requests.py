@@ -72,6 +72,7 @@ def test_answer_has_the_documented_form(server: Server) -> None:
         "image_size": [200, 100],
         "decode": "exact",
         "cached": False,
+        "calibrated": False,
     }
 
 

@@ -114,6 +114,7 @@ def test_answer_of_one_image(classifier: ImageClassifier) -> None:
         "image_size": [300, 200],
         "decode": "exact",
         "cached": False,
+        "calibrated": False,
         "request_id": "id-0",
     }
 

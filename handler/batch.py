@@ -166,7 +166,7 @@ class Batch:
             key = self._keys.get(id(sent)) or _key(sent)
         if key and classes and (result := self._find(key, classes)):
             budget.spend(*result.size)
-            return BatchImage(result, cached=True)
+            return BatchImage(result, key=key, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
         likeness = size, len(data), data[-LIKENESS_BYTES:]
         if (known := self._known.get(likeness)) and known.decoding and known.data == data:

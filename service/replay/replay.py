@@ -165,13 +165,9 @@ def describe(found: Replay) -> str:
         lines += ["same", *differences]
         return "\n".join(lines)
     rows = [
-        (
-            trial.changed,
-            trial.to,
-            str(trial.best or "-"),
-            "yes" if trial.agrees else trial.refused or "no",
-        )
+        (trial.changed, trial.to, str(trial.best), "yes" if trial.agrees else "no")
         for trial in found.trials
+        if trial.best
     ]
     headings = ("changed by itself", "to", "answer", "as logged")
     lines += ["differs", "", *text_table(headings, rows, left=range(4)), ""]

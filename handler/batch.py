@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from handler.answers import Answer
 from handler.cache import Result, ResultCache
+from handler.confidence import calibrate
 from handler.decoders import Decoder, Decoding
 from handler.engine import Engine
 from handler.errors import DeadlineExceeded, RequestError
@@ -106,6 +107,7 @@ class Batch:
     shared: SharedCache | None
     failures: Failures
     step: Callable[[], None]  # called whenever an image or a forward pass is done
+    temperature: float | None = None  # of the probabilities; None: they are not calibrated
     _images: list[BatchImage] = field(default_factory=list, init=False)  # to be classified
     _known: dict[Hashable, BatchImage] = field(default_factory=dict, init=False)
     _keys: dict[int, bytes] = field(default_factory=dict, init=False)  # by id(), as sent
@@ -209,6 +211,8 @@ class Batch:
                 for image in passed:
                     image.outcome = error
             else:
+                if self.temperature is not None:
+                    outcome = calibrate(outcome, self.temperature)
                 finite = np.isfinite(outcome.sum(axis=1)).tolist()
                 for image, probabilities, usable in zip(passed, outcome, finite, strict=True):
                     self._give_result(image, probabilities if usable else None)

@@ -17,6 +17,8 @@ from handler.errors import (
 from handler.forms import BLANKS, decode_base64
 from handler.settings import Settings
 
+DEFAULT_LEVEL = 0.9  # of a set
+LEVELS = (0.5, 0.99)
 MAX_TEXT = 255  # characters of a text that the answer repeats
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair, which JSON may spell and UTF-8 not hold
 
@@ -88,3 +90,33 @@ def check_number(name: str, value: Any, classes: int) -> int:
     if type(value) is not int or not 1 <= value <= classes:
         raise InvalidTopK(f"{name} must be a whole number from 1 to {classes}")
     return value
+
+
+def read_level(name: str, value: Any) -> float | None:
+    """A share of cases: the default one for true, None for false. Raises MalformedRequest."""
+    if value is None or (flag := _flag(value)) is False:
+        return None
+    if flag:
+        return DEFAULT_LEVEL
+    if isinstance(value, str) and re.fullmatch(r"\s*0?\.[0-9]{1,6}\s*", value):
+        value = float(value)
+    if type(value) is not float or not LEVELS[0] <= value <= LEVELS[1]:
+        raise MalformedRequest(
+            f"{name} must be true, false or a number from {LEVELS[0]} to {LEVELS[1]}"
+        )
+    return value
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """Raises MalformedRequest."""
+    flag = False if value is None else _flag(value)
+    if flag is None:
+        raise MalformedRequest(f"{name} must be true or false")
+    return flag
+
+
+def _flag(value: Any) -> bool | None:
+    """True or false, as JSON or text; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None

@@ -19,8 +19,9 @@ from handler import metrics
 from handler.accounting import Accounts, describe_answers, describe_worker, milliseconds
 from handler.answers import best_class_ids, best_classes, encode, failure, success
 from handler.base import BaseHandler
-from handler.batch import Batch, Row, check_deadline
-from handler.cache import ResultCache
+from handler.batch import Batch, BatchImage, Row, check_deadline
+from handler.cache import Result, ResultCache
+from handler.confidence import Confidence, check_asked
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
@@ -106,6 +107,7 @@ class ImageClassifier(BaseHandler):
         self.metrics.flush()  # before what may fail
         self.card = ModelCard.read(model_dir)
         self.card.check_files(model_dir)
+        self.confidence = Confidence.read(self.card, model_dir)
         if not self.card.weights.trained and not self.settings.allow_untrained:
             raise SetupError("the weights are untrained, and allow_untrained is false")
         self.identity = {  # what every answer and log line says about the model
@@ -198,6 +200,8 @@ class ImageClassifier(BaseHandler):
         batch = Batch(
             self.settings, self.decoder, self.cache, self.shared, self.failures, self.pulse.step
         )
+        if self.confidence:
+            batch.temperature = self.confidence.temperature
         arrival = time()
         unopened: Iterable[Row] = (
             self._read_row(index, fields, arrival) for index, fields in enumerate(data)
@@ -246,7 +250,9 @@ class ImageClassifier(BaseHandler):
             if headers.get("explain") == "True":
                 raise MalformedRequest("explanations are not offered; use /predictions")
             check_deadline(read_deadline(headers, arrival))
-            return read_request(fields, headers, len(self.card.labels), self.settings)
+            request = read_request(fields, headers, len(self.card.labels), self.settings)
+            check_asked(self.confidence, request.level, request.unknown)
+            return request
         except RequestError as error:
             return error
         except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
@@ -305,12 +311,29 @@ class ImageClassifier(BaseHandler):
                 "image_size": outcome.size,
                 "decode": outcome.decode,
                 "cached": image.cached,
+                "calibrated": self.confidence is not None,
                 "request_id": row.request_id,
             }
+            if request.level is not None:
+                metadata["set_level"] = request.level
             predictions = best_classes(outcome.probabilities, request.top_k, self.card.labels)
-            row.results.append(success(predictions, metadata))
+            row.results.append(success(predictions, metadata) | self._judgement(request, image))
             probabilities.append(outcome.probabilities)
         return make_reply(request, row.results, probabilities, self.card.labels, self.identity)
+
+    def _judgement(self, request: ImageRequest, image: BatchImage) -> dict[str, Any]:
+        """The set of likely classes and whether the image is unknown, if the request asks."""
+        judgement: dict[str, Any] = {}
+        if self.confidence is None or not isinstance(image.outcome, Result):
+            return judgement
+        probabilities = image.outcome.probabilities
+        if request.level is not None:
+            likely = self.confidence.likely(probabilities, request.level)
+            judgement["set"] = [self.card.labels[number] for number in likely]
+        if request.unknown and image.decoding and image.decoding.picture:
+            pixels = image.decoding.picture.pixels.cpu().numpy()
+            judgement["unknown"] = self.confidence.is_unknown(pixels, probabilities)
+        return judgement
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""
@@ -329,6 +352,7 @@ class ImageClassifier(BaseHandler):
             "precision": self.engine.precision,
             "golden_error": self.engine.golden_error,
             "int8": card.int8,
+            "confidence": card.confidence and asdict(card.confidence),
             "decoder": self.decoder.name,
             "gpu_samplings": self.decoder.samplings,
             "device": self.engine.device,

@@ -48,6 +48,18 @@ class InputTransform:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConfidenceFacts:
+    """What --calibrate found out (service/archive/confidence.py)."""
+
+    images: int  # that it was fitted on
+    engine: str  # whose answers to them
+    temperature: float  # by which logits are divided
+    ece_before: float  # expected calibration error over the images, 15 bins
+    ece_after: float
+    unknown_limit: float  # of a distance; see handler/confidence.py
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelCard:
     """What an archive holds besides its code and tensors."""
 
@@ -61,6 +73,7 @@ class ModelCard:
     inputs_sha256: str  # of everything the archive was made from: decides whether to rebuild
     code_sha256: tuple[str, str]  # of the code among it: of its files, and of what they do
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
+    confidence: ConfidenceFacts | None = None  # None: without --calibrate
     files: dict[str, str]  # sha256 of each file of the archive, but service.archive.mar.UNHASHED
 
     def to_json(self) -> str:
@@ -78,6 +91,8 @@ class ModelCard:
             transform = facts["transform"]
             transform |= {name: tuple(transform[name]) for name in ("mean", "std")}
             facts["transform"] = InputTransform(**transform)
+            if facts.get("confidence") is not None:
+                facts["confidence"] = ConfidenceFacts(**facts["confidence"])
             return cls(**facts)
         except (ValueError, TypeError, KeyError, RecursionError) as exc:
             raise InvalidModel(f"{CARD_FILE} in the archive is not a model card: {exc}") from exc

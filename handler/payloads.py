@@ -22,6 +22,8 @@ from handler.fields import (
     check_text,
     decode_text,
     parse_json,
+    read_flag,
+    read_level,
     read_parameters,
     read_top_k,
 )
@@ -31,7 +33,8 @@ from handler.protocol_v2 import Wanted
 from handler.settings import Settings
 
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
-OPTIONS = ("top_k", "filename")
+OPTIONS = ("top_k", "filename", "set", "unknown")
+FIELDS = "top_k, filename, set, unknown"
 WHOLE = ("body", "data")  # what the only entry of a row is called if it may be a JSON document
 
 Protocol = Literal["own", "v1", "v2"]
@@ -47,9 +50,18 @@ class ImageRequest:
     filenames: list[str | None]  # of the images, in the same order
     protocol: Protocol = "own"  # in which it is answered
     wanted: Wanted = protocol_v2.DEFAULT  # of V2
+    level: float | None = None  # of the set that is asked for; None: of none
+    unknown: bool = False  # whether to say if the image is unlike those of the calibration
 
     def classes_of(self, total: int) -> int:
-        """How many of the likeliest classes its answer needs, of all that there are."""
+        """How many of the likeliest classes its answer needs, of all that there are.
+
+        0 if it needs the image's pixels, which no cache has.
+        """
+        if self.unknown:
+            return 0
+        if self.level is not None:
+            return total
         if self.protocol != "v2":
             return self.top_k
         tensors = (one for one in self.wanted.outputs if one.name == "probabilities")
@@ -94,7 +106,7 @@ def read_request(
     unknown = [name for name in names if not IMAGE_PART.fullmatch(name)]
     if unknown:
         raise MalformedRequest(
-            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, top_k, filename"
+            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, {FIELDS}"
         )
     if not files and content_type.startswith("multipart/"):
         raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
@@ -110,7 +122,24 @@ def read_request(
     filenames = [part.filename and part.filename[:MAX_TEXT] for part in files]
     if filename is not None:
         filenames = [filename]
-    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
+    return ImageRequest(
+        images=images,
+        wants_list=wants_list,
+        top_k=top_k,
+        filenames=filenames,
+        **_read_wishes(options, headers),
+    )
+
+
+def _read_wishes(options: Mapping[str, Any], headers: Mapping[str, Any]) -> dict[str, Any]:
+    """What else of ImageRequest the options ask for; those of the gateway's query are headers."""
+    level, unknown = (
+        headers.get(f"x-{name}") if options.get(name) is None else options[name]
+        for name in ("set", "unknown")
+    )
+    if level is None and unknown is None:
+        return {}
+    return {"level": read_level("set", level), "unknown": read_flag("unknown", unknown)}
 
 
 def protocol_of(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Protocol:
@@ -218,24 +247,25 @@ def _read_open(
     else:
         images = protocol_v2.read(document, tensors, settings)
         wanted = protocol_v2.read_wanted(document, classes)
-    top_k = read_parameters(document, "the request").get("top_k", options["top_k"])
+    options = {**options, **read_parameters(document, "the request")}
     return ImageRequest(
         images=images,
         wants_list=True,
-        top_k=read_top_k(top_k, headers, classes, settings),
+        top_k=read_top_k(options["top_k"], headers, classes, settings),
         filenames=[None] * len(images),
         protocol=protocol,
         wanted=wanted,
+        **_read_wishes(options, headers),
     )
 
 
 def _read_json(
     document: dict[str, Any], headers: Mapping[str, Any], classes: int, settings: Settings
 ) -> ImageRequest:
-    unknown = set(document) - {"image", "images", "top_k", "filename"}
+    unknown = set(document) - {"image", "images", *OPTIONS}
     if unknown:
         raise MalformedRequest(
-            f"unknown field {min(unknown)[:40]!r}; known: image, images, top_k, filename"
+            f"unknown field {min(unknown)[:40]!r}; known: image, images, {FIELDS}"
         )
     wants_list = "images" in document
     if wants_list == ("image" in document):
@@ -256,7 +286,13 @@ def _read_json(
     if not wants_list and isinstance(images[0], RequestError):
         raise images[0]
     filenames = [filename] * len(images)
-    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
+    return ImageRequest(
+        images=images,
+        wants_list=wants_list,
+        top_k=top_k,
+        filenames=filenames,
+        **_read_wishes(document, headers),
+    )
 
 
 def _bytes(value: Any) -> bytes:

@@ -46,4 +46,8 @@ def _read_instance(instance: Any, settings: Settings) -> bytes | RequestError:
 
 def answer(results: list[Answer]) -> Answer:
     """The results of images that were all classified, in the form of V1."""
-    return {"predictions": [result["predictions"] for result in results]}
+    document: Answer = {"predictions": [result["predictions"] for result in results]}
+    for name in ("set", "unknown"):  # beside them: a prediction itself has no place for more
+        if name in results[0]:
+            document[name] = [result[name] for result in results]
+    return document

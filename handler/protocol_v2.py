@@ -256,8 +256,24 @@ def answer(
         else:
             described["data"] = values
         outputs.append(described)
+    outputs += _judgements(results)
     text = orjson.dumps(document | {"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join([text, *tensors]), len(text) if tensors else None
+
+
+def _judgements(results: Sequence[Answer]) -> list[Answer]:
+    """The outputs that the parameters `set` and `unknown` add, always in the JSON.
+
+    Sets are of different lengths, so each is one element: its class names as a JSON list.
+    """
+    shape, outputs = [len(results), 1], []
+    if "set" in results[0]:
+        sets = [orjson.dumps(result["set"]).decode() for result in results]
+        outputs.append({"name": "set", "datatype": "BYTES", "shape": shape, "data": sets})
+    if "unknown" in results[0]:
+        flags = [result["unknown"] for result in results]
+        outputs.append({"name": "unknown", "datatype": "BOOL", "shape": shape, "data": flags})
+    return outputs
 
 
 Datatype = Literal["BYTES", "INT64", "FP32"]

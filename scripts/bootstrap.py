@@ -43,6 +43,8 @@ def main(argv: list[str]) -> int:
     requirements = [REQUIREMENTS.get(command, "requirements.txt")]
     if any(word.partition("=")[0] == "--calibration" for word in rest):
         requirements.append("requirements-int8.txt")
+    if any(word.partition("=")[0] == "--calibrate" for word in rest):
+        requirements.append("requirements-confidence.txt")
     if signatures:
         requirements.append("requirements-signing.txt")
     if elsewhere:

@@ -180,6 +180,11 @@ class ModelOptions:
         "(default: no int8)",
         "DIR",
     )
+    calibrate: str | None = _option(
+        "100 or more labelled images, others than those of --calibration, to calibrate the "
+        "confidence with, and labels.csv: file, class_id (default: not calibrated)",
+        "DIR",
+    )
     minimum_agreement: float = _option(
         "of held-out images whose best class int8 must leave as it is (default: %(default)s)",
         "SHARE",
@@ -296,7 +301,7 @@ def parse_serve(argv: Sequence[str] | None = None) -> ServeOptions:
     if options.gateway_port and not options.gateway:
         parser.error("--gateway-port goes with --gateway")
     if options.archives and not options.models:
-        for name in "weights recipe labels calibration tuned".split():
+        for name in "weights recipe labels calibration calibrate tuned".split():
             if getattr(options, name):
                 parser.error(f"--{name} is for making an archive, and --archive has one made")
     return options

@@ -105,6 +105,7 @@ class PackagePlan(ModelPlan):
     recipe: str | None  # torchvision's entry; None: the model's DEFAULT
     labels: Path | None  # None: the recipe's
     calibration: Path | None
+    calibrate: Path | None  # labelled images for the confidence
     minimum_agreement: float
     sign: Path | None  # the private key
     notes: tuple[str, ...]  # for the operator: what is not as the file of --tuned says
@@ -196,6 +197,7 @@ def plan_package(
         recipe=options.recipe,
         labels=Path(options.labels) if options.labels else None,
         calibration=Path(options.calibration) if options.calibration else None,
+        calibrate=Path(options.calibrate) if options.calibrate else None,
         minimum_agreement=options.minimum_agreement,
         sign=Path(options.sign) if options.sign else None,
         notes=tuple(notes),

@@ -1,4 +1,4 @@
-"""The folder of --calibration: images, and their labels if it has a labels.csv."""
+"""The folders of --calibration and --calibrate: images, and labels if there is a labels.csv."""
 
 import csv
 from dataclasses import dataclass, replace
@@ -25,7 +25,9 @@ class CalibrationSet:
     labels: tuple[int, ...] | None  # class indices; None without labels.csv
 
 
-def read_calibration(folder: Path, transform: InputTransform, settings: Settings) -> CalibrationSet:
+def read_calibration(
+    folder: Path, transform: InputTransform, settings: Settings, option: str = "--calibration"
+) -> CalibrationSet:
     """The images of a folder, decoded exactly, and the labels beside them.
 
     Exactly, because an archive outlives the setting `decode`. The folder holds images and,
@@ -33,7 +35,7 @@ def read_calibration(folder: Path, transform: InputTransform, settings: Settings
     Raises InvalidModel, with the file's name, for anything else.
     """
     if not folder.is_dir():
-        raise InvalidModel(f"--calibration {folder}: there is no such folder")
+        raise InvalidModel(f"{option} {folder}: there is no such folder")
     paths = sorted(
         path
         for path in folder.iterdir()
@@ -47,7 +49,7 @@ def read_calibration(folder: Path, transform: InputTransform, settings: Settings
     images = []
     with stage("Reading images", len(paths), "image") as done:
         for path in paths:
-            images.append(_read_image(path, transform, exactly))
+            images.append(_read_image(path, transform, exactly, option))
             done()
     return CalibrationSet(
         tuple(images),
@@ -55,14 +57,14 @@ def read_calibration(folder: Path, transform: InputTransform, settings: Settings
     )
 
 
-def _read_image(path: Path, transform: InputTransform, settings: Settings) -> NDArray[np.uint8]:
+def _read_image(
+    path: Path, transform: InputTransform, settings: Settings, option: str
+) -> NDArray[np.uint8]:
     try:
         pixels = read_picture(path.read_bytes(), transform, settings).pixels
     except (OSError, RequestError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
-        raise InvalidModel(
-            f"--calibration: {path} is no image to calibrate with: {reason}"
-        ) from exc
+        raise InvalidModel(f"{option}: {path} is no image to calibrate with: {reason}") from exc
     return np.ascontiguousarray(pixels, np.uint8)
 
 

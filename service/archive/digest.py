@@ -86,7 +86,8 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
     Of the configuration, only what decides the rest of the content: configure() puts in the others.
     The recipe's own labels and transforms follow from its name and torchvision's version.
     Raises OSError if labels or calibration images cannot be read, PackageNotFoundError if NNCF is
-    needed and not installed.
+    or
+    scikit-learn is needed and not installed.
     """
     return _sha256(
         {
@@ -96,6 +97,7 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
             "choices": [plan.weights_prefix, plan.transform_input],
             "labels": [plan.labels.suffix, file_sha256(plan.labels)] if plan.labels else None,
             "int8": _calibration_facts(plan),
+            "confidence": _confidence_facts(plan),
             "config": plan.holds_openvino,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
@@ -138,10 +140,19 @@ def _calibration_facts(plan: PackagePlan) -> list[Any] | None:
     """What decides an int8 model, besides the model itself. Raises OSError."""
     if not plan.calibration:
         return None
+    return [plan.minimum_agreement, version("nncf"), *_contents(plan.calibration)]
+
+
+def _confidence_facts(plan: PackagePlan) -> list[Any] | None:
+    """What decides the calibration, besides model and code. Raises OSError."""
+    if not plan.calibrate:
+        return None
+    return [version("scikit-learn"), *_contents(plan.calibrate)]
+
+
+def _contents(folder: Path) -> list[list[str]]:
+    """Name and sha256 of each file."""
     files = sorted(
-        path
-        for path in plan.calibration.iterdir()
-        if path.is_file() and not path.name.startswith(".")
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
-    contents = [[path.name, file_sha256(path)] for path in files]
-    return [plan.minimum_agreement, version("nncf"), *contents]
+    return [[path.name, file_sha256(path)] for path in files]

@@ -15,10 +15,12 @@ from typing import Any, BinaryIO
 
 import openvino
 from safetensors import SafetensorError
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
+from handler.confidence import CONFIDENCE_FILE
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.golden import GOLDEN_FILE
@@ -32,6 +34,7 @@ from handler.model_card import (
 from handler.networks import empty_network, get_recipe, input_transform, load_state
 from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
+from service.archive.confidence import Fitted, fit, read_labelled
 from service.archive.conversion import check_answers, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
@@ -102,6 +105,7 @@ def package(plan: PackagePlan) -> Path:
     labels = read_labels(plan.labels) if plan.labels else recipe.meta["categories"]
     plan.check_limits(labels)
     calibration = check_calibration(plan, transform)
+    labelled = read_labelled(plan, transform, len(labels)) if plan.calibrate else None
     source = choose_weights(plan, recipe)
     inputs = digest(plan, source.facts)
     if plan.card and plan.card.inputs_sha256 == inputs:
@@ -110,8 +114,9 @@ def package(plan: PackagePlan) -> Path:
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
     converted, int8_report = convert(plan, model, calibration)
-    card = make_card(plan, recipe, labels, source, model, int8_report, inputs)
-    write_archive(plan, card, model, converted)
+    fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
+    card = make_card(plan, recipe, labels, source, model, int8_report, fitted, inputs)
+    write_archive(plan, card, model, converted, fitted)
     return plan.archive
 
 
@@ -216,6 +221,7 @@ def make_card(
     source: Source,
     model: Model,
     int8_report: dict[str, Any] | None,
+    fitted: Fitted | None,
     inputs_sha256: str,
 ) -> ModelCard:
     parameters = [*model.network.parameters()]
@@ -230,6 +236,7 @@ def make_card(
         },
         weights=source.facts,
         int8=int8_report,
+        confidence=fitted.facts if fitted else None,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},
@@ -242,12 +249,13 @@ def write_archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    fitted: Fitted | None,
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
     archive, old = plan.archive, plan.card
     try:
         with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
-            made = _archive(folder, plan, card, model, converted)
+            made = _archive(folder, plan, card, model, converted, fitted)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)
@@ -265,6 +273,7 @@ def _archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    fitted: Fitted | None,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -279,6 +288,8 @@ def _archive(
     save_file(model.state, folder / WEIGHTS_FILE)
     golden = make_golden(model.network, model.transform)
     save_file(golden.tensors(), stage / GOLDEN_FILE)
+    if fitted:
+        save_numpy(fitted.arrays, stage / CONFIDENCE_FILE)
     for name, openvino_model in converted.items():
         openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(dump_config(plan.config), "utf-8")

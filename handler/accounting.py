@@ -17,6 +17,7 @@ from handler import metrics
 from handler.batch import Row
 from handler.cache import Result
 from handler.decoders import Decoder
+from handler.drift import Reference
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.logs import Line, log_line, log_lines
@@ -53,6 +54,13 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
     archive = card.inputs_sha256[:ARCHIVE_DIGITS]
     counts.set(metrics.BUILD_INFO, 1, archive, *libraries, python)
 
+    if card.reference:
+        counts.set(metrics.DRIFT_REFERENCE_IMAGES, card.reference.images)
+        for signal, bins in card.reference.signals.items():
+            for label, share in zip(bins.labels, bins.shares, strict=True):
+                counts.set(metrics.DRIFT_REFERENCE, share, signal, label)
+                counts.add(metrics.DRIFT, 0, signal, label)  # increase() needs the series at 0
+
 
 def describe_answers(
     card: ModelCard, engine: Engine, decoder: Decoder, settings: Settings
@@ -83,9 +91,16 @@ class Accounts:
     of this code is in the CPU's caches.
     """
 
-    def __init__(self, counts: Metrics, constants: Mapping[str, Any], log_requests: bool) -> None:
-        """`constants` go into every line of the log."""
+    def __init__(
+        self,
+        counts: Metrics,
+        constants: Mapping[str, Any],
+        log_requests: bool,
+        reference: Reference | None = None,
+    ) -> None:
+        """`constants` go into every line of the log; drift is counted if there is a reference."""
         self.counts = counts
+        self._reference = reference
         self._constants = constants
         self._log_requests = log_requests
         self._batches: deque[_Batch] = deque()
@@ -94,7 +109,7 @@ class Accounts:
     def add(self, rows: Sequence[Row], seconds: float, arrival: float) -> None:
         """A finished batch, which took some seconds from its arrival (a Unix time)."""
         for row in rows:
-            row.release()
+            row.release(brightness=self._reference is not None)
         self._batches.append(_Batch(rows, seconds, arrival))
 
     def settle(self) -> None:
@@ -115,6 +130,8 @@ class Accounts:
         for row in batch.rows:
             row.seconds["total"] = batch.seconds
             count_row(self.counts, row, batch.arrival)
+            if self._reference and not is_probe(row.headers):
+                count_drift(self.counts, self._reference, row)
         logged = [row for row in batch.rows if self._log_requests and not is_probe(row.headers)]
         return [_line(row, self._constants, batch) for row in logged]
 
@@ -156,6 +173,21 @@ def count_row(counts: Metrics, row: Row, arrival: float) -> None:
         counts.add(metrics.IMAGES, 1, "success")
         counts.add(metrics.TOP_CLASSES, 1, str(best["class_id"]), best["class"])
         counts.observe(metrics.CONFIDENCE, best["confidence"])
+
+
+def count_drift(counts: Metrics, reference: Reference, row: Row) -> None:
+    """Count the images of a finished request by the bins of their signals."""
+    sizes = [image.outcome.size for image in row.images if isinstance(image.outcome, Result)]
+    values = {
+        "confidence": [best["confidence"] for best in row.best],
+        "class": [best["class_id"] for best in row.best],
+        "brightness": row.brightness,
+        "size": [width * height for width, height in sizes],
+    }
+    for signal, bins in reference.signals.items():
+        labels = bins.labels
+        for value in values[signal]:
+            counts.add(metrics.DRIFT, 1, signal, labels[bins.index(value)])
 
 
 def _sha256(row: Row) -> str | None:

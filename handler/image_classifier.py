@@ -127,7 +127,10 @@ class ImageClassifier(BaseHandler):
             log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
         constants = describe_answers(self.card, self.engine, self.decoder, self.settings)
         self.accounts = Accounts(
-            self.metrics, self.identity | constants, self.settings.log_requests
+            self.metrics,
+            self.identity | constants,
+            self.settings.log_requests,
+            self.card.reference,
         )
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None

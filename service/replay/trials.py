@@ -59,6 +59,8 @@ class Trials:
         decoder, _ = choose_decoder(transform, settings, engine.device, threads=1)
         failures = Failures({}, lambda: None)
         batch = Batch(settings, decoder, None, None, failures, lambda: None)
+        if card.confidence:
+            batch.temperature = card.confidence.temperature
         [image] = batch.open_images([self.image], "replay", classes=0)
         batch.classify(engine)
         if isinstance(image.outcome, RequestError):

@@ -9,21 +9,27 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from threading import Lock, Thread
 from time import sleep, time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 
 from handler import metrics
 from handler.batch import Row
 from handler.cache import Result
+from handler.decoders import Decoder
+from handler.drift import Reference
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.logs import Line, log_line, log_lines
 from handler.metrics import Metrics
 from handler.model_card import ModelCard
+from handler.settings import Settings
 
 SETTLE_SECONDS = 0.25
 LOGGED_STAGES = ("preprocess", "inference", "postprocess", "total")
+COMPUTING = ("torch", "openvino", "simplejpeg", "pillow")  # what decodes and computes answers
+SHA256_BYTES = 32
+ARCHIVE_DIGITS = 12  # of the digest of an archive's inputs, in metrics and log
 
 
 def milliseconds(seconds: float) -> float:
@@ -45,7 +51,31 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
     )
     libraries = [version(name) for name in ("torchserve", "torch", "openvino")]
     python = platform.python_version()
-    counts.set(metrics.BUILD_INFO, 1, card.inputs_sha256[:12], *libraries, python)
+    archive = card.inputs_sha256[:ARCHIVE_DIGITS]
+    counts.set(metrics.BUILD_INFO, 1, archive, *libraries, python)
+
+    if card.reference:
+        counts.set(metrics.DRIFT_REFERENCE_IMAGES, card.reference.images)
+        for signal, bins in card.reference.signals.items():
+            for label, share in zip(bins.labels, bins.shares, strict=True):
+                counts.set(metrics.DRIFT_REFERENCE, share, signal, label)
+                counts.add(metrics.DRIFT, 0, signal, label)  # increase() needs the series at 0
+
+
+def describe_answers(
+    card: ModelCard, engine: Engine, decoder: Decoder, settings: Settings
+) -> dict[str, Any]:
+    """What an answer depends on besides the image, for each line of a request.
+
+    ./scripts/replay computes the answer again from it.
+    """
+    return {
+        "archive": card.inputs_sha256[:ARCHIVE_DIGITS],
+        "engine": engine.name,
+        "decoder": decoder.name,
+        "decode": settings.decode,
+        "libraries": {name: version(name) for name in COMPUTING},
+    }
 
 
 class _Batch(NamedTuple):
@@ -61,10 +91,17 @@ class Accounts:
     of this code is in the CPU's caches.
     """
 
-    def __init__(self, counts: Metrics, identity: Mapping[str, str], log_requests: bool) -> None:
-        """`identity` goes into every line of the log."""
+    def __init__(
+        self,
+        counts: Metrics,
+        constants: Mapping[str, Any],
+        log_requests: bool,
+        reference: Reference | None = None,
+    ) -> None:
+        """`constants` go into every line of the log; drift is counted if there is a reference."""
         self.counts = counts
-        self._identity = identity
+        self._reference = reference
+        self._constants = constants
         self._log_requests = log_requests
         self._batches: deque[_Batch] = deque()
         self._settling = Lock()
@@ -72,7 +109,7 @@ class Accounts:
     def add(self, rows: Sequence[Row], seconds: float, arrival: float) -> None:
         """A finished batch, which took some seconds from its arrival (a Unix time)."""
         for row in rows:
-            row.release()
+            row.release(brightness=self._reference is not None)
         self._batches.append(_Batch(rows, seconds, arrival))
 
     def settle(self) -> None:
@@ -93,8 +130,10 @@ class Accounts:
         for row in batch.rows:
             row.seconds["total"] = batch.seconds
             count_row(self.counts, row, batch.arrival)
+            if self._reference and not is_probe(row.headers):
+                count_drift(self.counts, self._reference, row)
         logged = [row for row in batch.rows if self._log_requests and not is_probe(row.headers)]
-        return [_line(row, self._identity, batch) for row in logged]
+        return [_line(row, self._constants, batch) for row in logged]
 
     def start(self) -> None:
         """Settle regularly, from a thread that ends with the process, and at an orderly exit."""
@@ -136,7 +175,28 @@ def count_row(counts: Metrics, row: Row, arrival: float) -> None:
         counts.observe(metrics.CONFIDENCE, best["confidence"])
 
 
-def _line(row: Row, identity: Mapping[str, str], batch: _Batch) -> Line:
+def count_drift(counts: Metrics, reference: Reference, row: Row) -> None:
+    """Count the images of a finished request by the bins of their signals."""
+    sizes = [image.outcome.size for image in row.images if isinstance(image.outcome, Result)]
+    values = {
+        "confidence": [best["confidence"] for best in row.best],
+        "class": [best["class_id"] for best in row.best],
+        "brightness": row.brightness,
+        "size": [width * height for width, height in sizes],
+    }
+    for signal, bins in reference.signals.items():
+        labels = bins.labels
+        for value in values[signal]:
+            counts.add(metrics.DRIFT, 1, signal, labels[bins.index(value)])
+
+
+def _sha256(row: Row) -> str | None:
+    """That of a request's only image, which a cache's key begins with; None without a cache."""
+    key = row.images[0].key if len(row.images) == 1 else None
+    return key[:SHA256_BYTES].hex() if key else None
+
+
+def _line(row: Row, constants: Mapping[str, Any], batch: _Batch) -> Line:
     """The log's line of a request."""
     queue = read_queue_seconds(row.headers, batch.arrival)
     best = next(iter(row.best), {})
@@ -144,9 +204,11 @@ def _line(row: Row, identity: Mapping[str, str], batch: _Batch) -> Line:
     facts = dict(
         request_id=row.request_id,
         traceparent=read_traceparent(row.headers),
-        **identity,
+        **constants,
         status=row.status,
         images=len(row.images),
+        image_bytes=sum(row.image_bytes),
+        image_sha256=_sha256(row),
         cached=sum(image.cached for image in row.images),
         batch=len(batch.rows),
         queue_ms=None if queue is None else milliseconds(queue),

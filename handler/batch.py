@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from handler import drift
 from handler.answers import Answer
 from handler.cache import Result, ResultCache
 from handler.confidence import calibrate
@@ -70,11 +71,18 @@ class Row:
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
     image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
+    brightness: list[float] = field(default_factory=list)  # as in handler/drift.py, if asked for
     status: int = 0  # HTTP status of the answer
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
-    def release(self) -> None:
-        """Let go of the images, once they are answered: what is left is for the accounts."""
+    def release(self, brightness: bool = False) -> None:
+        """Let go of the images, once they are answered: what is left is for the accounts.
+
+        Their brightness is left if it is asked for. That of pixels on a GPU would have to be waited
+        for.
+        """
+        if brightness:
+            self.brightness = [drift.brightness(pixels) for pixels in self._pixels()]
         if isinstance(self.request, ImageRequest):
             sent = self.request.images
             self.image_bytes = [len(data) for data in sent if isinstance(data, bytes)]
@@ -83,6 +91,14 @@ class Row:
             image.data, image.decoding = b"", None
         for error in self.errors:  # the frames of a traceback hold the images
             error.__traceback__ = error.__cause__ = error.__context__ = None
+
+    def _pixels(self) -> Iterator[NDArray[np.uint8]]:
+        """What the model was given, of images on the CPU that it has classified."""
+        for image in self.images:
+            if isinstance(image.outcome, Result) and image.decoding and image.decoding.picture:
+                pixels = image.decoding.picture.pixels
+                if not pixels.is_cuda:
+                    yield pixels.numpy()
 
     @property
     def errors(self) -> list[RequestError]:
@@ -168,7 +184,7 @@ class Batch:
             key = self._keys.get(id(sent)) or _key(sent)
         if key and classes and (result := self._find(key, classes)):
             budget.spend(*result.size)
-            return BatchImage(result, cached=True)
+            return BatchImage(result, key=key, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
         likeness = size, len(data), data[-LIKENESS_BYTES:]
         if (known := self._known.get(likeness)) and known.decoding and known.data == data:

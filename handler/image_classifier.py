@@ -16,7 +16,7 @@ from time import perf_counter, time
 from typing import Any
 
 from handler import metrics
-from handler.accounting import Accounts, describe_worker, milliseconds
+from handler.accounting import Accounts, describe_answers, describe_worker, milliseconds
 from handler.answers import best_class_ids, best_classes, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, BatchImage, Row, check_deadline
@@ -115,7 +115,6 @@ class ImageClassifier(BaseHandler):
             "version": self.version,
             "weights": self.card.weights.name,
         }
-        self.accounts = Accounts(self.metrics, self.identity, self.settings.log_requests)
         self.failures = Failures(self.identity, self._hand_over)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
@@ -126,6 +125,13 @@ class ImageClassifier(BaseHandler):
         )
         if reason:
             log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
+        constants = describe_answers(self.card, self.engine, self.decoder, self.settings)
+        self.accounts = Accounts(
+            self.metrics,
+            self.identity | constants,
+            self.settings.log_requests,
+            self.card.reference,
+        )
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None
         self.shared = None

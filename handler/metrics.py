@@ -183,6 +183,24 @@ CONFIDENCE = _histogram(
     "If it falls over days, the images no longer look like those that the model was trained on.",
     bounds=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1),
 )
+DRIFT = _counter(
+    "classifier_drift_images_total",
+    (*MODEL, "signal", "bin"),
+    "images, by a signal of theirs and the bin that its value is in",
+    "Of archives made with `--calibrate`. `signal` is `confidence`, `class` (the index of the "
+    "top-1 class), `brightness` (the mean level of the model's input) or `size` (pixels); `bin` is "
+    "the upper bound of the values. Brightness is not known of cached images and of those that the "
+    "GPU decoded. Handed over every 15 s. See [Drift](trust.md#drift).",
+    slow=True,
+)
+DRIFT_REFERENCE = _gauge(
+    "classifier_drift_reference_ratio",
+    (*MODEL, "signal", "bin"),
+    "share of the images of --calibrate in a bin, 0 to 1",
+)
+DRIFT_REFERENCE_IMAGES = _gauge(
+    "classifier_drift_reference_images", MODEL, "images of --calibrate that are compared with"
+)
 MODEL_INFO = _gauge(
     "classifier_model_info",
     (*MODEL, "architecture", "weights", "trained", "engine", "precision", "device"),

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from handler.drift import Reference
 from handler.errors import InvalidModel
 
 CARD_FILE = "model.json"
@@ -74,6 +75,7 @@ class ModelCard:
     code_sha256: tuple[str, str]  # of the code among it: of its files, and of what they do
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
     confidence: ConfidenceFacts | None = None  # None: without --calibrate
+    reference: Reference | None = None  # likewise
     files: dict[str, str]  # sha256 of each file of the archive, but service.archive.mar.UNHASHED
 
     def to_json(self) -> str:
@@ -93,8 +95,10 @@ class ModelCard:
             facts["transform"] = InputTransform(**transform)
             if facts.get("confidence") is not None:
                 facts["confidence"] = ConfidenceFacts(**facts["confidence"])
+            if facts.get("reference") is not None:
+                facts["reference"] = Reference.from_facts(facts["reference"])
             return cls(**facts)
-        except (ValueError, TypeError, KeyError, RecursionError) as exc:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as exc:
             raise InvalidModel(f"{CARD_FILE} in the archive is not a model card: {exc}") from exc
 
     @classmethod

@@ -13,7 +13,7 @@ import service.rollout.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import conformance, gateway, healthcheck, manifests, predict, rehearse, sbom
+from scripts import conformance, gateway, healthcheck, manifests, predict, rehearse, replay, sbom
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
@@ -39,6 +39,7 @@ PARSERS = {
     "gateway": gateway.make_parser,
     "chaos": service.chaos.options.make_parser,
     "rehearse": rehearse.make_parser,
+    "replay": replay.make_parser,
     "sbom": sbom.make_parser,
     "conformance": conformance.make_parser,
     "manifests": manifests.make_parser,

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from handler.errors import InvalidModel, RequestError
-from handler.images import read_picture
+from handler.images import Picture, read_picture
 from handler.model_card import InputTransform
 from handler.settings import Settings
 from service.archive.progress import stage
@@ -23,6 +23,7 @@ class CalibrationSet:
 
     images: tuple[NDArray[np.uint8], ...]  # RGB [3, H, W]
     labels: tuple[int, ...] | None  # class indices; None without labels.csv
+    sizes: tuple[tuple[int, int], ...]  # width and height of the files
 
 
 def read_calibration(
@@ -46,26 +47,24 @@ def read_calibration(
         chosen = np.linspace(0, len(paths) - 1, MAXIMUM_IMAGES).round().astype(int)
         paths = [paths[index] for index in chosen]
     exactly = replace(settings, decode="exact")
-    images = []
+    pictures = []
     with stage("Reading images", len(paths), "image") as done:
         for path in paths:
-            images.append(_read_image(path, transform, exactly, option))
+            pictures.append(_read_image(path, transform, exactly, option))
             done()
     return CalibrationSet(
-        tuple(images),
+        tuple(np.ascontiguousarray(picture.pixels, np.uint8) for picture in pictures),
         None if labels is None else tuple(labels[path.name] for path in paths),
+        tuple(picture.size for picture in pictures),
     )
 
 
-def _read_image(
-    path: Path, transform: InputTransform, settings: Settings, option: str
-) -> NDArray[np.uint8]:
+def _read_image(path: Path, transform: InputTransform, settings: Settings, option: str) -> Picture:
     try:
-        pixels = read_picture(path.read_bytes(), transform, settings).pixels
+        return read_picture(path.read_bytes(), transform, settings)
     except (OSError, RequestError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else exc
         raise InvalidModel(f"{option}: {path} is no image to calibrate with: {reason}") from exc
-    return np.ascontiguousarray(pixels, np.uint8)
 
 
 def _read_labels(path: Path, images: set[str]) -> dict[str, int] | None:

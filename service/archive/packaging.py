@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torchvision.models import WeightsEnum
 
 from handler.confidence import CONFIDENCE_FILE
+from handler.drift import Reference
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.golden import GOLDEN_FILE
@@ -42,6 +43,7 @@ from service.archive.golden import make_golden
 from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
+from service.archive.reference import reference_of
 from service.archive.signing import read_private_key
 from service.archive.weights import (
     DownloadFailed,
@@ -115,7 +117,8 @@ def package(plan: PackagePlan) -> Path:
     model = build_model(plan, recipe, source, labels)
     converted, int8_report = convert(plan, model, calibration)
     fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
-    card = make_card(plan, recipe, labels, source, model, int8_report, fitted, inputs)
+    reference = reference_of(labelled, fitted.probabilities) if labelled and fitted else None
+    card = make_card(plan, recipe, labels, source, model, int8_report, fitted, reference, inputs)
     write_archive(plan, card, model, converted, fitted)
     return plan.archive
 
@@ -222,6 +225,7 @@ def make_card(
     model: Model,
     int8_report: dict[str, Any] | None,
     fitted: Fitted | None,
+    reference: Reference | None,
     inputs_sha256: str,
 ) -> ModelCard:
     parameters = [*model.network.parameters()]
@@ -237,6 +241,7 @@ def make_card(
         weights=source.facts,
         int8=int8_report,
         confidence=fitted.facts if fitted else None,
+        reference=reference,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},

@@ -4,6 +4,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ts.metrics.caching_metric import CachingMetric
 
 import handler.image_classifier
+from handler.accounting import COMPUTING
 from handler.image_classifier import ImageClassifier
 from handler.model_card import CARD_FILE
 from tests.drawing import RED, encode, plain
@@ -31,7 +33,8 @@ from tests.unit.tiny import ARCHITECTURE, LABELS
 pytestmark = pytest.mark.usefixtures("isolation")
 REQUEST_KEYS = [
     *("time", "level", "event", "request_id", "traceparent", "model", "version", "weights"),
-    *("status", "images", "cached", "batch", "queue_ms", "preprocess_ms", "inference_ms"),
+    *("archive", "engine", "decoder", "decode", "libraries", "status", "images", "image_bytes"),
+    *("image_sha256", "cached", "batch", "queue_ms", "preprocess_ms", "inference_ms"),
     *("postprocess_ms", "total_ms", "top_class", "confidence", "error"),
 ]
 
@@ -54,8 +57,15 @@ def test_a_line_for_each_request(
         "model": "birds",
         "version": "1.0",
         "weights": "birds.pth",
+        "archive": "1" * 12,
+        "engine": classifier.engine.name,
+        "decoder": "cpu",
+        "decode": "exact",
+        "libraries": {name: version(name) for name in COMPUTING},
         "status": 200,
         "images": 2,
+        "image_bytes": len(JPEG) + len(PNG),
+        "image_sha256": None,  # the only one of a request's, and without a cache nobody knows it
         "cached": 0,
         "batch": 2,
         "top_class": best["class"],

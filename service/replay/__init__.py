@@ -1,0 +1,1 @@
+"""./scripts/replay: an answer computed again, and why it is another one now."""

@@ -22,13 +22,17 @@ OTHERS = ("squeezenet1_1", "mobilenet_v3_small")  # no linear layer; two of them
 
 
 def ready(architecture: str) -> nn.Module:
-    """With a bias and steep weights, so that a forgotten one shows."""
+    """With batch norms of these pictures, and a bias: random weights make nearly no difference."""
     network = tiny_network(architecture)
-    layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if layers:
-        with torch.no_grad():
-            layers[-1].weight.mul_(20)
-            layers[-1].bias.copy_(torch.tensor([0.5, -1, 2]))
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1
+    with torch.no_grad():
+        network.train()(pixels().float() / 255)
+        for module in network.modules():
+            if isinstance(module, nn.Linear) and module.out_features == 3:
+                module.weight.mul_(0.2)
+                module.bias.copy_(torch.tensor([0.5, -1, 2]))
     return network.eval()
 
 

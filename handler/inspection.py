@@ -5,8 +5,8 @@ layer makes the logits. What a position adds to a class is then that layer appli
 class activation map (Zhou et al. 2016, https://arxiv.org/abs/1512.04150).
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
@@ -30,6 +30,12 @@ class Inspection:
     def __len__(self) -> int:
         return len(self.probabilities)
 
+    def each(self) -> "Iterator[Inspection]":
+        """That of each image, B = 1."""
+        for place in range(len(self)):
+            one = slice(place, place + 1)
+            yield replace(self, probabilities=self.probabilities[one], maps=self.maps[one])
+
 
 class NotInspectable(Exception):
     """The logits of the network are not one linear layer over the mean of its last maps."""
@@ -52,7 +58,7 @@ def inspect(model: Callable[[Tensor], Tensor], images: Tensor) -> Inspection:
         raise NotInspectable
     bias = torch.zeros(len(last.weight)) if last.bias is None else last.bias
     found = (probabilities, last.maps, last.weight, bias)
-    return Inspection(*(tensor.float().cpu() for tensor in found))
+    return Inspection(*(tensor.detach().float().cpu() for tensor in found))
 
 
 class _LastLayers(TorchFunctionMode):

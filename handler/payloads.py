@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from handler import protocol_v1, protocol_v2
 from handler.errors import MalformedRequest, NoImage, RequestError
+from handler.explanations import Explain, read_explain
 from handler.fields import (
     MAX_TEXT,
     check_count,
@@ -31,7 +32,7 @@ from handler.protocol_v2 import Wanted
 from handler.settings import Settings
 
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
-OPTIONS = ("top_k", "filename")
+OPTIONS = ("top_k", "filename", "explain", "explain_class")
 WHOLE = ("body", "data")  # what the only entry of a row is called if it may be a JSON document
 
 Protocol = Literal["own", "v1", "v2"]
@@ -47,6 +48,7 @@ class ImageRequest:
     filenames: list[str | None]  # of the images, in the same order
     protocol: Protocol = "own"  # in which it is answered
     wanted: Wanted = protocol_v2.DEFAULT  # of V2
+    explain: Explain | None = None
 
     def classes_of(self, total: int) -> int:
         """How many of the likeliest classes its answer needs, of all that there are."""
@@ -94,7 +96,7 @@ def read_request(
     unknown = [name for name in names if not IMAGE_PART.fullmatch(name)]
     if unknown:
         raise MalformedRequest(
-            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, top_k, filename"
+            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, {', '.join(OPTIONS)}"
         )
     if not files and content_type.startswith("multipart/"):
         raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
@@ -110,7 +112,13 @@ def read_request(
     filenames = [part.filename and part.filename[:MAX_TEXT] for part in files]
     if filename is not None:
         filenames = [filename]
-    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
+    return ImageRequest(
+        images=images,
+        wants_list=wants_list,
+        top_k=top_k,
+        filenames=filenames,
+        explain=read_explain(options, headers, classes),
+    )
 
 
 def protocol_of(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Protocol:
@@ -212,30 +220,32 @@ def _read_open(
     settings: Settings,
 ) -> ImageRequest:
     """A document of V1 or V2, and the binary tensors behind one of V2."""
+    options = {**options, **read_parameters(document, "the request")}
+    explain = read_explain(options, headers, classes)
     images: list[bytes | RawPixels | RequestError]
     if protocol == "v1":
         images, wanted = protocol_v1.read(document, settings), protocol_v2.DEFAULT
     else:
         images = protocol_v2.read(document, tensors, settings)
-        wanted = protocol_v2.read_wanted(document, classes)
-    top_k = read_parameters(document, "the request").get("top_k", options["top_k"])
+        wanted = protocol_v2.read_wanted(document, classes, explain=explain is not None)
     return ImageRequest(
         images=images,
         wants_list=True,
-        top_k=read_top_k(top_k, headers, classes, settings),
+        top_k=read_top_k(options["top_k"], headers, classes, settings),
         filenames=[None] * len(images),
         protocol=protocol,
         wanted=wanted,
+        explain=explain,
     )
 
 
 def _read_json(
     document: dict[str, Any], headers: Mapping[str, Any], classes: int, settings: Settings
 ) -> ImageRequest:
-    unknown = set(document) - {"image", "images", "top_k", "filename"}
+    unknown = set(document) - {"image", "images", *OPTIONS}
     if unknown:
         raise MalformedRequest(
-            f"unknown field {min(unknown)[:40]!r}; known: image, images, top_k, filename"
+            f"unknown field {min(unknown)[:40]!r}; known: image, images, {', '.join(OPTIONS)}"
         )
     wants_list = "images" in document
     if wants_list == ("image" in document):
@@ -255,8 +265,13 @@ def _read_json(
     images = [decode_text(entry, settings) for entry in entries]
     if not wants_list and isinstance(images[0], RequestError):
         raise images[0]
-    filenames = [filename] * len(images)
-    return ImageRequest(images=images, wants_list=wants_list, top_k=top_k, filenames=filenames)
+    return ImageRequest(
+        images=images,
+        wants_list=wants_list,
+        top_k=top_k,
+        filenames=[filename] * len(images),
+        explain=read_explain(document, headers, classes),
+    )
 
 
 def _bytes(value: Any) -> bytes:

@@ -46,4 +46,7 @@ def _read_instance(instance: Any, settings: Settings) -> bytes | RequestError:
 
 def answer(results: list[Answer]) -> Answer:
     """The results of images that were all classified, in the form of V1."""
-    return {"predictions": [result["predictions"] for result in results]}
+    document: Answer = {"predictions": [result["predictions"] for result in results]}
+    if "explanation" in results[0]:
+        document["explanations"] = [result["explanation"] for result in results]
+    return document

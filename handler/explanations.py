@@ -51,27 +51,24 @@ class Explain:
 def read_explain(
     options: Mapping[str, Any], headers: Mapping[str, Any], classes: int
 ) -> Explain | None:
-    """The options `explain` and `explain_class`, of the request, then its headers X-Explain…
+    """The options `explain` and `explain_class` of a request, or its headers X-Explain….
 
-    TorchServe marks a request to /explanations. Raises MalformedRequest.
+    A class alone asks for an overlay, and so does a request to /explanations, which TorchServe
+    marks by a header. Raises MalformedRequest.
     """
     form, class_id = options.get("explain"), options.get("explain_class")
     form = headers.get("x-explain") if form is None else form
     class_id = headers.get("x-explain-class") if class_id is None else class_id
     if form is None:
-        form = headers.get("explain") == "True"
+        form = class_id is not None or headers.get("explain") == "True"
     if not isinstance(form, bool | str) or form not in FORMS:
         raise MalformedRequest("explain must be true, false, 'image' (as true) or 'matrix'")
     chosen = FORMS[form]
-    if class_id is None:
-        return chosen and Explain(chosen)
     if isinstance(class_id, str) and re.fullmatch(r"[0-9]{1,9}", class_id):
         class_id = int(class_id)
-    if type(class_id) is not int or not 0 <= class_id < classes:
+    if class_id is not None and not (type(class_id) is int and 0 <= class_id < classes):
         raise MalformedRequest(f"explain_class must be a class_id from 0 to {classes - 1}")
-    if chosen is None:
-        raise MalformedRequest("explain_class goes with explain")
-    return Explain(chosen, class_id)
+    return Explain(chosen, class_id) if chosen else None
 
 
 def explain(

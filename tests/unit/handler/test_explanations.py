@@ -238,8 +238,7 @@ def test_each_of_several_images_has_its_own(colours: ImageClassifier) -> None:
         ({"explain": True, "explain_class": -1}, "explain_class must be"),
         ({"explain": True, "explain_class": True}, "explain_class must be"),
         ({"explain": True, "explain_class": "٣"}, "explain_class must be"),
-        ({"explain_class": 1}, "explain_class goes with explain"),
-        ({"explain": False, "explain_class": 1}, "explain_class goes with explain"),
+        ({"explain": False, "explain_class": 3}, "explain_class must be"),
     ],
 )
 def test_options_that_make_no_sense(
@@ -250,10 +249,17 @@ def test_options_that_make_no_sense(
     assert reply.body["message"].startswith(words)
 
 
-def test_false_asks_for_nothing(classifier: ImageClassifier) -> None:
-    [reply] = ask(classifier, {"body": JPEG, "explain": b"false"})
+@pytest.mark.parametrize("more", [{}, {"explain_class": b"1"}])
+def test_false_asks_for_nothing(classifier: ImageClassifier, more: dict[str, bytes]) -> None:
+    [reply] = ask(classifier, {"body": JPEG, "explain": b"false"} | more)
     assert reply.status == 200
     assert "explanation" not in reply.body
+
+
+def test_a_class_alone_asks_for_its_overlay(colours: ImageClassifier) -> None:
+    [reply] = ask(colours, {"body": OBJECT, "explain_class": b"2"})
+    assert explanation(reply)["class_id"] == 2
+    assert picture(explanation(reply)).format == "PNG"
 
 
 # --- Beside others

@@ -23,8 +23,9 @@ from handler.engine import Engine
 from handler.errors import DeadlineExceeded, RequestError
 from handler.failures import Failures
 from handler.images import PixelBudget, open_image, open_pixels
+from handler.inspection import Inspection
 from handler.payloads import ImageRequest, Protocol
-from handler.pipeline import Timed, classify
+from handler.pipeline import Timed, classify, inspect
 from handler.pixels import RawPixels
 from handler.settings import Settings
 from handler.shared_cache import SharedCache
@@ -45,6 +46,7 @@ class BatchImage:
     cached: bool = False  # the result is that of an earlier batch, perhaps of another worker
     deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
+    seen: Inspection | None = None  # of an image whose answer is to be explained
 
 
 def check_deadline(deadline: float) -> None:
@@ -88,7 +90,7 @@ class Row:
             self.image_bytes = [len(data) for data in sent if isinstance(data, bytes)]
             sent.clear()
         for image in self.images:
-            image.data, image.decoding = b"", None
+            image.data, image.decoding, image.seen = b"", None, None
         for error in self.errors:  # the frames of a traceback hold the images
             error.__traceback__ = error.__cause__ = error.__context__ = None
 
@@ -125,6 +127,7 @@ class Batch:
     step: Callable[[], None]  # called whenever an image or a forward pass is done
     temperature: float | None = None  # of the probabilities; None: they are not calibrated
     _images: list[BatchImage] = field(default_factory=list, init=False)  # to be classified
+    _explained: list[BatchImage] = field(default_factory=list, init=False)  # likewise, apart
     _known: dict[Hashable, BatchImage] = field(default_factory=dict, init=False)
     _keys: dict[int, bytes] = field(default_factory=dict, init=False)  # by id(), as sent
     _recalled: dict[bytes, Result] = field(default_factory=dict, init=False)  # from `shared`
@@ -149,19 +152,20 @@ class Batch:
         request_id: str,
         *,
         classes: int,
+        explain: bool = False,
         deadline: float = inf,
     ) -> list[BatchImage]:
         """A request's images: their decoding has begun, or they have their outcome already.
 
         `classes` is as in Row. An image is given up if its turn to be decoded or classified comes
-        after the deadline, which is a Unix time.
+        after the deadline, which is a Unix time. Images to `explain` are in no cache.
         """
         budget = PixelBudget(self.settings.max_image_pixels)
         opened = []
         for data in images:
             try:
                 check_deadline(deadline)
-                image = self._open(data, budget, classes)
+                image = self._open(data, budget, classes, explain)
             except RequestError as error:
                 image = BatchImage(error)
             except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
@@ -174,19 +178,23 @@ class Batch:
         return opened
 
     def _open(
-        self, sent: bytes | RawPixels | RequestError, budget: PixelBudget, classes: int
+        self,
+        sent: bytes | RawPixels | RequestError,
+        budget: PixelBudget,
+        classes: int,
+        explain: bool,
     ) -> BatchImage:
         if isinstance(sent, RequestError):
             raise sent
         data, size = (sent.data, sent.size) if isinstance(sent, RawPixels) else (sent, None)
         key = None
-        if self.cache or self.shared:
+        if (self.cache or self.shared) and not explain:
             key = self._keys.get(id(sent)) or _key(sent)
         if key and classes and (result := self._find(key, classes)):
             budget.spend(*result.size)
             return BatchImage(result, key=key, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
-        likeness = size, len(data), data[-LIKENESS_BYTES:]
+        likeness = explain, size, len(data), data[-LIKENESS_BYTES:]
         if (known := self._known.get(likeness)) and known.decoding and known.data == data:
             budget.spend(*known.decoding.size)
             return known
@@ -196,7 +204,7 @@ class Batch:
             else open_image(sent, self.settings, budget)
         )
         image = BatchImage(decoding=decoding, data=data, key=key)
-        self._images.append(image)
+        (self._explained if explain else self._images).append(image)
         self._known[likeness] = image
         return image
 
@@ -216,9 +224,23 @@ class Batch:
 
         Returns the seconds in which nothing but decoding was waited for.
         """
-        images = {image.decoding: image for image in self._images if image.decoding}
+        waited = self._classify(self._images, classify, engine)
+        if self._explained:
+            waited += self._classify(self._explained, inspect, engine)
+        return waited
+
+    def _classify(
+        self,
+        opened: Sequence[BatchImage],
+        passes: Callable[
+            [Iterator[Decoding], Engine],
+            Iterator[tuple[list[Decoding], NDArray[np.float32] | Inspection | Exception]],
+        ],
+        engine: Engine,
+    ) -> float:
+        images = {image.decoding: image for image in opened if image.decoding}
         decoded = Timed(self._decode(images))
-        for decodings, outcome in classify(decoded, engine):
+        for decodings, outcome in passes(decoded, engine):
             self.step()
             passed = [images[decoding] for decoding in decodings]
             if isinstance(outcome, Exception):
@@ -226,12 +248,16 @@ class Batch:
                 error = self.failures.error_of(outcome, list(request_ids), engine)
                 for image in passed:
                     image.outcome = error
-            else:
-                if self.temperature is not None:
-                    outcome = calibrate(outcome, self.temperature)
-                finite = np.isfinite(outcome.sum(axis=1)).tolist()
-                for image, probabilities, usable in zip(passed, outcome, finite, strict=True):
-                    self._give_result(image, probabilities if usable else None)
+                continue
+            if isinstance(outcome, Inspection):
+                for image, seen in zip(passed, outcome.each(), strict=True):
+                    image.seen = seen
+                outcome = outcome.probabilities.numpy()
+            if self.temperature is not None:
+                outcome = calibrate(outcome, self.temperature)
+            finite = np.isfinite(outcome.sum(axis=1)).tolist()
+            for image, probabilities, usable in zip(passed, outcome, finite, strict=True):
+                self._give_result(image, probabilities if usable else None)
         return decoded.seconds
 
     def _decode(self, images: Mapping[Decoding, BatchImage]) -> Iterator[Decoding]:

@@ -20,6 +20,7 @@ from torch.nn import functional
 from handler.engine import Engine
 from handler.errors import InvalidModel, InvalidSettings
 from handler.fusion import FusedConvolution, difference, fold_batch_norms, fuse_relus
+from handler.inspection import Inspection, inspect
 from handler.logs import log_line
 from handler.model_card import InputTransform
 from handler.torch_engine import DTYPES, PixelsToProbabilities, exact_fp32
@@ -154,6 +155,13 @@ class Cuda(Engine):
             moved = iter(staged.to(self.device, non_blocking=True))
             images = [next(moved) if image.is_cpu else image for image in images]
         torch.stack(list(images), out=slots)
+
+    def _prepare_inspection(self) -> None:
+        self.inspect(self._input[:1])
+
+    def inspect(self, images: Tensor) -> Inspection:
+        """A pass without a graph. Images may lie on the CPU or on the GPU."""
+        return inspect(self._model, images.to(self.device))
 
     def is_lost(self) -> bool:
         """A CUDA error that stays: whatever is asked of the device fails from now on."""

@@ -2,11 +2,14 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from handler.inspection import Inspection, NotInspectable
 
 
 class Engine(ABC):
@@ -38,6 +41,26 @@ class Engine(ABC):
         caller needs the cores itself.
         """
         return lambda: self.probabilities(torch.stack(list(images))).numpy()
+
+    @cached_property
+    def inspectable(self) -> bool:
+        """Whether `inspect` can be asked; it is found out with the first question."""
+        try:
+            self._prepare_inspection()
+        except NotInspectable:
+            return False
+        return True
+
+    def _prepare_inspection(self) -> None:
+        """Raise NotInspectable if the network does not end as `inspect` needs it."""
+        raise NotInspectable
+
+    def inspect(self, images: Tensor) -> Inspection:  # noqa: ARG002 for those that can
+        """uint8 RGB [B, 3, H, W] -> the probabilities, with the maps that the classifier saw.
+
+        B is 1 to `max_forward`. Raises NotInspectable.
+        """
+        raise NotInspectable
 
     def is_lost(self) -> bool:
         """Whether nothing will ever run here again, asked after a failure."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from handler import metrics
 from handler.accounting import Accounts, describe_answers, describe_worker, milliseconds
-from handler.answers import best_class_ids, best_classes, encode, failure, success
+from handler.answers import Answer, best_class_ids, best_classes, encode, failure, success
 from handler.base import BaseHandler
 from handler.batch import Batch, BatchImage, Row, check_deadline
 from handler.cache import Result, ResultCache
@@ -25,6 +25,7 @@ from handler.confidence import Confidence, check_asked
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
+from handler.explanations import Explain, explain
 from handler.failures import GPU_FAILED, Failures
 from handler.golden import MAX_ERROR
 from handler.gpus import open_gauges
@@ -37,6 +38,7 @@ from handler.pipeline import warm_up
 from handler.pulse import Pulse, count_hung
 from handler.receiving import read_ahead
 from handler.replies import Reply, make_reply, refuse
+from handler.resize import region_of
 from handler.settings import Settings
 from handler.shared_cache import SharedCache, scope_of
 from handler.slots import claim_slot
@@ -220,6 +222,7 @@ class ImageClassifier(BaseHandler):
                     row.request.images,
                     row.request_id,
                     classes=row.classes,
+                    explain=row.request.explain is not None,
                     deadline=read_deadline(row.headers, arrival),
                 )
             row.seconds["preprocess"] += perf_counter() - started
@@ -235,7 +238,7 @@ class ImageClassifier(BaseHandler):
             row.protocol = protocol_of(fields, headers)
         else:
             row.protocol = row.request.protocol
-            if not is_probe(headers):
+            if not is_probe(headers) and not row.request.explain:
                 row.classes = row.request.classes_of(len(self.card.labels))
         row.seconds["preprocess"] = perf_counter() - started
         return row
@@ -250,11 +253,14 @@ class ImageClassifier(BaseHandler):
         if self.failures.gpu_lost:
             return OutOfResources(GPU_FAILED)
         try:
-            if headers.get("explain") == "True":
-                raise MalformedRequest("explanations are not offered; use /predictions")
             check_deadline(read_deadline(headers, arrival))
             request = read_request(fields, headers, len(self.card.labels), self.settings)
             check_asked(self.confidence, request.level, request.unknown)
+            if request.explain and not self.engine.inspectable:
+                raise MalformedRequest(
+                    f"answers of {self.card.architecture} cannot be explained: the network must "
+                    "end in one linear layer over the mean of its last maps; ask without explain"
+                )
             return request
         except RequestError as error:
             return error
@@ -320,7 +326,16 @@ class ImageClassifier(BaseHandler):
             if request.level is not None:
                 metadata["set_level"] = request.level
             predictions = best_classes(outcome.probabilities, request.top_k, self.card.labels)
-            row.results.append(success(predictions, metadata) | self._judgement(request, image))
+            result = success(predictions, metadata) | self._judgement(request, image)
+            if request.explain:
+                try:
+                    result["explanation"] = self._explain(request.explain, image, outcome)
+                except Exception as bug:
+                    message = "the answer could not be explained"
+                    error = self.failures.error_of_one(message, [row.request_id], bug)
+                    row.results.append(failure(error))
+                    continue
+            row.results.append(result)
             probabilities.append(outcome.probabilities)
         return make_reply(request, row.results, probabilities, self.card.labels, self.identity)
 
@@ -337,6 +352,13 @@ class ImageClassifier(BaseHandler):
             pixels = image.decoding.picture.pixels.cpu().numpy()
             judgement["unknown"] = self.confidence.is_unknown(pixels, probabilities)
         return judgement
+
+    def _explain(self, asked: Explain, image: BatchImage, result: Result) -> Answer:
+        if not (image.seen and image.decoding and image.decoding.picture):
+            raise ValueError("the image was not inspected")
+        region = region_of(result.size, self.card.transform)
+        pixels = image.decoding.picture.pixels
+        return explain(asked, image.seen, pixels, region, self.card.labels)
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from handler.engine import Engine
 from handler.errors import InvalidModel
+from handler.inspection import Inspection
+from handler.openvino_inspection import Inspector
 
 # Values of ONEDNN_MAX_CPU_ISA under which oneDNN, with which OpenVINO computes, only emulates bf16.
 LIMITS_WITHOUT_BF16 = "SSE41 AVX AVX2 AVX2_VNNI AVX2_VNNI_2 AVX512_CORE AVX512_CORE_VNNI".split()
@@ -39,7 +41,8 @@ class OpenVino(Engine):
         """Raises InvalidModel if OpenVINO cannot read the file."""
         super().__init__("openvino", precision, "cpu", max_forward)
         core = openvino.Core()
-        options = {
+        self._model_file = model_file
+        self._options = options = {
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
             # Two workers of one thread each would pin themselves to the same core.
@@ -79,6 +82,18 @@ class OpenVino(Engine):
                 parts.append(request.probabilities.copy())
                 start += size
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _prepare_inspection(self) -> None:
+        self._inspector  # noqa: B018
+
+    @cached_property
+    def _inspector(self) -> Inspector:
+        """Compiled when somebody asks: it takes as much memory again as the model."""
+        return Inspector(openvino.Core().read_model(self._model_file), self._options)
+
+    def inspect(self, images: Tensor) -> Inspection:
+        """One image after the other."""
+        return self._inspector.run(images)
 
 
 def _request(request: openvino.InferRequest) -> Request:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from handler import protocol_v1, protocol_v2
 from handler.errors import MalformedRequest, NoImage, RequestError
+from handler.explanations import Explain, read_explain
 from handler.fields import (
     MAX_TEXT,
     check_count,
@@ -33,8 +34,7 @@ from handler.protocol_v2 import Wanted
 from handler.settings import Settings
 
 IMAGE_PART = re.compile(r"(file|image|data|body)\d*")
-OPTIONS = ("top_k", "filename", "set", "unknown")
-FIELDS = "top_k, filename, set, unknown"
+OPTIONS = ("top_k", "filename", "set", "unknown", "explain", "explain_class")
 WHOLE = ("body", "data")  # what the only entry of a row is called if it may be a JSON document
 
 Protocol = Literal["own", "v1", "v2"]
@@ -52,6 +52,7 @@ class ImageRequest:
     wanted: Wanted = protocol_v2.DEFAULT  # of V2
     level: float | None = None  # of the set that is asked for; None: of none
     unknown: bool = False  # whether to say if the image is unlike those of the calibration
+    explain: Explain | None = None
 
     def classes_of(self, total: int) -> int:
         """How many of the likeliest classes its answer needs, of all that there are.
@@ -106,7 +107,7 @@ def read_request(
     unknown = [name for name in names if not IMAGE_PART.fullmatch(name)]
     if unknown:
         raise MalformedRequest(
-            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, {FIELDS}"
+            f"unknown field {unknown[0][:40]!r}; known: file, file1, file2, …, {', '.join(OPTIONS)}"
         )
     if not files and content_type.startswith("multipart/"):
         raise MalformedRequest("the multipart body is broken, or has no part named 'file'")
@@ -127,19 +128,22 @@ def read_request(
         wants_list=wants_list,
         top_k=top_k,
         filenames=filenames,
-        **_read_wishes(options, headers),
+        **_read_wishes(options, headers, classes),
     )
 
 
-def _read_wishes(options: Mapping[str, Any], headers: Mapping[str, Any]) -> dict[str, Any]:
+def _read_wishes(
+    options: Mapping[str, Any], headers: Mapping[str, Any], classes: int
+) -> dict[str, Any]:
     """What else of ImageRequest the options ask for; those of the gateway's query are headers."""
     level, unknown = (
         headers.get(f"x-{name}") if options.get(name) is None else options[name]
         for name in ("set", "unknown")
     )
+    wishes = {"explain": read_explain(options, headers, classes)}
     if level is None and unknown is None:
-        return {}
-    return {"level": read_level("set", level), "unknown": read_flag("unknown", unknown)}
+        return wishes
+    return wishes | {"level": read_level("set", level), "unknown": read_flag("unknown", unknown)}
 
 
 def protocol_of(row: Mapping[str, Any], headers: Mapping[str, Any]) -> Protocol:
@@ -241,13 +245,15 @@ def _read_open(
     settings: Settings,
 ) -> ImageRequest:
     """A document of V1 or V2, and the binary tensors behind one of V2."""
+    options = {**options, **read_parameters(document, "the request")}
+    wishes = _read_wishes(options, headers, classes)
     images: list[bytes | RawPixels | RequestError]
     if protocol == "v1":
         images, wanted = protocol_v1.read(document, settings), protocol_v2.DEFAULT
     else:
         images = protocol_v2.read(document, tensors, settings)
-        wanted = protocol_v2.read_wanted(document, classes)
-    options = {**options, **read_parameters(document, "the request")}
+        explain = wishes["explain"] is not None
+        wanted = protocol_v2.read_wanted(document, classes, explain=explain)
     return ImageRequest(
         images=images,
         wants_list=True,
@@ -255,7 +261,7 @@ def _read_open(
         filenames=[None] * len(images),
         protocol=protocol,
         wanted=wanted,
-        **_read_wishes(options, headers),
+        **wishes,
     )
 
 
@@ -265,7 +271,7 @@ def _read_json(
     unknown = set(document) - {"image", "images", *OPTIONS}
     if unknown:
         raise MalformedRequest(
-            f"unknown field {min(unknown)[:40]!r}; known: image, images, {FIELDS}"
+            f"unknown field {min(unknown)[:40]!r}; known: image, images, {', '.join(OPTIONS)}"
         )
     wants_list = "images" in document
     if wants_list == ("image" in document):
@@ -285,13 +291,12 @@ def _read_json(
     images = [decode_text(entry, settings) for entry in entries]
     if not wants_list and isinstance(images[0], RequestError):
         raise images[0]
-    filenames = [filename] * len(images)
     return ImageRequest(
         images=images,
         wants_list=wants_list,
         top_k=top_k,
-        filenames=filenames,
-        **_read_wishes(document, headers),
+        filenames=[filename] * len(images),
+        **_read_wishes(document, headers, classes),
     )
 
 

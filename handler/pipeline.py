@@ -1,20 +1,24 @@
 """Images through decoder and engine, both at work at once if they can be."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from math import prod
 from time import perf_counter, thread_time
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
 
 from handler.decoders import Decoding
 from handler.engine import Engine
 from handler.errors import SetupError
 from handler.images import read_picture
+from handler.inspection import Inspection
 from handler.model_card import InputTransform
 from handler.settings import Settings
 
@@ -37,6 +41,9 @@ class Timed(Iterator[Decoding]):
             self.seconds += perf_counter() - started
 
 
+Outcome = TypeVar("Outcome", bound=Sized)  # of a forward pass; its length is the number of images
+
+
 def classify(
     decodings: Iterable[Decoding], engine: Engine
 ) -> Iterator[tuple[list[Decoding], NDArray[np.float32] | Exception]]:
@@ -45,23 +52,43 @@ def classify(
     A pass is launched once as many images are decoded as it takes. Images that could not be decoded
     are in none.
     """
+    return _passes(decodings, engine.launch, engine.max_forward)
+
+
+def inspect(
+    decodings: Iterable[Decoding], engine: Engine
+) -> Iterator[tuple[list[Decoding], Inspection | Exception]]:
+    """The same for images whose answers are to be explained."""
+
+    def launch(images: Sequence[Tensor]) -> Callable[[], Inspection]:
+        stacked = torch.stack([image.to(engine.device) for image in images])
+        return partial(engine.inspect, stacked)
+
+    return _passes(decodings, launch, engine.max_forward)
+
+
+def _passes(
+    decodings: Iterable[Decoding],
+    launch: Callable[[Sequence[Tensor]], Callable[[], Outcome]],
+    size: int,
+) -> Iterator[tuple[list[Decoding], Outcome | Exception]]:
     decoded = (decoding for decoding in decodings if decoding.picture)
     launched = []
-    while images := list(islice(decoded, engine.max_forward)):
+    while images := list(islice(decoded, size)):
         pixels = [decoding.picture.pixels for decoding in images if decoding.picture]
         try:
-            launched.append((images, engine.launch(pixels)))
+            launched.append((images, launch(pixels)))
         except Exception as exc:
             yield images, exc
     for images, wait in launched:
         try:
-            probabilities = wait()
-            if len(probabilities) != len(images):
-                raise ValueError(f"{len(probabilities)} results for {len(images)} images")
+            outcome = wait()
+            if len(outcome) != len(images):
+                raise ValueError(f"{len(outcome)} results for {len(images)} images")
         except Exception as exc:
             yield images, exc
         else:
-            yield images, probabilities
+            yield images, outcome
 
 
 def warm_up(

@@ -50,4 +50,6 @@ def answer(results: list[Answer]) -> Answer:
     for name in ("set", "unknown"):  # beside them: a prediction itself has no place for more
         if name in results[0]:
             document[name] = [result[name] for result in results]
+    if "explanation" in results[0]:
+        document["explanations"] = [result["explanation"] for result in results]
     return document

@@ -26,6 +26,7 @@ from handler.settings import Settings
 JSON_LENGTH = "Inference-Header-Content-Length"  # bytes of the JSON, which binary tensors follow
 INPUT = "image"
 OUTPUTS = ("label", "class_id", "confidence", "probabilities")
+EXPLANATION = "explanation"  # the output that an explained request has besides those it asks for
 MAX_SIDE = 2**31
 
 _LENGTH = struct.Struct("<I")  # before each element of a binary BYTES tensor
@@ -37,7 +38,7 @@ Tensor = list[str] | NDArray[np.int64] | NDArray[np.float32]
 class Output:
     """A tensor that a client asks for."""
 
-    name: str  # of OUTPUTS
+    name: str  # of OUTPUTS, or EXPLANATION
     binary: bool = False  # behind the JSON, instead of in it
     classes: int = 0  # of the classification extension; 0: the tensor itself
 
@@ -193,7 +194,7 @@ def _elements(tensor: memoryview, count: int) -> list[bytes | RawPixels | Reques
     return elements
 
 
-def read_wanted(document: Mapping[str, Any], classes: int) -> Wanted:
+def read_wanted(document: Mapping[str, Any], classes: int, *, explain: bool = False) -> Wanted:
     """What a request asks for. Raises MalformedRequest or InvalidTopK."""
     check_text("id", document.get("id"))
     parameters = read_parameters(document, "the request")
@@ -207,6 +208,8 @@ def read_wanted(document: Mapping[str, Any], classes: int) -> Wanted:
         if output.name in outputs:
             raise MalformedRequest(f"output '{output.name}' is asked for twice")
         outputs[output.name] = output
+    if explain:
+        outputs[EXPLANATION] = Output(EXPLANATION, binary)
     return Wanted(tuple(outputs.values()), document.get("id"))
 
 
@@ -297,6 +300,8 @@ def _tensor(
             return "INT64", np.array([one["class_id"] for one in best], np.int64)
         case "confidence":
             return "FP32", np.array([one["confidence"] for one in best], np.float32)
+        case "explanation":
+            return "BYTES", [orjson.dumps(one["explanation"]).decode() for one in results]
     if not output.classes:
         return "FP32", np.concatenate(probabilities)
     return "BYTES", [

@@ -46,6 +46,23 @@ def crop_long_strip(images: Tensor) -> Tensor:
     return center_crop(images, MAX_ASPECT_RATIO * min(images.shape[2:]))
 
 
+def region_of(size: Sequence[int], transform: InputTransform) -> list[int]:
+    """Where in an image of this width and height the model looks: left, top, right, bottom.
+
+    It undoes the steps of `resize_and_crop`, to the nearest pixel.
+    """
+    longest = MAX_ASPECT_RATIO * min(size)
+    kept = [min(side, longest) for side in size]
+    edges = []
+    for whole, side, target in zip(size, kept, target_size(kept, transform), strict=True):
+        strip = round((whole - side) / 2)
+        first = max(0, round((target - transform.crop_size) / 2))
+        last = min(target, first + transform.crop_size)
+        edges.append([round(strip + place * side / target) for place in (first, last)])
+    (left, right), (top, bottom) = edges
+    return [left, top, right, bottom]
+
+
 def target_size(size: Sequence[int], transform: InputTransform) -> tuple[int, int]:
     """Height and width before the resize to those after it; the recipe gives the shorter side."""
     short = min(size)

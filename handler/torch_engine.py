@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from handler.engine import Engine
+from handler.inspection import Inspection, inspect
 from handler.model_card import InputTransform
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -53,6 +54,7 @@ class TorchEager(Engine):
         super().__init__("torch", precision, device, max_forward)
         exact_fp32(device)
         self._model = PixelsToProbabilities(network, transform, DTYPES[precision]).to(device).eval()
+        self._size = transform.crop_size
 
     def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
         """Images may lie on the CPU or on the GPU."""
@@ -62,3 +64,10 @@ class TorchEager(Engine):
     def probabilities(self, images: Tensor) -> Tensor:
         """uint8 RGB [B, 3, H, W] on the CPU -> float32 [B, C] on the CPU."""
         return self._model(images.to(self.device)).cpu()
+
+    def _prepare_inspection(self) -> None:
+        self.inspect(torch.zeros(1, 3, self._size, self._size, dtype=torch.uint8))
+
+    def inspect(self, images: Tensor) -> Inspection:
+        """Images may lie on the CPU or on the GPU."""
+        return inspect(self._model, images.to(self.device))

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 CONFIGS = ROOT / "handler" / "configs"
 
 MAX_WORKERS_PER_GPU = 8
+EXPLANATION_BYTES = 75_000  # at most, of one image: handler/explanations.py, in base64
 GPU_WORKER_BYTES = 2 * 2**30  # of a GPU's memory: a CUDA context, a model and its graphs
 
 # What handler/configs/*.yaml may say, of what org.pytorch.serve.archive.model.ModelConfig reads.
@@ -76,11 +77,11 @@ class ModelPlan:
     def check_limits(self, labels: Sequence[str]) -> None:
         """Raise InvalidSettings if the handler's limits do not fit into TorchServe's.
 
-        The largest answer is that of a full batch of the most images with every class, whose labels
-        V2 may give twice: TorchServe kills the worker that exceeds max_response_size.
+        The largest answer is that of a full batch of the most images, explained, with every class,
+        whose labels V2 may give twice: TorchServe kills the worker that exceeds max_response_size.
         """
         batch, images = self.config["batchSize"], self.settings.max_images
-        image = 1024 + sum(64 + 2 * len(label.encode()) for label in labels)  # bytes
+        image = EXPLANATION_BYTES + sum(64 + 2 * len(label.encode()) for label in labels)
         if (answer := batch * images * image) > (limit := self.server.max_response_size):
             fitting = limit // (images * image)
             remedy = f"use --batch-size {fitting}" if fitting else "lower max_images"

@@ -37,6 +37,9 @@ def of_this_model() -> dict[str, Any]:
     # JSON Schema takes 1.0 for an integer, and the handler does not.
     schemas["JsonTopK"]["anyOf"][0] = {"enum": [*range(1, len(LABELS) + 1)]}
     schemas["JsonTopK"]["anyOf"][1]["pattern"] = f"^[1-{len(LABELS)}]$"
+    schemas["ClassId"]["maximum"] = len(LABELS) - 1
+    schemas["JsonClassId"]["anyOf"][0] = {"enum": [*range(len(LABELS))]}
+    schemas["JsonClassId"]["anyOf"][1]["pattern"] = f"^[0-{len(LABELS) - 1}]$"
     # Nor can it say that data has as many elements as a shape, or that no output comes twice.
     whole = {"enum": [*range(1, len(LABELS) + 1), None]}
     schemas["V2Output"]["oneOf"][1]["properties"]["parameters"]["properties"]["classification"] = (
@@ -53,7 +56,8 @@ def of_this_model() -> dict[str, Any]:
     del schemas["Form"]["properties"]["filename"]  # which goes with one image only
     for name, path in document["paths"].items():
         # In the open protocols, so is the query.
-        farther = ("Header", "/topK") if name.startswith(("/v1", "/v2")) else ("Header",)
+        near = ("/topK", "/explain", "/explainClass")
+        farther = ("Header", *near) if name.startswith(("/v1", "/v2")) else ("Header",)
         for operation in path.values():
             if isinstance(operation, dict) and "parameters" in operation:
                 operation["parameters"] = [
@@ -132,6 +136,12 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "version": ("POST", "/predict?version=1.0", {"data": PLAIN}, 200),
     "own path": ("POST", "/predictions/mobilenet_v2", {"data": PLAIN}, 200),
     "own path with version": ("POST", "/predictions/mobilenet_v2/1.0", {"data": PLAIN}, 200),
+    "explain": ("POST", "/predict?explain=matrix&explain_class=2", {"data": PLAIN}, 200),
+    "explain json": ("POST", "/predict", {"json": {"image": TEXT, "explain": True}}, 200),
+    "explain not": ("POST", "/predict?explain=why", {"data": PLAIN}, 400),
+    "explanations": ("POST", "/explanations/mobilenet_v2", {"data": PLAIN}, 200),
+    "explanations of a version": ("POST", "/explanations/mobilenet_v2/1.0", {"data": PLAIN}, 200),
+    "v1 explain": ("POST", "/v1/models/mobilenet_v2:explain", {"json": {"instances": [TEXT]}}, 200),
     "info": ("GET", "/info", {}, 200),
     "feedback": ("POST", "/feedback", {"json": {"request_id": "a", "class_id": 0}}, 404),
     "method of feedback": ("GET", "/feedback", {}, 405),

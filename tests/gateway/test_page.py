@@ -132,7 +132,7 @@ def visit(browser: Browser, gateway: Served, tmp_path: Path) -> Iterator[Visit]:
     context.close()
     # Chromium also writes down each status over 399, which some tests ask for.
     assert [line for line in visit.complaints if not line.startswith("Failed to load")] == []
-    hosts = {urlsplit(url).netloc for url in visit.asked if not url.startswith("blob:")}
+    hosts = {urlsplit(url).netloc for url in visit.asked if not url.startswith(("blob:", "data:"))}
     assert hosts == {urlsplit(gateway.url).netloc}
 
 
@@ -181,6 +181,21 @@ def test_the_card_says_what_the_api_says(visit: Visit, gateway: Served) -> None:
     expect(visit.page.get_by_role("status")).to_contain_text("rose.jpg: red")
 
 
+def test_why_is_shown_when_asked(visit: Visit) -> None:
+    visit.choose(("rose.jpg", encoded("red")))
+    visit.expect_best("rose.jpg", "red")
+    overlay = visit.card("rose.jpg").get_by_role("img", name="What speaks for red, in yellow")
+    expect(overlay).to_have_count(0)
+    toggle = visit.page.get_by_label("Show why")
+    toggle.check()
+    expect(overlay).to_be_visible()
+    expect(visit.card("rose.jpg")).to_contain_text("Yellow speaks most for red")
+    assert overlay.evaluate("(image) => image.decode().then(() => image.naturalWidth)") == 224
+    toggle.uncheck()
+    expect(overlay).to_have_count(0)
+    visit.expect_best("rose.jpg", "red")
+
+
 def test_several_images_keep_their_order_and_a_few_go_at_once(visit: Visit) -> None:
     labels = [LABELS[index % 3] for index in range(9)]
     names = [f"{index} {label}.jpg" for index, label in enumerate(labels)]
@@ -224,6 +239,8 @@ def test_by_keyboard_alone(visit: Visit) -> None:
     expect(page.get_by_label("Classes per image")).to_be_focused()
     page.keyboard.press("Home")
     expect(visit.card("sea.jpg").locator(".classes li")).to_have_count(1)
+    page.keyboard.press("Tab")
+    expect(page.get_by_label("Show why")).to_be_focused()
     page.keyboard.press("Tab")
     expect(page.get_by_role("button", name="Clear")).to_be_focused()
     page.keyboard.press("Enter")
@@ -363,6 +380,8 @@ def test_nothing_for_axe_to_find(visit: Visit, scheme: Literal["light", "dark"])
         visit.choose((name, body))
     expect(page.locator("#progress")).to_have_text("1 of 2 classified, 1 failed")
     visit.card("leaf.jpg").locator(".code summary").click()
+    page.get_by_label("Show why").check()
+    expect(visit.card("leaf.jpg").locator(".reason")).to_be_visible()
     report = Axe().run(page)
     assert report.violations_count == 0, report.generate_report()
 

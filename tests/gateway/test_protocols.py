@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from tests import ROOT
-from tests.gateway.clients import TIMEOUT, check_error
+from tests.gateway.clients import TIMEOUT
 from tests.gateway.conftest import Served
 from tests.gateway.running import Gateway, in_front_of, running, variables
 from tests.gateway.test_keys import KEYS, key_line
@@ -225,17 +225,14 @@ def test_wrong_methods(
 @pytest.mark.parametrize("method", ["GET", "POST"])
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models/resnet50:explain", f"{MODEL}/explain", f"{MODEL}/versions/1.0/explain"],
+    [f"{MODEL}/explain", f"{MODEL}/versions/1.0/explain"],
 )
-def test_explanations_are_refused_by_name(
+def test_v2_is_told_how_it_is_asked_to_explain(
     served: tuple[Gateway, Management], method: str, path: str
 ) -> None:
     answer = requests.request(method, served[0].url + path, data=b"{}", timeout=TIMEOUT)
-    assert error_of(answer, 501) == "NotImplemented: explanations are not served"
-    for path_ in ("/explanations/resnet50", "/explanations/resnet50/1.0?a=b"):
-        answer = requests.request(method, served[0].url + path_, data=b"{}", timeout=TIMEOUT)
-        check_error(answer, 501, "NotImplemented")
-        assert answer.json()["message"] == "explanations are not served"
+    message = "V2 is asked to explain by the parameter explain of /infer"
+    assert error_of(answer, 501) == f"NotImplemented: {message}"
 
 
 def test_what_needs_a_key(tmp_path: Path) -> None:

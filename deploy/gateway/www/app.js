@@ -127,8 +127,10 @@ async function classify(item, signal) {
     const started = performance.now();
     let result;
     try {
-      const query = $("top-k").value && `?top_k=${$("top-k").value}`; // empty until described
-      result = await call(`predict${query}`, {
+      const query = new URLSearchParams();
+      if ($("top-k").value) query.set("top_k", $("top-k").value); // empty until described
+      if ($("why").checked) query.set("explain", "true");
+      result = await call(`predict?${query}`, {
         method: "POST",
         body: item.file,
         headers: { "Content-Type": item.file.type || "application/octet-stream" },
@@ -171,6 +173,7 @@ function show(item, state, text) {
   item.card.querySelector(".state").textContent = text;
   item.card.querySelector(".classes").replaceChildren();
   item.card.querySelector("dl").replaceChildren();
+  item.card.querySelector(".reason").hidden = true;
   report();
 }
 
@@ -180,8 +183,9 @@ function fail(item, reason, status) {
   say(`${item.file.name}: ${reason}`);
 }
 
-function succeed(item, { predictions, metadata }, elapsed) {
+function succeed(item, { predictions, metadata, explanation }, elapsed) {
   show(item, "done", "");
+  if (explanation) showReason(item, explanation);
   item.card.querySelector(".classes").append(
     ...predictions.map((prediction) => {
       const bar = element("span", "bar");
@@ -207,6 +211,15 @@ function succeed(item, { predictions, metadata }, elapsed) {
   item.card.querySelector("img").alt = `Your image ${item.file.name}: ${best.class}`;
   if (metadata.weights === "untrained") $("untrained").hidden = false;
   say(`${item.file.name}: ${best.class}, ${percent(best.confidence)}`);
+}
+
+/** The places of the image that speak most for the class. */
+function showReason(item, explanation) {
+  const reason = item.card.querySelector(".reason");
+  reason.querySelector("img").src = explanation.image;
+  reason.querySelector("img").alt = `What speaks for ${explanation.class}, in yellow`;
+  reason.querySelector("figcaption").textContent = `Yellow speaks most for ${explanation.class}`;
+  reason.hidden = false;
 }
 
 /** How far it is, for the eyes; `say` tells a screen reader what came of each image. */
@@ -263,6 +276,7 @@ $("top-k").onchange = () => {
   items.forEach(ask);
   rewrite();
 };
+$("why").onchange = () => items.forEach(ask);
 $("clear").onclick = clear;
 $("curl").textContent = `curl '${new URL("predict?top_k=3", location.href)}' -T photo.jpg`;
 

@@ -315,7 +315,12 @@ REFUSED: list[tuple[dict[str, Any], dict[str, str], int, str]] = [
     (v1(ONE, top_k=4), {}, 400, "InvalidTopK: top_k must be a whole number from 1 to 3"),
     (v2(ONE, parameters={"top_k": 0}), {}, 400, "InvalidTopK: top_k must be"),
     (v2(ONE, outputs=outputs("logits")), {}, 400, "MalformedRequest: each of 'outputs' must"),
-    (v1(ONE), {"explain": "True"}, 400, "MalformedRequest: explanations are not offered"),
+    (
+        v1(ONE),
+        {"explain": "True"},
+        400,
+        "MalformedRequest: answers of squeezenet1_1 cannot be explained",
+    ),
     (v1(ONE), LATE, 504, "DeadlineExceeded: the time that the request had is over"),
     (
         {"body": bytearray(json.dumps(v2(ONE)["body"]).encode())},

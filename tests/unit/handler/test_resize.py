@@ -16,7 +16,13 @@ from handler.batch_resize import Turned, can_resize, resize_and_crop_batch
 from handler.images import read_picture
 from handler.model_card import InputTransform
 from handler.networks import input_transform
-from handler.resize import center_crop, crop_long_strip, target_size
+from handler.resize import (
+    center_crop,
+    crop_long_strip,
+    region_of,
+    resize_and_crop,
+    target_size,
+)
 from handler.settings import Settings
 from tests.drawing import encode, noise
 from tests.unit.handler.pictures import TRANSFORM
@@ -162,3 +168,17 @@ def test_only_recipes_that_resize_as_pillow_does_are_resized_together() -> None:
     assert can_resize(TRANSFORM)
     assert not can_resize(replace(TRANSFORM, antialias=False))
     assert not can_resize(replace(TRANSFORM, interpolation="nearest"))
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 401), (90, 60), (1000, 20), (256, 256)])
+def test_the_region_is_where_the_crop_was(size: tuple[int, int]) -> None:
+    """Found again by an image whose red is the column and whose green is the row."""
+    width, height = size
+    columns, rows = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    pixels = np.stack([columns, rows, 0 * rows], axis=-1).round().astype(np.uint8)
+    transform = replace(TRANSFORM, resize_size=256, crop_size=224)
+    crop = resize_and_crop(pixels, transform).float()
+    left, top, right, bottom = region_of(size, transform)
+    shown = crop[0].min(), crop[1].min(), crop[0].max(), crop[1].max()
+    for edge, level, side in zip((left, top, right, bottom), shown, (*size, *size), strict=True):
+        assert edge == pytest.approx(level.item() / 255 * (side - 1) + 0.5, abs=0.02 * side + 1)

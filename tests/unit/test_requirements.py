@@ -39,7 +39,20 @@ def imported(folder: Path) -> set[str]:
     ("folder", "files"),
     [
         ("handler", ["", "-gpu", "-cache"]),
-        ("service", ["", "-int8", "-benchmark", "-signing", "-grpc", "-registry", "-bulk", "-dev"]),
+        (
+            "service",
+            [
+                "",
+                "-int8",
+                "-benchmark",
+                "-signing",
+                "-grpc",
+                "-registry",
+                "-bulk",
+                "-evaluate",
+                "-dev",
+            ],
+        ),
     ],
 )
 def test_every_import_is_pinned_by_name(folder: str, files: list[str]) -> None:

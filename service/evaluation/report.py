@@ -56,7 +56,7 @@ def percent(share: Share) -> str:
 def headline(figures: Figures) -> list[tuple[str, str]]:
     """What is measured, and its value in words."""
     rows = [
-        ("images", f"{figures.images} of {figures.classes} classes"),
+        ("images", f"{figures.images}, of {figures.classes} classes"),
         ("top-1", f"{figures.top1.hits} of {figures.top1.of}: {percent(figures.top1)}"),
         ("top-5", f"{figures.top5.hits} of {figures.top5.of}: {percent(figures.top5)}"),
     ]

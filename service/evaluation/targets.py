@@ -1,5 +1,6 @@
 """What is evaluated: a running service, or an archive whose worker runs in this process."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ def open_target(where: str, model: str, asking: Asking) -> Iterator[Target]:
     if urlsplit(where).scheme in ("http", "https"):
         yield Service(predictions_url(where, model), asking)
     elif where.endswith(".mar"):
+        logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of what it does without
         from service.evaluation.archive import Archive  # imports torch
 
         with TemporaryFolder(".evaluate-") as folder:

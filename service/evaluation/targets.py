@@ -1,6 +1,7 @@
 """What is evaluated: a running service, or an archive whose worker runs in this process."""
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,9 +101,14 @@ class Service:
         client = self._client(min(BEST, len(self.labels)))
         pace = Pace(self._asking.concurrency, self._asking.patience)
         try:
-            yield from classify(images, client.ask, pace, Event(), tqdm.write)
+            yield from classify(images, client.ask, pace, Event(), _notice)
         except Lost as exc:
             raise SetupError(f"{self.name}: {exc}") from exc
+
+
+def _notice(text: str) -> None:
+    """Above the progress bar."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def labels_of(name: str, answer: Answer) -> tuple[str, ...]:

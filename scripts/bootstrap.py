@@ -14,6 +14,7 @@ REQUIREMENTS = {  # of the commands that need more than requirements.txt
     "benchmark": "requirements-benchmark.txt",
     "generate": "requirements-dev.txt",  # every command's options, and the .proto's compiler
     "rehearse": "requirements-benchmark.txt",
+    "evaluate": "requirements-evaluate.txt",
     "tune": "requirements-benchmark.txt",
 }
 

@@ -13,7 +13,17 @@ import service.rollout.options
 import service.scaling.options
 import service.tuning.options
 from handler.errors import SetupError
-from scripts import conformance, gateway, healthcheck, manifests, predict, rehearse, replay, sbom
+from scripts import (
+    conformance,
+    evaluate,
+    gateway,
+    healthcheck,
+    manifests,
+    predict,
+    rehearse,
+    replay,
+    sbom,
+)
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
@@ -31,6 +41,7 @@ PARSERS = {
     "serve": serve_parser,
     "package": package_parser,
     "predict": predict.make_parser,
+    "evaluate": evaluate.make_parser,
     "scale": service.scaling.options.make_parser,
     "tune": service.tuning.options.make_parser,
     "rollout": service.rollout.options.make_parser,

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path, PurePath
@@ -32,11 +33,16 @@ class Client:
     """Asks one URL, from several threads if need be."""
 
     def __init__(
-        self, url: str, top_k: int | None = None, key: str | None = None, connections: int = 1
+        self,
+        url: str,
+        top_k: int | None = None,
+        key: str | None = None,
+        connections: int = 1,
+        options: Mapping[str, str] = {},
     ) -> None:
-        """`key`: what the gateway knows the client by."""
+        """`key`: what the gateway knows the client by; `options`: of each request, by name."""
         self.url = url
-        self._options = {} if top_k is None else {"top_k": str(top_k)}
+        self._options = {**options} if top_k is None else {**options, "top_k": str(top_k)}
         self._session = requests.Session()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, HTTPAdapter(pool_maxsize=connections))

@@ -5,6 +5,7 @@ from base64 import b64encode
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from service.bulk.results import Key, Record
 from service.bulk.sources import Image, is_archive, read
@@ -27,24 +28,30 @@ def write_report(
     At most MOST_IMAGES and MOST_FAILED of them. The images are read again for their thumbnails.
     Raises OSError.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a report needs it
-
     failed: list[Record] = []
     shown = heapq.nsmallest(MOST_IMAGES, _classified(records, failed), key=_confidence)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE.parent),
-        undefined=StrictUndefined,
-        autoescape=True,  # names and labels may be anybody's
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(TEMPLATE.name).render(
+    text = render(
+        TEMPLATE,
         shown=shown,
         failed=failed,
         summary=summary,
         thumbnails=_thumbnails({_key(record) for record in shown}, paths),
     )
     path.write_text(text, "utf-8", errors="backslashreplace")
+
+
+def render(template: Path, **content: Any) -> str:
+    """The text of a page; what is put into it is escaped, since names may be anybody's."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only a report needs it
+
+    environment = Environment(
+        loader=FileSystemLoader(template.parent),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template.name).render(content)
 
 
 def _classified(records: Iterable[Record], failed: list[Record]) -> Iterable[Record]:

@@ -129,7 +129,7 @@ def read(paths: Iterable[Path]) -> Iterator[Image]:
     """The images one after the other, those in archives too. What cannot be read is a problem."""
     for path in paths:
         if not is_archive(path):
-            yield _read_file(path)
+            yield read_file(path)
             continue
         members = _read_tar if path.name.lower().endswith(TARS) else _read_zip
         try:
@@ -140,7 +140,8 @@ def read(paths: Iterable[Path]) -> Iterator[Image]:
             yield Image(str(path), problem=("UnreadableArchive", problem))
 
 
-def _read_file(path: Path) -> Image:
+def read_file(path: Path) -> Image:
+    """One image, whatever its name is. What cannot be read is a problem."""
     try:
         with path.open("rb") as file:
             return _image(str(path), file)

@@ -1,0 +1,39 @@
+"""One or two targets on the same labelled images."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from handler.errors import SetupError
+from service.evaluation.examples import Example, read_examples, resolve
+from service.evaluation.figures import compare, measure
+from service.evaluation.report import Report
+from service.evaluation.run import Run, classify_all
+from service.evaluation.targets import Asking, open_target
+
+
+def evaluate(
+    images: Path, targets: Sequence[str], model: str, asking: Asking, *, without_failed: bool
+) -> tuple[Report, list[Run]]:
+    """Figures of one target or two, one after the other, and what became of each image.
+
+    `without_failed` leaves failed images out, which count as wrong otherwise. Raises SetupError;
+    OSError.
+    """
+    examples = read_examples(images)
+    runs: list[Run] = []
+    for where in targets:
+        with open_target(where, model, asking) as target:
+            if runs:
+                _check_same_classes(examples, runs[0].labels, target.labels)
+            runs.append(classify_all(target, resolve(examples, target.labels)))
+    figures = [measure(run, without_failed=without_failed) for run in runs]
+    if len(runs) == 1:
+        return Report(figures[0]), runs
+    compared = compare(runs[0], runs[1], without_failed=without_failed)
+    return Report(figures[0], figures[1], compared), runs
+
+
+def _check_same_classes(examples: Sequence[Example], a: Sequence[str], b: Sequence[str]) -> None:
+    """Raise SetupError if indices would mean one class for A and another for B."""
+    if a != b and any(isinstance(example.label, int) for example in examples):
+        raise SetupError("A and B have other classes: label the images by name, not by class_id")

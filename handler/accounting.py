@@ -16,6 +16,7 @@ import psutil
 from handler import metrics
 from handler.batch import Row
 from handler.cache import Result
+from handler.certificate import Certificate
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.logs import Line, log_line, log_lines
@@ -30,7 +31,9 @@ def milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
+def describe_worker(
+    counts: Metrics, card: ModelCard, engine: Engine, certificate: Certificate | None
+) -> None:
     """Set the gauges that stay as they are until the worker ends."""
     counts.set(metrics.STARTUP, time() - psutil.Process().create_time())
     counts.set(
@@ -43,6 +46,12 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
         engine.precision,
         engine.device.partition(":")[0],  # the workers' GPUs may differ
     )
+    if certificate:
+        if certificate.logits_error is not None:
+            counts.set(metrics.CERTIFICATE_ERROR, certificate.logits_error)
+        counts.set(metrics.CERTIFICATE_AGREEMENT, certificate.class_agreement)
+        counts.set(metrics.CERTIFICATE_DECODE, certificate.decode_difference)
+        counts.set(metrics.CERTIFICATE_SECONDS, certificate.seconds)
     libraries = [version(name) for name in ("torchserve", "torch", "openvino")]
     python = platform.python_version()
     counts.set(metrics.BUILD_INFO, 1, card.inputs_sha256[:12], *libraries, python)

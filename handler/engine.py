@@ -2,11 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from handler.golden import Sameness
 
 
 class Engine(ABC):
@@ -15,8 +19,8 @@ class Engine(ABC):
     Normalisation and softmax are the engine's business.
     """
 
-    golden_error: float | None = None  # see handler/golden.py; None: not checked
-    refused: Mapping[str, float] = {}  # the same of engines that `auto` has not taken for it
+    sameness: "Sameness | None" = None  # with the reference (handler/golden.py); None: not checked
+    refused: Mapping[str, "Sameness"] = {}  # the same of engines that `auto` has not taken for it
 
     def __init__(self, library: str, precision: str, device: str, max_forward: int) -> None:
         self.name = f"{library}-{precision}"

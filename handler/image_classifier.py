@@ -21,11 +21,12 @@ from handler.answers import best_class_ids, best_classes, encode, failure, succe
 from handler.base import BaseHandler
 from handler.batch import Batch, Row, check_deadline
 from handler.cache import ResultCache
+from handler.certificate import certify
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.failures import GPU_FAILED, Failures
-from handler.golden import MAX_ERROR
+from handler.golden import limit_of
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline, wants_best_classes
 from handler.logs import log_line, quiet_torchserve, set_level
@@ -71,7 +72,7 @@ class ImageClassifier(BaseHandler):
         # through all of torch and find nothing.
         gc.collect()
         gc.freeze()
-        describe_worker(self.metrics, self.card, self.engine)
+        describe_worker(self.metrics, self.card, self.engine, self.certificate)
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
         self.accounts.start()  # after the metrics, because at the exit the last comes first
@@ -88,6 +89,7 @@ class ImageClassifier(BaseHandler):
             engine=self.engine.name,
             device=self.engine.device,
             threads=self.threads,
+            certificate_ms=self.certificate and milliseconds(self.certificate.seconds),
             startup_ms=milliseconds(perf_counter() - started),
         )
 
@@ -119,11 +121,14 @@ class ImageClassifier(BaseHandler):
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self._warn_of_errors()
         self.threads = share_of_cores(self.settings, workers)
-        self.decoder, reason = choose_decoder(
+        decoder, reason = choose_decoder(
             self.card.transform, self.settings, self.engine.device, self.threads
         )
         if reason:
-            log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
+            log_line(logging.WARNING, "decoder_chosen", decoder=decoder.name, **reason)
+        self.certificate, self.decoder, self.settings = certify(
+            self.card, model_dir, self.settings, self.engine, decoder, self.threads
+        )
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None
         self.shared = None
@@ -142,20 +147,21 @@ class ImageClassifier(BaseHandler):
         self.pulse = Pulse(model_dir, step_seconds)
 
     def _warn_of_errors(self) -> None:
-        """Say which engines do not give the network's own answers, used or not."""
+        """Say which engines do not give the reference's answers, used or not."""
         errors = dict(self.engine.refused)
-        if self.engine.golden_error is not None and not self.engine.golden_error <= MAX_ERROR:
-            errors[self.engine.name] = self.engine.golden_error
+        found = self.engine.sameness
+        if found and not found.fits(limit_of(self.engine.precision)):
+            errors[self.engine.name] = found
         if errors:
             log_line(
                 logging.WARNING,
                 "engine_chosen",
                 engine=self.engine.name,
                 golden_errors={
-                    name: round(error, 4) if isfinite(error) else None
-                    for name, error in errors.items()
+                    name: round(one.error, 4) if isfinite(one.error) else None
+                    for name, one in errors.items()
                 },
-                limit=MAX_ERROR,
+                agreement={name: round(one.agreement, 4) for name, one in errors.items()},
             )
 
     def _hand_over(self) -> None:
@@ -324,7 +330,7 @@ class ImageClassifier(BaseHandler):
             "weights": asdict(card.weights),
             "engine": self.engine.name,
             "precision": self.engine.precision,
-            "golden_error": self.engine.golden_error,
+            "certificate": self.certificate and asdict(self.certificate),
             "int8": card.int8,
             "decoder": self.decoder.name,
             "gpu_samplings": self.decoder.samplings,

@@ -18,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
+from torchvision.transforms._presets import ImageClassification
 
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.golden import GOLDEN_FILE
+from handler.golden import Golden
 from handler.model_card import (
     INT8_FILE,
     OPENVINO_FILE,
@@ -109,9 +110,10 @@ def package(plan: PackagePlan) -> Path:
         return plan.archive
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
+    golden = make_golden(model.network, reference_preset(recipe, model), labels)
     converted, int8_report = convert(plan, model, calibration)
     card = make_card(plan, recipe, labels, source, model, int8_report, inputs)
-    write_archive(plan, card, model, converted)
+    write_archive(plan, card, model, converted, golden)
     return plan.archive
 
 
@@ -191,6 +193,13 @@ def build_model(
     return Model(network, fit.state, input_transform(recipe, transform_input=again))
 
 
+def reference_preset(recipe: WeightsEnum, model: Model) -> ImageClassification:
+    """The recipe's own transforms, with the normalisation that the weights need."""
+    transform = model.transform
+    preset: ImageClassification = recipe.transforms(mean=transform.mean, std=transform.std)
+    return preset
+
+
 def convert(
     plan: PackagePlan, model: Model, calibration: CalibrationSet | None
 ) -> tuple[dict[str, openvino.Model], dict[str, Any] | None]:
@@ -242,12 +251,13 @@ def write_archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    golden: Golden,
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
     archive, old = plan.archive, plan.card
     try:
         with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
-            made = _archive(folder, plan, card, model, converted)
+            made = _archive(folder, plan, card, model, converted, golden)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)
@@ -265,6 +275,7 @@ def _archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    golden: Golden,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
 
@@ -277,8 +288,7 @@ def _archive(
     for path in HANDLER.glob("*.py"):
         shutil.copy(path, package_dir)
     save_file(model.state, folder / WEIGHTS_FILE)
-    golden = make_golden(model.network, model.transform)
-    save_file(golden.tensors(), stage / GOLDEN_FILE)
+    golden.write(stage)
     for name, openvino_model in converted.items():
         openvino.save_model(openvino_model, stage / name, compress_to_fp16=False)
     (folder / CONFIG_FILE).write_text(dump_config(plan.config), "utf-8")

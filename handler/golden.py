@@ -106,6 +106,13 @@ class Golden:
                     f"reference; {AGAIN}"
                 )
 
+    def only(self, names: Sequence[str]) -> "Golden":
+        """Some of the images."""
+        places = [[*self.files].index(name) for name in names]
+        files = {name: self.files[name] for name in names}
+        labels = tuple(self.labels[place] for place in places)
+        return Golden(files, self.pixels[places], self.logits[places], labels)
+
     def compare(self, engine: Engine, pixels: Tensor | None = None) -> Sameness:
         """An engine with the reference, on its pixels, or on others of the same images."""
         started = perf_counter()

@@ -105,6 +105,8 @@ class PackagePlan(ModelPlan):
     recipe: str | None  # torchvision's entry; None: the model's DEFAULT
     labels: Path | None  # None: the recipe's
     calibration: Path | None
+    golden: Path | None  # images of the trainer's
+    golden_logits: Path | None  # and the trainer's logits for them
     minimum_agreement: float
     sign: Path | None  # the private key
     notes: tuple[str, ...]  # for the operator: what is not as the file of --tuned says
@@ -196,6 +198,8 @@ def plan_package(
         recipe=options.recipe,
         labels=Path(options.labels) if options.labels else None,
         calibration=Path(options.calibration) if options.calibration else None,
+        golden=Path(options.golden) if options.golden else None,
+        golden_logits=Path(options.golden_logits) if options.golden_logits else None,
         minimum_agreement=options.minimum_agreement,
         sign=Path(options.sign) if options.sign else None,
         notes=tuple(notes),

@@ -96,6 +96,8 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
             "choices": [plan.weights_prefix, plan.transform_input],
             "labels": [plan.labels.suffix, file_sha256(plan.labels)] if plan.labels else None,
             "int8": _calibration_facts(plan),
+            "golden": _contents(plan.golden) if plan.golden else None,
+            "golden_logits": file_sha256(plan.golden_logits) if plan.golden_logits else None,
             "config": plan.holds_openvino,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
@@ -138,10 +140,12 @@ def _calibration_facts(plan: PackagePlan) -> list[Any] | None:
     """What decides an int8 model, besides the model itself. Raises OSError."""
     if not plan.calibration:
         return None
+    return [plan.minimum_agreement, version("nncf"), *_contents(plan.calibration)]
+
+
+def _contents(folder: Path) -> list[list[str]]:
+    """Name and sha256 of each file of a folder. Raises OSError."""
     files = sorted(
-        path
-        for path in plan.calibration.iterdir()
-        if path.is_file() and not path.name.startswith(".")
+        path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )
-    contents = [[path.name, file_sha256(path)] for path in files]
-    return [plan.minimum_agreement, version("nncf"), *contents]
+    return [[path.name, file_sha256(path)] for path in files]

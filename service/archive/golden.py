@@ -5,9 +5,8 @@ a CPU. It shares no code with the worker, which is held against it (handler/cert
 """
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from io import BytesIO
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
@@ -19,10 +18,7 @@ from handler.diagnosis import plain_image
 from handler.errors import InvalidModel
 from handler.golden import Golden
 
-LABELS_FILE = "labels.csv"
-MAX_IMAGES = 32  # of --golden; each is another forward pass of every start
-MAX_BYTES = 2**20  # of each
-MAX_PIXELS = 2**22  # of each
+MAX_PIXELS = 2**22  # of an image of --golden
 
 # Name: width and height in units of the resize size, and how it is encoded. Each sampling that a
 # GPU may decode; landscape, portrait and enlarged; one that the setting `decode: fast` scales down.
@@ -82,27 +78,6 @@ def _encode(image: Image.Image, name: str, options: Mapping[str, object]) -> byt
     return file.getvalue()
 
 
-def read_golden(folder: Path) -> dict[str, bytes]:
-    """The encoded images of --golden by name. Raises InvalidModel."""
-    try:
-        paths = sorted(
-            path
-            for path in folder.iterdir()
-            if path.name != LABELS_FILE and not path.name.startswith(".")
-        )
-        if not 0 < len(paths) <= MAX_IMAGES:
-            raise InvalidModel(
-                f"--golden {folder}: there must be 1 to {MAX_IMAGES} images, and there are "
-                f"{len(paths)}"
-            )
-        for path in paths:
-            if path.stat().st_size > MAX_BYTES:
-                raise InvalidModel(f"--golden {path}: a golden image has at most {MAX_BYTES} bytes")
-        return {path.name: path.read_bytes() for path in paths}
-    except OSError as exc:
-        raise InvalidModel(f"--golden {folder} cannot be read: {exc.strerror}") from exc
-
-
 def make_golden(
     network: nn.Module,
     preset: ImageClassification,
@@ -148,8 +123,8 @@ def reference_pixels(image: Image.Image, preset: ImageClassification) -> Tensor:
 
 @torch.inference_mode()
 def reference_logits(
-    network: nn.Module, preset: ImageClassification, images: Iterable[Image.Image]
+    network: nn.Module, prepare: Callable[[Image.Image], Tensor], images: Iterable[Image.Image]
 ) -> Tensor:
     """RGB images -> float32 [N, C]; one by one, because they need the memory of a pass each."""
     network.eval()
-    return torch.cat([network(preset(image)[None]).float() for image in images])
+    return torch.cat([network(prepare(image)[None]).float() for image in images])

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import WeightsEnum
-from torchvision.transforms._presets import ImageClassification
 
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
@@ -41,6 +40,7 @@ from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.signing import read_private_key
+from service.archive.trainer import check_trainer, read_images
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -110,7 +110,7 @@ def package(plan: PackagePlan) -> Path:
         return plan.archive
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
-    golden = make_golden(model.network, reference_preset(recipe, model), labels)
+    golden = make_reference(plan, recipe, model, labels)
     converted, int8_report = convert(plan, model, calibration)
     card = make_card(plan, recipe, labels, source, model, int8_report, inputs)
     write_archive(plan, card, model, converted, golden)
@@ -193,11 +193,20 @@ def build_model(
     return Model(network, fit.state, input_transform(recipe, transform_input=again))
 
 
-def reference_preset(recipe: WeightsEnum, model: Model) -> ImageClassification:
-    """The recipe's own transforms, with the normalisation that the weights need."""
+def make_reference(
+    plan: PackagePlan, recipe: WeightsEnum, model: Model, labels: Sequence[str]
+) -> Golden:
+    """The golden images with what the recipe's own transforms and the network make of them.
+
+    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave.
+    """
     transform = model.transform
-    preset: ImageClassification = recipe.transforms(mean=transform.mean, std=transform.std)
-    return preset
+    preset = recipe.transforms(mean=transform.mean, std=transform.std)
+    files = read_images(plan.golden) if plan.golden else {}
+    golden = make_golden(model.network, preset, labels, files)
+    if plan.golden:
+        check_trainer(plan.golden, plan.golden_logits, golden, labels, model.network, preset)
+    return golden
 
 
 def convert(

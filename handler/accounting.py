@@ -16,6 +16,7 @@ import psutil
 from handler import metrics
 from handler.batch import Row
 from handler.cache import Result
+from handler.certificate import Certificate
 from handler.decoders import Decoder
 from handler.drift import Reference
 from handler.engine import Engine
@@ -36,7 +37,9 @@ def milliseconds(seconds: float) -> float:
     return round(seconds * 1000, 3)
 
 
-def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
+def describe_worker(
+    counts: Metrics, card: ModelCard, engine: Engine, certificate: Certificate | None
+) -> None:
     """Set the gauges that stay as they are until the worker ends."""
     counts.set(metrics.STARTUP, time() - psutil.Process().create_time())
     counts.set(
@@ -49,6 +52,12 @@ def describe_worker(counts: Metrics, card: ModelCard, engine: Engine) -> None:
         engine.precision,
         engine.device.partition(":")[0],  # the workers' GPUs may differ
     )
+    if certificate:
+        if certificate.logits_error is not None:
+            counts.set(metrics.CERTIFICATE_ERROR, certificate.logits_error)
+        counts.set(metrics.CERTIFICATE_AGREEMENT, certificate.class_agreement)
+        counts.set(metrics.CERTIFICATE_DECODE, certificate.decode_difference)
+        counts.set(metrics.CERTIFICATE_SECONDS, certificate.seconds)
     libraries = [version(name) for name in ("torchserve", "torch", "openvino")]
     python = platform.python_version()
     archive = card.inputs_sha256[:ARCHIVE_DIGITS]

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor
 
 from handler.inspection import Inspection, NotInspectable
 
+if TYPE_CHECKING:
+    from handler.golden import Sameness
+
 
 class Engine(ABC):
     """A model ready to run: images as uint8 pixels in, probabilities out.
@@ -18,8 +22,8 @@ class Engine(ABC):
     Normalisation and softmax are the engine's business.
     """
 
-    golden_error: float | None = None  # see handler/golden.py; None: not checked
-    refused: Mapping[str, float] = {}  # the same of engines that `auto` has not taken for it
+    sameness: "Sameness | None" = None  # with the reference (handler/golden.py); None: not checked
+    refused: Mapping[str, "Sameness"] = {}  # the same of engines that `auto` has not taken for it
 
     def __init__(self, library: str, precision: str, device: str, max_forward: int) -> None:
         self.name = f"{library}-{precision}"

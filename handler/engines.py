@@ -8,7 +8,7 @@ from torch import nn
 
 from handler.engine import Engine
 from handler.errors import InvalidModel
-from handler.golden import MAX_ERROR, Golden
+from handler.golden import Golden, Sameness, limit_of
 from handler.machine import available_cores
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.openvino_engine import OpenVino, has_bf16
@@ -42,10 +42,10 @@ def load_engine(
 ) -> Engine:
     """The engine that the settings ask for, with the archive's weights.
 
-    `auto` takes the first precision in which it gives the network's own answers to the golden
-    images. `gpu_id` is the GPU that TorchServe gave this worker, and `workers` the number of
-    processes that share the cores. Raises InvalidSettings; InvalidModel, also if the engine gives
-    other answers in fp32; RuntimeError if the archive's tensors do not fit its architecture
+    `auto` takes the first precision in which it gives the reference's answers to the golden images.
+    `gpu_id` is the GPU that TorchServe gave this worker, and `workers` the number of processes that
+    share the cores. Raises InvalidSettings; InvalidModel, with the stage at fault if the engine
+    gives other answers in fp32; RuntimeError if the archive's tensors do not fit its architecture
     (packaging checked that).
     """
     converted = (model_dir / OPENVINO_FILE).exists()
@@ -57,22 +57,26 @@ def load_engine(
     # on an H100 were a tenth faster, and took 2.2 cores less.
     torch.set_num_threads(threads if chosen.device == "cpu" else 1)
     golden = Golden.read(model_dir)
-    refused: dict[str, float] = {}
+    if golden:
+        golden.check_labels(card.labels)
+    refused: dict[str, Sameness] = {}
     for precision in chosen.precisions:
         engine = _load(card, model_dir, chosen, precision, settings.max_forward, threads)
         engine.refused = refused
         if golden is None:
             return engine
-        engine.golden_error = golden.error(engine)
+        engine.sameness = found = golden.compare(engine)
         last = precision == chosen.precisions[-1]
-        if engine.golden_error <= MAX_ERROR or (last and precision != "fp32"):
+        if found.fits(limit_of(precision)) or (last and precision != "fp32"):
             return engine
-        refused = refused | {engine.name: engine.golden_error}
+        refused = refused | {engine.name: found}
+        if last:
+            from handler.diagnosis import engine_fault
+
+            fault = engine_fault(golden, card, engine, lambda: _load_network(card, model_dir))
+            fault = f"{fault} ({engine.name}: {found.describe()})"
         del engine  # its memory is the next one's
-    raise InvalidModel(
-        f"the engine gives other answers than the network that was packaged: {refused}, "
-        f"{MAX_ERROR} are allowed"
-    )
+    raise InvalidModel(fault)
 
 
 def _load(

@@ -1,64 +1,155 @@
-"""Golden images: what each worker holds its engine against before it is READY.
+"""Golden images: what each worker holds itself against before it is READY.
 
-Packaging draws a few images and computes the network's answers to them with plain torch, in fp32,
-on a CPU. Whatever else computes the model later, on whatever machine, has to give those answers:
-a precision too coarse for this network is then found before a client finds it.
+Packaging keeps a few encoded images with what the reference makes of them: their pixels by plain
+Pillow and torchvision, and their logits by plain torch, in fp32, on a CPU. Whatever else decodes
+and computes them later, on whatever machine, has to give the same (handler/certificate.py).
 """
 
+import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from handler.engine import Engine
+from handler.errors import InvalidModel
 
 GOLDEN_FILE = "golden.safetensors"
+FILE = "file:"  # before the name of an encoded image, among the tensors
+AGAIN = "package the archive again"
 TINY = 1e-30  # a smaller probability says nothing more, and 0 has no logarithm
 LEAST = 1e-3  # logits of a smaller root mean square say nothing either: all classes are alike
 
-# The error over which `auto` takes a finer precision. With MobileNetV2's weights for ImageNet the
-# golden images give 0.012 in fp16, 0.050 in int8 and 0.086 in bf16, and of 200 real images 98.0,
-# 98.5 and 96.5 % keep their top-1 class (docs/engines.md).
-MAX_ERROR = 0.1
+# The largest error of the logits. fp32 differs by the order of its sums alone; the others are what
+# `auto` may take instead. What such errors mean for real images is in docs/trust.md.
+MAX_FP32_ERROR = 0.01
+MAX_ERROR = 0.15
+# A top-1 class may be another one only if the reference's logit of it is at most so much under its
+# best, in units of the logits' root mean square: then the two were nearly as likely.
+MAX_LOSS = 0.5
+
+
+class Sameness(NamedTuple):
+    """How far answers are from the reference's."""
+
+    error: float  # of the logits, as a share of what they say; NaN if there is one among them
+    agreement: float  # share of the images with the reference's top-1 class
+    loss: float  # of the reference's logits by other top-1 classes, the largest; see MAX_LOSS
+    seconds: float = 0.0  # that it took to give and compare them
+
+    def fits(self, limit: float) -> bool:
+        """Whether the error is at most this, and no certain class is another. NaN never fits."""
+        return self.error <= limit and self.loss <= MAX_LOSS
+
+    def describe(self) -> str:
+        return (
+            f"the logits' error is {self.error:.3g}, and {self.agreement:.0%} of the top-1 classes "
+            "are the reference's"
+        )
 
 
 @dataclass(frozen=True)
 class Golden:
-    """Images with the answers that the network itself gives."""
+    """Images with what the reference makes of them."""
 
-    images: Tensor  # uint8 RGB [N, 3, H, W], as the model takes them
-    probabilities: Tensor  # float32 [N, C]
+    files: dict[str, bytes]  # encoded images by name; N of them
+    pixels: Tensor  # uint8 RGB [N, 3, H, W]: decoded, resized and cropped
+    logits: Tensor  # float32 [N, C]
+    labels: tuple[str, ...]  # of the top-1 classes; N of them
 
     @classmethod
     def read(cls, model_dir: Path) -> "Golden | None":
         """Those of an unpacked archive; None if it was made before archives had them."""
         path = model_dir / GOLDEN_FILE
-        return cls(**load_file(path)) if path.exists() else None
+        if not path.exists():
+            return None
+        with safe_open(path, "pt") as file:
+            facts = file.metadata() or {}
+            if "labels" not in facts:  # pixels and probabilities alone: as they were at first
+                return None
+            names = json.loads(facts["names"])
+            return cls(
+                {name: file.get_tensor(FILE + name).numpy().tobytes() for name in names},
+                file.get_tensor("pixels"),
+                file.get_tensor("logits"),
+                tuple(json.loads(facts["labels"])),
+            )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What GOLDEN_FILE holds."""
-        return {"images": self.images, "probabilities": self.probabilities}
+    def write(self, folder: Path) -> None:
+        """Make GOLDEN_FILE in a folder."""
+        encoded = {
+            FILE + name: torch.from_numpy(np.frombuffer(data, np.uint8).copy())
+            for name, data in self.files.items()
+        }
+        facts = {"names": json.dumps([*self.files]), "labels": json.dumps(self.labels)}
+        tensors = {"pixels": self.pixels.contiguous(), "logits": self.logits.contiguous()}
+        save_file(encoded | tensors, folder / GOLDEN_FILE, facts)
 
-    def error(self, engine: Engine) -> float:
-        """How far an engine's answers are from the network's, as a share of what they say.
+    def check_labels(self, labels: Sequence[str]) -> None:
+        """Raise InvalidModel if the reference's top-1 classes have other names among these."""
+        if (classes := self.logits.shape[1]) != len(labels):
+            raise InvalidModel(
+                f"labels: the reference has {classes} classes, the archive {len(labels)}; {AGAIN}"
+            )
+        for best, expected in zip(self.logits.argmax(dim=1).tolist(), self.labels, strict=True):
+            if labels[best] != expected:
+                raise InvalidModel(
+                    f"labels: class {best} is {labels[best]!r} here and {expected!r} in the "
+                    f"reference; {AGAIN}"
+                )
 
-        It is the root mean square of the logits' differences over that of the logits, each with
-        the mean over the classes taken off. Unlike the share of equal top-1 classes it says
-        something with few images, and about images of no class. NaN if the engine gives one.
+    def only(self, names: Sequence[str]) -> "Golden":
+        """Some of the images."""
+        places = [[*self.files].index(name) for name in names]
+        files = {name: self.files[name] for name in names}
+        labels = tuple(self.labels[place] for place in places)
+        return Golden(files, self.pixels[places], self.logits[places], labels)
+
+    def compare(self, engine: Engine, pixels: Tensor | None = None) -> Sameness:
+        """An engine with the reference, on its pixels, or on others of the same images."""
+        started = perf_counter()
+        parts = torch.split(self.pixels if pixels is None else pixels, engine.max_forward)
+        answers = torch.cat([torch.from_numpy(engine.launch(list(x))()) for x in parts])
+        return self.judge(answers)._replace(seconds=perf_counter() - started)
+
+    def judge(self, probabilities: Tensor) -> Sameness:
+        """Probabilities float32 [N, C] with those of the reference.
+
+        The error is the root mean square of the logits' differences over that of the logits, each
+        with the mean over the classes taken off. Unlike the share of equal top-1 classes it says
+        something with few images, and about images of no class.
         """
-        parts = torch.split(self.images, engine.max_forward)
-        actual = logits(torch.cat([torch.from_numpy(engine.launch(list(x))()) for x in parts]))
-        expected = logits(self.probabilities)
-        return root_mean_square(actual - expected) / max(root_mean_square(expected), LEAST)
+        if probabilities.shape != self.logits.shape:
+            return Sameness(math.inf, 0, math.inf)
+        actual, expected = centred(probabilities), centred(self.logits.softmax(dim=1))
+        unit = max(root_mean_square(expected), LEAST)
+        best = probabilities.argmax(dim=1, keepdim=True)
+        losses = expected.amax(dim=1) - expected.gather(1, best)[:, 0]
+        return Sameness(
+            root_mean_square(actual - expected) / unit,
+            (losses == 0).double().mean().item(),
+            losses.max().item() / unit,
+        )
+
+
+def limit_of(precision: str) -> float:
+    """The largest error of an engine."""
+    return MAX_FP32_ERROR if precision == "fp32" else MAX_ERROR
 
 
 def root_mean_square(values: Tensor) -> float:
     return values.square().mean().sqrt().item()
 
 
-def logits(probabilities: Tensor) -> Tensor:
+def centred(probabilities: Tensor) -> Tensor:
     """[N, C] -> the logits that softmax had, less their mean over the classes."""
     logarithms = probabilities.clamp_min(TINY).log()
     return logarithms - logarithms.mean(dim=1, keepdim=True)

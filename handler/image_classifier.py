@@ -21,13 +21,14 @@ from handler.answers import Answer, best_class_ids, best_classes, encode, failur
 from handler.base import BaseHandler
 from handler.batch import Batch, BatchImage, Row, check_deadline
 from handler.cache import Result, ResultCache
+from handler.certificate import certify
 from handler.confidence import Confidence, check_asked
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
 from handler.explanations import Explain, explain
 from handler.failures import GPU_FAILED, Failures
-from handler.golden import MAX_ERROR
+from handler.golden import limit_of
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline, wants_best_classes
 from handler.logs import log_line, quiet_torchserve, set_level
@@ -74,7 +75,7 @@ class ImageClassifier(BaseHandler):
         # through all of torch and find nothing.
         gc.collect()
         gc.freeze()
-        describe_worker(self.metrics, self.card, self.engine)
+        describe_worker(self.metrics, self.card, self.engine, self.certificate)
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
         self.accounts.start()  # after the metrics, because at the exit the last comes first
@@ -91,6 +92,7 @@ class ImageClassifier(BaseHandler):
             engine=self.engine.name,
             device=self.engine.device,
             threads=self.threads,
+            certificate_ms=self.certificate and milliseconds(self.certificate.seconds),
             startup_ms=milliseconds(perf_counter() - started),
         )
 
@@ -122,11 +124,14 @@ class ImageClassifier(BaseHandler):
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self._warn_of_errors()
         self.threads = share_of_cores(self.settings, workers)
-        self.decoder, reason = choose_decoder(
+        decoder, reason = choose_decoder(
             self.card.transform, self.settings, self.engine.device, self.threads
         )
         if reason:
-            log_line(logging.WARNING, "decoder_chosen", decoder=self.decoder.name, **reason)
+            log_line(logging.WARNING, "decoder_chosen", decoder=decoder.name, **reason)
+        self.certificate, self.decoder, self.settings = certify(
+            self.card, model_dir, self.settings, self.engine, decoder, self.threads
+        )
         constants = describe_answers(self.card, self.engine, self.decoder, self.settings)
         self.accounts = Accounts(
             self.metrics,
@@ -152,20 +157,21 @@ class ImageClassifier(BaseHandler):
         self.pulse = Pulse(model_dir, step_seconds)
 
     def _warn_of_errors(self) -> None:
-        """Say which engines do not give the network's own answers, used or not."""
+        """Say which engines do not give the reference's answers, used or not."""
         errors = dict(self.engine.refused)
-        if self.engine.golden_error is not None and not self.engine.golden_error <= MAX_ERROR:
-            errors[self.engine.name] = self.engine.golden_error
+        found = self.engine.sameness
+        if found and not found.fits(limit_of(self.engine.precision)):
+            errors[self.engine.name] = found
         if errors:
             log_line(
                 logging.WARNING,
                 "engine_chosen",
                 engine=self.engine.name,
                 golden_errors={
-                    name: round(error, 4) if isfinite(error) else None
-                    for name, error in errors.items()
+                    name: round(one.error, 4) if isfinite(one.error) else None
+                    for name, one in errors.items()
                 },
-                limit=MAX_ERROR,
+                agreement={name: round(one.agreement, 4) for name, one in errors.items()},
             )
 
     def _hand_over(self) -> None:
@@ -375,7 +381,7 @@ class ImageClassifier(BaseHandler):
             "weights": asdict(card.weights),
             "engine": self.engine.name,
             "precision": self.engine.precision,
-            "golden_error": self.engine.golden_error,
+            "certificate": self.certificate and asdict(self.certificate),
             "int8": card.int8,
             "confidence": card.confidence and asdict(card.confidence),
             "decoder": self.decoder.name,

@@ -237,6 +237,28 @@ STARTUP = _gauge(
 WARM_UP = _gauge(
     "classifier_worker_warmup_seconds", WORKER, "seconds that the warm-up of a worker took"
 )
+CERTIFICATE_ERROR = _gauge(
+    "classifier_certificate_error_ratio",
+    WORKER,
+    "error of a worker's logits for the golden images, as a share of the reference's",
+    "See [Trust](trust.md#certificate). The precision is a label of `classifier_model_info`. "
+    "Archives without golden images have none of these.",
+)
+CERTIFICATE_AGREEMENT = _gauge(
+    "classifier_certificate_agreement_ratio",
+    WORKER,
+    "share of the golden images with the reference's top-1 class, 0 to 1",
+)
+CERTIFICATE_DECODE = _gauge(
+    "classifier_certificate_decode_difference",
+    WORKER,
+    "levels of 255 by which a golden image's pixels differ from the reference's, mean, the largest",
+)
+CERTIFICATE_SECONDS = _gauge(
+    "classifier_certificate_seconds",
+    WORKER,
+    "seconds that a worker took at its start to classify the golden images",
+)
 BUSY = _counter(
     "classifier_worker_busy_seconds_total",
     WORKER,

@@ -185,6 +185,14 @@ class ModelOptions:
         "confidence with, and labels.csv: file, class_id (default: not calibrated)",
         "DIR",
     )
+    golden: str | None = _option(
+        "images of yours that each worker has to classify as the reference does, and labels.csv: "
+        "file, label (default: drawn ones alone)",
+        "DIR",
+    )
+    golden_logits: str | None = _option(
+        "your own logits of --golden: .npy, .safetensors or .csv (default: not compared)", "FILE"
+    )
     minimum_agreement: float = _option(
         "of held-out images whose best class int8 must leave as it is (default: %(default)s)",
         "SHARE",
@@ -301,7 +309,8 @@ def parse_serve(argv: Sequence[str] | None = None) -> ServeOptions:
     if options.gateway_port and not options.gateway:
         parser.error("--gateway-port goes with --gateway")
     if options.archives and not options.models:
-        for name in "weights recipe labels calibration calibrate tuned".split():
+        made_with = "weights recipe labels calibration calibrate golden golden_logits tuned"
+        for name in made_with.split():
             if getattr(options, name):
                 parser.error(f"--{name} is for making an archive, and --archive has one made")
     return options
@@ -369,8 +378,10 @@ def read_options(
         parser.error("--weights-sha256 is for --weights of a URL or of mlflow:")
     if options.transform_input and not set(options.models) <= {"googlenet", "inception_v3"}:
         parser.error("--transform-input is for googlenet and inception_v3")
-    if len(options.models) > 1 and (own or options.recipe or options.labels):
-        parser.error("a weights file, --recipe and --labels go with one --model")
+    if len(options.models) > 1 and (own or options.recipe or options.labels or options.golden):
+        parser.error("a weights file, --recipe, --labels and --golden go with one --model")
+    if options.golden_logits and not options.golden:
+        parser.error("--golden-logits goes with --golden")
     if len(options.models) > 1 and options.log_to:
         parser.error("--log-to goes with one --model")
     if len(options.models) > 1 and options.tuned not in (None, "auto"):

@@ -107,6 +107,8 @@ class PackagePlan(ModelPlan):
     labels: Path | None  # None: the recipe's
     calibration: Path | None
     calibrate: Path | None  # labelled images for the confidence
+    golden: Path | None  # images of the trainer's
+    golden_logits: Path | None  # and the trainer's logits for them
     minimum_agreement: float
     sign: Path | None  # the private key
     notes: tuple[str, ...]  # for the operator: what is not as the file of --tuned says
@@ -199,6 +201,8 @@ def plan_package(
         labels=Path(options.labels) if options.labels else None,
         calibration=Path(options.calibration) if options.calibration else None,
         calibrate=Path(options.calibrate) if options.calibrate else None,
+        golden=Path(options.golden) if options.golden else None,
+        golden_logits=Path(options.golden_logits) if options.golden_logits else None,
         minimum_agreement=options.minimum_agreement,
         sign=Path(options.sign) if options.sign else None,
         notes=tuple(notes),

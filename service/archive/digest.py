@@ -98,6 +98,8 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
             "labels": [plan.labels.suffix, file_sha256(plan.labels)] if plan.labels else None,
             "int8": _calibration_facts(plan),
             "confidence": _confidence_facts(plan),
+            "golden": _contents(plan.golden) if plan.golden else None,
+            "golden_logits": file_sha256(plan.golden_logits) if plan.golden_logits else None,
             "config": plan.holds_openvino,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
@@ -151,7 +153,7 @@ def _confidence_facts(plan: PackagePlan) -> list[Any] | None:
 
 
 def _contents(folder: Path) -> list[list[str]]:
-    """Name and sha256 of each file."""
+    """Name and sha256 of each file of a folder. Raises OSError."""
     files = sorted(
         path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")
     )

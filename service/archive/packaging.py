@@ -24,7 +24,7 @@ from handler.confidence import CONFIDENCE_FILE
 from handler.drift import Reference
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.golden import GOLDEN_FILE
+from handler.golden import Golden
 from handler.model_card import (
     INT8_FILE,
     OPENVINO_FILE,
@@ -45,6 +45,7 @@ from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.reference import reference_of
 from service.archive.signing import read_private_key
+from service.archive.trainer import check_trainer, read_images
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -115,11 +116,12 @@ def package(plan: PackagePlan) -> Path:
         return plan.archive
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
+    golden = make_reference(plan, recipe, model, labels)
     converted, int8_report = convert(plan, model, calibration)
     fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
     reference = reference_of(labelled, fitted.probabilities) if labelled and fitted else None
     card = make_card(plan, recipe, labels, source, model, int8_report, fitted, reference, inputs)
-    write_archive(plan, card, model, converted, fitted)
+    write_archive(plan, card, model, converted, golden, fitted)
     return plan.archive
 
 
@@ -199,6 +201,22 @@ def build_model(
     return Model(network, fit.state, input_transform(recipe, transform_input=again))
 
 
+def make_reference(
+    plan: PackagePlan, recipe: WeightsEnum, model: Model, labels: Sequence[str]
+) -> Golden:
+    """The golden images with what the recipe's own transforms and the network make of them.
+
+    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave.
+    """
+    transform = model.transform
+    preset = recipe.transforms(mean=transform.mean, std=transform.std)
+    files = read_images(plan.golden) if plan.golden else {}
+    golden = make_golden(model.network, preset, labels, files)
+    if plan.golden:
+        check_trainer(plan.golden, plan.golden_logits, golden, labels, model.network, preset)
+    return golden
+
+
 def convert(
     plan: PackagePlan, model: Model, calibration: CalibrationSet | None
 ) -> tuple[dict[str, openvino.Model], dict[str, Any] | None]:
@@ -254,13 +272,14 @@ def write_archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    golden: Golden,
     fitted: Fitted | None,
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
     archive, old = plan.archive, plan.card
     try:
         with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
-            made = _archive(folder, plan, card, model, converted, fitted)
+            made = _archive(folder, plan, card, model, converted, golden, fitted)
             if old and old.weights.trained and not plan.weights and not card.weights.trained:
                 aside = archive.with_name(f"{archive.name}.trained")
                 archive.replace(aside)
@@ -278,6 +297,7 @@ def _archive(
     card: ModelCard,
     model: Model,
     converted: Mapping[str, openvino.Model],
+    golden: Golden,
     fitted: Fitted | None,
 ) -> Path:
     """Lay out the files and let torch-model-archiver pack them.
@@ -291,8 +311,7 @@ def _archive(
     for path in HANDLER.glob("*.py"):
         shutil.copy(path, package_dir)
     save_file(model.state, folder / WEIGHTS_FILE)
-    golden = make_golden(model.network, model.transform)
-    save_file(golden.tensors(), stage / GOLDEN_FILE)
+    golden.write(stage)
     if fitted:
         save_numpy(fitted.arrays, stage / CONFIDENCE_FILE)
     for name, openvino_model in converted.items():

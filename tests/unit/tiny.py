@@ -8,7 +8,7 @@ from openvino import save_model
 from safetensors.torch import save_file
 from torch import nn
 
-from handler.golden import GOLDEN_FILE
+from handler.golden import Golden
 from handler.model_card import (
     CARD_FILE,
     OPENVINO_FILE,
@@ -60,6 +60,11 @@ def tiny_card(architecture: str = ARCHITECTURE, trained: bool = True) -> ModelCa
     )
 
 
+def tiny_golden(architecture: str = ARCHITECTURE) -> Golden:
+    preset = get_recipe(architecture).transforms()
+    return make_golden(tiny_network(architecture), preset, LABELS)
+
+
 def make_model_dir(
     folder: Path, architecture: str = ARCHITECTURE, trained: bool = True, openvino: bool = False
 ) -> Path:
@@ -69,8 +74,7 @@ def make_model_dir(
         name: tensor.clone() for name, tensor in tiny_network(architecture).state_dict().items()
     }
     save_file(state, folder / WEIGHTS_FILE)
-    golden = make_golden(tiny_network(architecture), tiny_card(architecture).transform)
-    save_file(golden.tensors(), folder / GOLDEN_FILE)
+    tiny_golden(architecture).write(folder)
     if openvino:
         converted = to_openvino(tiny_network(architecture), tiny_card(architecture).transform)
         save_model(converted, folder / OPENVINO_FILE, compress_to_fp16=False)

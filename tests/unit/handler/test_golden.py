@@ -1,4 +1,4 @@
-"""Golden images: which engines give the network's own answers, and what is done about others."""
+"""Golden images: which engines give the reference's answers, and what is done about others."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -10,25 +10,27 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.transforms._presets import ImageClassification
 
 from handler import engines
 from handler.engine import Engine
 from handler.engines import load_engine
 from handler.errors import InvalidModel
-from handler.golden import GOLDEN_FILE, MAX_ERROR, Golden
+from handler.golden import GOLDEN_FILE, MAX_ERROR, Golden, limit_of
 from handler.selection import Hardware
 from handler.settings import Settings
 from handler.torch_engine import TorchEager
 from service.archive.golden import draw_images, make_golden
-from tests.unit.tiny import make_model_dir, tiny_card, tiny_network
+from tests.unit.tiny import LABELS, make_model_dir, tiny_card, tiny_golden, tiny_network
 
 TRANSFORM = replace(tiny_card().transform, resize_size=72, crop_size=64)
+PRESET = ImageClassification(resize_size=72, crop_size=64)
 HOPPER = Hardware(gpu=0, capability=(9, 0))
 
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
-    return make_golden(tiny_network(), TRANSFORM)
+    return make_golden(tiny_network(), PRESET, LABELS)
 
 
 @pytest.fixture(scope="module")
@@ -50,28 +52,37 @@ class Fake(Engine):
         return self._probabilities.numpy
 
 
-def test_images_are_always_the_same_and_all_different() -> None:
+def made_up(logits: list[list[float]]) -> Golden:
+    return Golden({}, torch.zeros(len(logits), 3, 8, 8).byte(), torch.tensor(logits), ())
+
+
+def test_drawn_images_are_always_the_same_and_all_different() -> None:
     images = draw_images(64)
-    assert images.shape == (8, 3, 64, 64)
-    assert images.dtype == torch.uint8
-    assert images.equal(draw_images(64))
-    assert len({image.numpy().tobytes() for image in images}) == 8
-    assert images.float().std(dim=(1, 2, 3)).min() > 10
+    assert images == draw_images(64)
+    assert len(set(images.values())) == len(images) == 8
+
+
+def test_reference_pixels_are_those_of_the_model(golden: Golden) -> None:
+    assert golden.pixels.shape == (8, 3, 64, 64)
+    assert golden.pixels.dtype == torch.uint8
+    assert golden.pixels.float().std(dim=(1, 2, 3)).min() > 10
+    assert set(golden.labels) <= set(LABELS)
 
 
 def test_an_archive_gives_them_back(model_dir: Path) -> None:
     found = Golden.read(model_dir)
     assert found
-    expected = make_golden(tiny_network(), tiny_card().transform)
-    assert found.images.equal(expected.images)
-    torch.testing.assert_close(found.probabilities, expected.probabilities, rtol=0, atol=1e-6)
+    expected = tiny_golden()
+    assert (found.files, found.labels) == (expected.files, expected.labels)
+    assert found.pixels.equal(expected.pixels)
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-4)
 
 
 def test_an_archive_without_them_is_not_checked(tmp_path: Path) -> None:
     (make_model_dir(tmp_path) / GOLDEN_FILE).unlink()
     assert Golden.read(tmp_path) is None
     settings = Settings(device="cpu")
-    assert load_engine(tiny_card(), tmp_path, settings, None, workers=1).golden_error is None
+    assert load_engine(tiny_card(), tmp_path, settings, None, workers=1).sameness is None
 
 
 @pytest.mark.parametrize(("precision", "least", "most"), [("fp32", 0, 1e-5), ("bf16", 1e-5, 0.05)])
@@ -79,38 +90,53 @@ def test_error_is_that_of_the_precision(
     golden: Golden, precision: str, least: float, most: float
 ) -> None:
     engine = TorchEager(tiny_network(), TRANSFORM, precision, max_forward=3)
-    assert least <= golden.error(engine) <= most
+    assert least <= golden.compare(engine).error <= most
 
 
-def test_error_is_a_share_of_what_the_answers_say(golden: Golden) -> None:
+def test_error_is_a_share_of_what_the_answers_say() -> None:
     """Logits of (2, 0, -2) as (2.2, 0, -2.2) are off by a tenth, whatever a softmax adds."""
-    expected = torch.tensor([[2.0, 0.0, -2.0]])
-    golden = Golden(torch.zeros(1, 3, 8, 8, dtype=torch.uint8), expected.softmax(dim=1))
-    assert golden.error(Fake((1.1 * expected + 5).softmax(dim=1))) == pytest.approx(0.1, rel=1e-4)
+    golden, actual = made_up([[2.0, 0.0, -2.0]]), torch.tensor([[2.2, 0.0, -2.2]])
+    found = golden.judge((actual + 5).softmax(dim=1))
+    assert found.error == pytest.approx(0.1, rel=1e-4)
+    assert (found.agreement, found.loss) == (1, 0)
+
+
+def test_another_class_fits_only_if_the_two_were_nearly_as_likely() -> None:
+    others = [[0.0, -1.0, 1.0]] * 99
+    golden = made_up([[2.0, 1.9, -3.9], *others])
+    near = golden.judge(torch.tensor([[1.9, 2.0, -3.9], *others]).softmax(dim=1))
+    assert near.agreement == 0.99
+    assert near.fits(MAX_ERROR)
+    far = golden.judge(torch.tensor([[2.0, 1.9, 2.1], *others]).softmax(dim=1))
+    assert far.agreement == 0.99
+    assert far._replace(loss=0).fits(1)
+    assert not far.fits(1)
 
 
 def test_another_network_or_other_inputs_are_far_off(golden: Golden) -> None:
     other = tiny_network()
     with torch.no_grad():
         next(other.parameters()).mul_(1.5)
-    bgr = Golden(golden.images.flip(1), golden.probabilities)
     shifted = replace(TRANSFORM, mean=(0.0, 0.0, 0.0))
-    assert golden.error(TorchEager(other, TRANSFORM)) > MAX_ERROR
-    assert bgr.error(TorchEager(tiny_network(), TRANSFORM)) > MAX_ERROR
-    assert golden.error(TorchEager(tiny_network(), shifted)) > MAX_ERROR
+    right = TorchEager(tiny_network(), TRANSFORM)
+    assert golden.compare(TorchEager(other, TRANSFORM)).error > MAX_ERROR
+    assert golden.compare(right, golden.pixels.flip(1)).error > MAX_ERROR
+    assert golden.compare(TorchEager(tiny_network(), shifted)).error > MAX_ERROR
 
 
 def test_no_number_is_no_answer(golden: Golden) -> None:
-    probabilities = golden.probabilities.clone()
+    probabilities = golden.logits.softmax(dim=1)
     probabilities[3] = nan
-    assert isnan(golden.error(Fake(probabilities)))
+    found = golden.judge(probabilities)
+    assert isnan(found.error)
+    assert not found.fits(1e9)
 
 
 def test_a_network_to_which_all_classes_are_alike_can_be_served() -> None:
+    golden = made_up([[0.0] * 1000] * 8)
     alike = torch.full((8, 1000), 1 / 1000)
-    golden = Golden(draw_images(8), alike)
-    assert golden.error(Fake(alike)) <= MAX_ERROR
-    assert golden.error(Fake(alike * (1 + 1e-6))) <= MAX_ERROR
+    assert golden.judge(alike).fits(limit_of("fp32"))
+    assert golden.judge(alike * (1 + 1e-6)).fits(limit_of("fp32"))
 
 
 # --- What `auto` takes
@@ -124,7 +150,8 @@ def broken(monkeypatch: pytest.MonkeyPatch, model_dir: Path) -> set[str]:
     found: set[str] = set()
 
     def load(_card: object, _dir: object, _chosen: object, precision: str, *_: object) -> Engine:
-        return Fake(golden.probabilities * (nan if precision in found else 1), precision)
+        answers = golden.logits.softmax(dim=1)
+        return Fake(answers * (nan if precision in found else 1), precision)
 
     monkeypatch.setattr(engines, "_load", load)
     monkeypatch.setattr(engines, "find_hardware", lambda _: HOPPER)
@@ -138,13 +165,14 @@ def load(model_dir: Path, precision: str = "auto") -> Engine:
 @pytest.mark.parametrize(
     ("wrong", "taken"), [((), "fp16"), (("fp16",), "bf16"), (("fp16", "bf16"), "fp32")]
 )
-def test_auto_takes_the_first_that_gives_the_networks_answers(
+def test_auto_takes_the_first_that_gives_the_references_answers(
     broken: set[str], model_dir: Path, wrong: tuple[str, ...], taken: str
 ) -> None:
     broken.update(wrong)
     engine = load(model_dir)
     assert engine.precision == taken
-    assert engine.golden_error == 0
+    assert engine.sameness
+    assert engine.sameness.error < 1e-6
     assert [*engine.refused] == [f"fake-{precision}" for precision in wrong]
 
 
@@ -152,8 +180,8 @@ def test_a_precision_that_was_asked_for_is_kept(broken: set[str], model_dir: Pat
     broken.add("fp16")
     engine = load(model_dir, "fp16")
     assert engine.precision == "fp16"
-    assert engine.golden_error is not None
-    assert isnan(engine.golden_error)
+    assert engine.sameness
+    assert isnan(engine.sameness.error)
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
@@ -161,5 +189,7 @@ def test_other_answers_in_fp32_stop_the_start(
     broken: set[str], model_dir: Path, precision: str
 ) -> None:
     broken.update(("fp16", "bf16", "fp32"))
-    with pytest.raises(InvalidModel, match="gives other answers than the network that was pack"):
+    with pytest.raises(
+        InvalidModel, match=r"^engine: fake-fp32 computes something else than the network"
+    ):
         load(model_dir, precision)

@@ -11,7 +11,7 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler.image_classifier
-from handler.golden import GOLDEN_FILE
+from handler.golden import GOLDEN_FILE, Sameness
 from handler.image_classifier import ImageClassifier
 from handler.model_card import WEIGHTS_FILE
 from tests.drawing import noise
@@ -196,8 +196,8 @@ def test_torchserves_explain_header_of_predictions(classifier: ImageClassifier) 
 def test_ready_line(model_dir: Path, caplog: pytest.LogCaptureFixture) -> None:
     start(model_dir)
     [line] = log(caplog, "model_ready")
-    assert line["startup_ms"] > 0
-    assert {name: line[name] for name in line if name not in ("time", "startup_ms")} == {
+    assert line["startup_ms"] > line["certificate_ms"] > 0
+    assert {name: line[name] for name in line if name != "time" and not name.endswith("_ms")} == {
         "level": "INFO",
         "event": "model_ready",
         "model": "birds",
@@ -281,16 +281,28 @@ def test_a_model_that_cannot_run_stops_the_start(
     assert "Traceback" in line["cause"]
 
 
-def test_info_says_how_far_the_engine_is_from_the_network(model_dir: Path) -> None:
+def test_info_has_the_certificate(model_dir: Path) -> None:
     [info] = ask(start(model_dir), {}, headers={"describe": "True"})
-    assert 0 <= info.body["golden_error"] < 1e-4
+    certificate = info.body["certificate"]
+    assert 0 <= certificate.pop("logits_error") < 1e-4
+    assert 0 <= certificate.pop("decode_difference") < 0.01
+    assert 0 < certificate.pop("seconds") < 60
+    assert certificate == {
+        "images": 8,
+        "class_agreement": 1,
+        "engine": "torch-fp32",
+        "precision": "fp32",
+        "decoder": "cpu",
+        "decode": "exact",
+    }
 
 
 def test_an_engine_that_is_far_off_is_said_and_may_be_kept(
     model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = Fake()
-    engine.golden_error, engine.refused = 0.25, {"cuda-fp16": float("nan")}
+    engine.sameness = Sameness(0.25, agreement=0.5, loss=0.1)
+    engine.refused = {"cuda-fp16": Sameness(float("nan"), agreement=0, loss=0)}
     monkeypatch.setattr(handler.image_classifier, "load_engine", lambda *_, **__: engine)
     start(model_dir)
     [line] = log(caplog, "engine_chosen")

@@ -53,8 +53,8 @@ def test_golden_answers_of_an_archive_are_those_of_its_engine(built: Path, tmp_p
         content.extractall(tmp_path)
     settings = Settings(device="cpu", precision="fp32")
     engine = load_engine(ModelCard.read(tmp_path), tmp_path, settings, gpu_id=None, workers=1)
-    assert engine.golden_error is not None
-    assert engine.golden_error < 1e-4
+    assert engine.sameness
+    assert engine.sameness.error < 1e-4
 
 
 def test_manifest_of_an_archive(built: Path) -> None:

@@ -17,12 +17,12 @@ from handler import metrics
 from handler.batch import Row
 from handler.cache import Result
 from handler.certificate import Certificate
+from handler.collector import Metrics
 from handler.decoders import Decoder
 from handler.drift import Reference
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.logs import Line, log_line, log_lines
-from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.settings import Settings
 

@@ -22,6 +22,7 @@ from handler.base import BaseHandler
 from handler.batch import Batch, BatchImage, Row, check_deadline
 from handler.cache import Result, ResultCache
 from handler.certificate import certify
+from handler.collector import Metrics
 from handler.confidence import Confidence, check_asked
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
@@ -32,7 +33,6 @@ from handler.golden import limit_of
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline, wants_best_classes
 from handler.logs import log_line, quiet_torchserve, set_level
-from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, protocol_of, read_request
 from handler.pipeline import warm_up

@@ -20,11 +20,11 @@ from typing import Any
 from handler import metrics
 from handler.cache import Result
 from handler.cache_url import shown_url
+from handler.collector import Metrics
 from handler.decoders import Decoder
 from handler.engine import Engine
 from handler.errors import InvalidSettings, SetupError
 from handler.logs import log_line
-from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.settings import Settings
 from handler.shared_result import VERSION, pack, unpack

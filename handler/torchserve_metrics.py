@@ -9,7 +9,8 @@ from ts.metrics.caching_metric import CachingMetric
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 from ts.metrics.metric_type_enum import MetricTypes
 
-from handler.metrics import FAMILIES, Emit
+from handler.collector import Emit
+from handler.metrics import FAMILIES
 
 PREDICTION_TIME = "PredictionTime"  # ts/service.py
 

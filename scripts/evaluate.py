@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from handler.errors import SetupError
+from service.arguments import number, positive, share
 from service.client import read_key
 from service.evaluation.evaluation import evaluate
 from service.evaluation.figures import Figures
 from service.evaluation.report import lines, percent, write_report
 from service.evaluation.targets import Asking
-from service.options import number, positive, share
 
 
 def make_parser() -> argparse.ArgumentParser:

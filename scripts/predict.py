@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
+from service.arguments import number, positive
 from service.bulk.labelling import FORMATS, Output, label
 from service.bulk.sources import SUFFIXES, expand, read
 from service.client import Client, error, read_key, table
-from service.options import number, positive
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.options import number, positive
+from service.arguments import number, positive
 from service.processes import on_stop
 from service.rehearsal.scenarios import SCENARIOS, Rehearsal
 from service.torchserve.config import ROOT

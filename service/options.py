@@ -1,108 +1,29 @@
 """Command-line options. Standard library only: --help and mistakes need no set-up."""
 
 import argparse
-import math
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
-from service.registry.references import DIGEST, NAME, Url, parse_reference
+from service.arguments import (
+    PORT,
+    WORKERS,
+    device_ids,
+    host,
+    model_version,
+    number,
+    registered_name,
+    sha256,
+    share,
+    weights,
+    worker_count,
+)
+from service.registry.references import Url, parse_reference
 
 DEFAULT_MODEL = "mobilenet_v2"
 DEFAULT_VERSION = "1.0"
 NOT_SERVED = ("version", "sign", "log_to")  # options of ./scripts/package alone
-RANGES = {"workers": (1, 1024), "batch_size": (1, 1024), "max_batch_delay_ms": (0, 10_000)}
-
-
-# --- Types of argparse
-
-
-def number(low: int, high: int) -> Callable[[str], int]:
-    """A whole number in a range."""
-
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be {low} to {high}, got {text!r}")
-        return int(text)
-
-    return parse
-
-
-PORT = number(1, 65535)
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    if not 0 < (value := _real(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text!r}")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1."""
-    if not 0 <= (value := _real(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
-    return value
-
-
-def _real(text: str) -> float:
-    """NaN, which is in no range, for what is no number."""
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def _workers(text: str) -> int | None:
-    return None if text == "auto" else number(*RANGES["workers"])(text)
-
-
-def _device_ids(text: str) -> tuple[int, ...]:
-    ids = text.split(",")
-    if not all(word.isascii() and word.isdigit() for word in ids) or len(set(ids)) < len(ids):
-        raise argparse.ArgumentTypeError(f"must be numbers like 0,1, each once, got {text!r}")
-    return tuple(map(int, ids))
-
-
-def _version(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,31}", text):
-        raise argparse.ArgumentTypeError(
-            f"must be at most 32 letters, digits, dots, dashes and underscores, got {text!r}"
-        )
-    return text
-
-
-def _weights(text: str) -> str:
-    try:
-        parse_reference(text)
-    except ValueError as exc:
-        raise argparse.ArgumentTypeError(str(exc)) from exc
-    return text
-
-
-def _sha256(text: str) -> str:
-    if not re.fullmatch(DIGEST, text):
-        raise argparse.ArgumentTypeError(f"must be 64 digits of 0-9 and a-f, got {text!r}")
-    return text
-
-
-def _log_to(text: str) -> str:
-    found = re.fullmatch(f"mlflow:({NAME})", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"must be mlflow:NAME, got {text!r}")
-    return found[1]
-
-
-def _host(text: str) -> str:
-    if not text or ":" in text or "/" in text:
-        raise argparse.ArgumentTypeError(
-            f"must be a host name or an IPv4 address (TorchServe has no IPv6), got {text!r}"
-        )
-    return text
-
-
-# --- Options
+RANGES = {"workers": WORKERS, "batch_size": (1, 1024), "max_batch_delay_ms": (0, 10_000)}
 
 
 def _option(
@@ -133,13 +54,13 @@ class ModelOptions:
         "or mlflow:runs:/RUN_ID/PATH "
         "(default: pretrained, or untrained if they cannot be downloaded)",
         "pretrained|untrained|FILE|URL",
-        type=_weights,
+        type=weights,
     )
     weights_sha256: str | None = _option(
         "of the file behind a URL, for which it must be given, or of MLflow's weights "
         "(default: of MLflow's weights their tag sha256, if they have it)",
         "HEX",
-        type=_sha256,
+        type=sha256,
     )
     weights_prefix: str | None = _option(
         "which of several sets of weights in the file: what is before its tensors' names, "
@@ -167,7 +88,7 @@ class ModelOptions:
     device_ids: tuple[int, ...] | None = _option(
         "GPUs to use, counted among those that are visible (default: as in handler/configs, all)",
         "0,1",
-        type=_device_ids,
+        type=device_ids,
     )
     precision: str = _option(
         "auto: the fastest that gives the network's own answers, of int8 with --calibration, bf16 "
@@ -203,7 +124,7 @@ class ModelOptions:
         "processes per model, on all GPUs together; auto: one a core on CPU, "
         "--workers-per-gpu on each GPU (default: auto)",
         "N|auto",
-        type=_workers,
+        type=worker_count,
     )
     workers_per_gpu: int | None = _option(
         "if --workers does not say (default: half of the cores, shared among the GPUs, but at most "
@@ -233,7 +154,7 @@ class ModelOptions:
         "of the archive; another than the default makes {model}-{version}.mar, which "
         "./scripts/serve --archive serves beside (default: %(default)s)",
         default=DEFAULT_VERSION,
-        type=_version,
+        type=model_version,
     )
     sign: str | None = _option(
         "sign the archive with this private key (Ed25519, PEM), also if it is up to date "
@@ -244,7 +165,7 @@ class ModelOptions:
         "log the archive, its weights, labels and card to MLflow as a new version of this "
         "registered model, also if it is up to date (default: not logged)",
         "mlflow:NAME",
-        type=_log_to,
+        type=registered_name,
     )
 
 
@@ -263,7 +184,7 @@ class ServeOptions(ModelOptions):
     host: str | None = _option(
         "address for predictions; the others stay as config.properties has them "
         "(default: config.properties, 127.0.0.1)",
-        type=_host,
+        type=host,
     )
     port: int | None = _option("predictions (default: config.properties, 8080)", "PORT", type=PORT)
     management_port: int | None = _option(

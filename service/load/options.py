@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from service.options import number, positive
+from service.arguments import number, positive
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from service.options import number, positive, share
+from service.arguments import number, positive, share
 
 ABOUT = (
     "Put a new version of a model in the place of the old one step by step, and put everything "

@@ -3,7 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
-from service.options import RANGES, number, positive
+from service.arguments import number, positive
+from service.options import RANGES
 
 WORKERS, SECONDS = number(*RANGES["workers"]), number(1, 86_400)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from handler.machine import available_cores
-from service.options import NOT_SERVED, ModelOptions, add_options, number, positive, read_options
+from service.arguments import number, positive
+from service.options import NOT_SERVED, ModelOptions, add_options, read_options
 from service.registry.references import parse_reference
 from service.tuning.bench import TuningOptions
 

@@ -14,8 +14,8 @@ import pytest
 import requests
 
 from handler.cache import Result, ResultCache
+from handler.collector import Metrics
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from handler.settings import Settings
 from handler.shared_cache import FAILURES, MAX_WRITES, SharedCache, scope_of
 from tests.drawing import encode, noise

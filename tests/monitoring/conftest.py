@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from handler.accounting import SETTLE_SECONDS
-from handler.metrics import FLUSH_SECONDS, LAST_FLUSH, SLOW_FLUSHES
+from handler.collector import FLUSH_SECONDS, SLOW_FLUSHES
+from handler.metrics import LAST_FLUSH
 from service.chaos import prometheus as chaos
 from service.chaos.prometheus import running_prometheus
 from tests import skip

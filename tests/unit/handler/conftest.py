@@ -10,8 +10,8 @@ import pytest
 from ts.protocol import otf_message_handler
 
 from handler.accounting import Accounts
+from handler.collector import Metrics
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from tests.unit.handler.worker import start
 from tests.unit.tiny import make_model_dir
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from handler import accounting
 from handler.accounting import Accounts
 from handler.batch import Row
+from handler.collector import Metrics
 from handler.errors import NoImage
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from tests.unit.handler.worker import JPEG, Counted, Fake, ask, log
 
 ROOT = Path(__file__).resolve().parents[3]

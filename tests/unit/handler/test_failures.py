@@ -13,8 +13,8 @@ from torch import Tensor
 import handler.batch
 import handler.decoders
 import handler.failures
+from handler.collector import Metrics
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from tests.drawing import GREEN, RED, encode, plain
 from tests.unit.handler.worker import (
     JPEG,

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from handler.collector import Metrics
 from handler.decoders import CpuDecoder, GpuDecoder
 from handler.errors import TooManyPixels, UnreadableImage
 from handler.image_classifier import ImageClassifier
 from handler.images import Picture, decode, open_image, read_picture
-from handler.metrics import Metrics
 from handler.settings import Settings
 from tests.drawing import QUARTERS, encode, noise, plain, quarters, turned
 from tests.unit.handler.pictures import TRANSFORM, corners, near, outcome, pixels_of

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-from handler import metrics as metrics_module
+from handler import collector
+from handler.collector import Metrics, Reading
 from handler.metrics import (
     BATCH,
     CACHE_LOOKUPS,
@@ -27,8 +28,6 @@ from handler.metrics import (
     STAGES,
     STARTS,
     TOP_CLASSES,
-    Metrics,
-    Reading,
 )
 from handler.torchserve_metrics import label_value, leave_out_prediction_time
 from handler.torchserve_metrics import torchserve_emit as emit_to_torchserve
@@ -211,7 +210,7 @@ def test_a_started_thread_flushes_and_outlives_a_reader_that_fails(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr(metrics_module, "FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(collector, "FLUSH_SECONDS", 0.01)
     monkeypatch.setattr("atexit.register", lambda _: None)
     counted = threading.Event()
     seen: dict[str, float] = {}
@@ -239,7 +238,7 @@ def test_a_started_thread_flushes_and_outlives_a_reader_that_fails(
 
 def test_an_orderly_end_flushes() -> None:
     program = f"""
-from handler.metrics import Metrics
+from handler.collector import Metrics
 metrics = Metrics(lambda name, value, labels: print(name, value, *labels), "birds", "1.0")
 metrics.start()
 metrics.add({REQUESTS!r}, 7, "200")
@@ -327,7 +326,7 @@ def test_label_values(text: str, value: str) -> None:
 def test_torchserves_prediction_time_is_not_sent(caplog: pytest.LogCaptureFixture) -> None:
     """Its worker adds it after each batch (ts/service.py)."""
     caplog.set_level(logging.INFO)
-    config = Path(metrics_module.__file__).parent / "configs" / "metrics.yaml"
+    config = Path(collector.__file__).parent / "configs" / "metrics.yaml"
     cache = MetricsCacheYamlImpl(str(config))
     cache.initialize_cache()
     cache.set_request_ids({0: "id-0"})

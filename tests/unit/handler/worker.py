@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from ts.context import Context, RequestProcessor
 
+from handler.collector import Metrics
 from handler.engine import Engine
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from tests.drawing import encode, noise
 
 JPEG = encode(noise((300, 200)), "JPEG")

@@ -12,10 +12,10 @@ import yaml
 from safetensors.torch import load_file
 from ts.context import Context, RequestProcessor
 
+from handler.collector import Metrics
 from handler.engines import load_engine
 from handler.errors import InvalidModel, InvalidSettings, SetupError
 from handler.image_classifier import ImageClassifier
-from handler.metrics import Metrics
 from handler.model_card import ModelCard
 from handler.networks import get_recipe
 from handler.settings import Settings

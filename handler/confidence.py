@@ -71,8 +71,8 @@ def calibrate(probabilities: Floats, temperature: float) -> Floats:
     """Probabilities [B, C] as if softmax had been given the logits over the temperature."""
     logits = np.log(np.maximum(probabilities, np.float32(TINY))) / np.float32(temperature)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    calibrated: Floats = powers / powers.sum(axis=1, keepdims=True, dtype=np.float32)
-    return calibrated
+    calibrated = powers / powers.sum(axis=1, keepdims=True)
+    return calibrated.astype(np.float32, copy=False)
 
 
 def describe_pixels(pixels: NDArray[np.uint8]) -> Floats:

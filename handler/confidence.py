@@ -7,6 +7,7 @@ is in docs/trust.md.
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ def describe_pixels(pixels: NDArray[np.uint8]) -> Floats:
     photographs have these in narrow ratios, whatever they show; noise, text and drawings have not.
     """
     numbers = []
-    levels = np.tensordot(OPPONENTS, pixels.astype(np.float32), 1)  # [3, H, W]
+    levels: NDArray[Any] = np.tensordot(OPPONENTS, pixels.astype(np.float32), 1)  # [3, H, W]
     for _ in range(SCALES):
         _, height, width = levels.shape
         even = levels[:, : height // 2 * 2, : width // 2 * 2]

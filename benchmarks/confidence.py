@@ -48,6 +48,8 @@ DETECTOR_SEEDS = 20  # each fits ten detectors
 IMAGES_OF_A_KIND = 50
 PASS = 25  # images
 
+ARCHIVES = "ours, archive's limit"
+
 Floats = NDArray[np.float32]
 Detector = Callable[["Answers", "Answers"], Floats]  # calibrated with, judged -> higher: unknown
 
@@ -130,6 +132,7 @@ class Model:
             "ours, answer alone": lambda known, judged: ours(known, judged, np.s_[24:]),
             "ours, pixels alone": lambda known, judged: ours(known, judged, np.s_[:24]),
             "ours": lambda known, judged: ours(known, judged, np.s_[:]),
+            ARCHIVES: lambda known, judged: ours(known, judged, np.s_[:]),
         }
 
 
@@ -200,7 +203,7 @@ def _describe_level(
 def measure_scores(real: Answers, seeds: int) -> list[dict[str, Any]]:
     """Sets at 90 % by the score that decides what is in them."""
     rows = []
-    for name, score in {"LABEL": label_score, "APS": aps_score, "RAPS": raps_score}.items():
+    for name, score in SCORES.items():
         coverage, sizes = [], []
         for seed, (known, other) in enumerate(halves(len(real.labels), seeds)):
             temperature = find_temperature(real.probabilities[known], real.labels[known])
@@ -236,7 +239,14 @@ def raps_score(calibrated: Floats, rng: np.random.Generator) -> Floats:
     return aps_score(calibrated, rng, penalty=0.01)
 
 
-def measure_calibration(real: Answers, seeds: int) -> dict[str, Any]:
+SCORES: dict[str, Callable[[Floats, np.random.Generator], Floats]] = {
+    "LABEL": label_score,
+    "APS": aps_score,
+    "RAPS": raps_score,
+}
+
+
+def measure_calibration(real: Answers, seeds: int) -> list[dict[str, Any]]:
     """Expected calibration error of the other half, and that of all images, each half by the other.
 
     `floor` is what perfectly calibrated answers of the same confidences would show, because the
@@ -256,7 +266,7 @@ def measure_calibration(real: Answers, seeds: int) -> dict[str, Any]:
         right = rng.random(len(both)) < both.max(axis=1)
         best = both.argmax(axis=1)
         floors.append(calibration_error(both, np.where(right, best, -1)))
-    return {
+    row = {
         "temperature": np.mean(temperatures),
         "halves_before": np.mean(before),
         "halves_after": np.mean(after),
@@ -264,6 +274,7 @@ def measure_calibration(real: Answers, seeds: int) -> dict[str, Any]:
         "all_after": np.mean(crossed),
         "all_floor": np.mean(floors),
     }
+    return [row]
 
 
 def measure_detectors(
@@ -271,8 +282,8 @@ def measure_detectors(
 ) -> list[dict[str, Any]]:
     """By detector and kind: the area under the ROC curve, and the share found at 5 % false alarms.
 
-    The threshold of the others is the best they could have, that of the images measured; ours is
-    the one of the archive, and `false_alarms` says what it gives.
+    The threshold is the one that gives 5 % on the images measured; in the last row it is that of an
+    archive, and `false_alarms` says what it gives.
     """
     rows = []
     for name, detector in model.detectors().items():
@@ -283,8 +294,8 @@ def measure_detectors(
             scores = detector(half, Answers.joined([real.of(other), *unknown.values()]))
             ends = np.cumsum([len(other), *(len(one.labels) for one in unknown.values())])
             usual, *parts = np.split(scores, ends[:-1])
-            limit = np.quantile(usual, 0.95)
-            if name == "ours":
+            limit = float(np.quantile(usual, 0.95))
+            if name == ARCHIVES:
                 fitted = fit_answers(half.probabilities, half.labels, half.looks, "torch-fp32")
                 limit = fitted.facts.unknown_limit
             alarms.append(np.mean(usual > limit))
@@ -337,12 +348,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         pixels = [np.asarray(read_picture(file, transform, Settings()).pixels) for file in files]
         unknown[kind] = model.answers(pixels, [-1] * len(pixels))
     found: dict[str, Any] = {"images": len(real.labels), "seeds": options.seeds}
-    for name, measured in {
-        "sets": lambda: measure_sets(real, options.seeds),
-        "scores": lambda: measure_scores(real, options.seeds),
-        "calibration": lambda: [measure_calibration(real, options.seeds)],
-    }.items():
-        found[name] = measured()
+    for name, measure in (
+        ("sets", measure_sets),
+        ("scores", measure_scores),
+        ("calibration", measure_calibration),
+    ):
+        found[name] = measure(real, options.seeds)
         print(table(found[name]), end="\n\n", flush=True)
     seeds = min(options.seeds, DETECTOR_SEEDS)
     found["detectors"] = measure_detectors(model, real, unknown, seeds)

@@ -7,6 +7,7 @@ is in docs/trust.md.
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,7 +72,8 @@ def calibrate(probabilities: Floats, temperature: float) -> Floats:
     """Probabilities [B, C] as if softmax had been given the logits over the temperature."""
     logits = np.log(np.maximum(probabilities, np.float32(TINY))) / np.float32(temperature)
     powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return np.divide(powers, powers.sum(axis=1, keepdims=True), dtype=np.float32)
+    calibrated = powers / powers.sum(axis=1, keepdims=True)
+    return calibrated.astype(np.float32, copy=False)
 
 
 def describe_pixels(pixels: NDArray[np.uint8]) -> Floats:
@@ -81,7 +83,7 @@ def describe_pixels(pixels: NDArray[np.uint8]) -> Floats:
     photographs have these in narrow ratios, whatever they show; noise, text and drawings have not.
     """
     numbers = []
-    levels = np.tensordot(OPPONENTS, pixels.astype(np.float32), 1)  # [3, H, W]
+    levels: NDArray[Any] = np.tensordot(OPPONENTS, pixels.astype(np.float32), 1)  # [3, H, W]
     for _ in range(SCALES):
         _, height, width = levels.shape
         even = levels[:, : height // 2 * 2, : width // 2 * 2]

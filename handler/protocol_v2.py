@@ -31,7 +31,7 @@ MAX_SIDE = 2**31
 
 _LENGTH = struct.Struct("<I")  # before each element of a binary BYTES tensor
 
-Tensor = list[str] | NDArray[np.int64] | NDArray[np.float32]
+Tensor = list[str] | NDArray[np.int64] | NDArray[np.float32] | NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class Wanted:
 
     outputs: tuple[Output, ...] = tuple(map(Output, OUTPUTS))
     id: str | None = None
+    binary: bool = False  # of outputs that are not among these: those of `set` and `unknown`
 
 
 DEFAULT = Wanted()
@@ -210,7 +211,7 @@ def read_wanted(document: Mapping[str, Any], classes: int, *, explain: bool = Fa
         outputs[output.name] = output
     if explain:
         outputs[EXPLANATION] = Output(EXPLANATION, binary)
-    return Wanted(tuple(outputs.values()), document.get("id"))
+    return Wanted(tuple(outputs.values()), document.get("id"), binary)
 
 
 def _read_output(asked: Any, binary: bool, classes: int) -> Output:
@@ -252,37 +253,25 @@ def answer(
         document["id"] = wanted.id
     outputs: list[Answer] = []
     tensors = []
-    for output in wanted.outputs:
-        datatype, values = _tensor(output, results, probabilities, labels)
+    found = [
+        (output.name, output.binary, *_tensor(output, results, probabilities, labels))
+        for output in wanted.outputs
+    ]
+    found += [(name, wanted.binary, *tensor) for name, tensor in _judgements(results).items()]
+    for name, binary, datatype, values in found:
         shape = [len(results), len(values) // len(results)]
-        described: Answer = {"name": output.name, "datatype": datatype, "shape": shape}
-        if output.binary:
+        described: Answer = {"name": name, "datatype": datatype, "shape": shape}
+        if binary:
             tensors.append(_as_binary(values))
             described["parameters"] = {"binary_data_size": len(tensors[-1])}
         else:
             described["data"] = values
         outputs.append(described)
-    outputs += _judgements(results)
     text = orjson.dumps(document | {"outputs": outputs}, option=orjson.OPT_SERIALIZE_NUMPY)
     return b"".join([text, *tensors]), len(text) if tensors else None
 
 
-def _judgements(results: Sequence[Answer]) -> list[Answer]:
-    """The outputs that the parameters `set` and `unknown` add, always in the JSON.
-
-    Sets are of different lengths, so each is one element: its class names as a JSON list.
-    """
-    shape, outputs = [len(results), 1], []
-    if "set" in results[0]:
-        sets = [orjson.dumps(result["set"]).decode() for result in results]
-        outputs.append({"name": "set", "datatype": "BYTES", "shape": shape, "data": sets})
-    if "unknown" in results[0]:
-        flags = [result["unknown"] for result in results]
-        outputs.append({"name": "unknown", "datatype": "BOOL", "shape": shape, "data": flags})
-    return outputs
-
-
-Datatype = Literal["BYTES", "INT64", "FP32"]
+Datatype = Literal["BYTES", "INT64", "FP32", "BOOL"]
 
 
 def _tensor(
@@ -309,6 +298,19 @@ def _tensor(
         for row in probabilities
         for one in best_classes(row, output.classes, labels)
     ]
+
+
+def _judgements(results: Sequence[Answer]) -> dict[str, tuple[Datatype, Tensor]]:
+    """The outputs [n, 1] that the parameters `set` and `unknown` add.
+
+    Sets are of different lengths, so each is one element: its class names as a JSON list.
+    """
+    found: dict[str, tuple[Datatype, Tensor]] = {}
+    if "set" in results[0]:
+        found["set"] = "BYTES", [orjson.dumps(result["set"]).decode() for result in results]
+    if "unknown" in results[0]:
+        found["unknown"] = "BOOL", np.array([result["unknown"] for result in results])
+    return found
 
 
 def _as_binary(values: Tensor) -> bytes:

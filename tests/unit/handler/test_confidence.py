@@ -129,7 +129,7 @@ def test_every_answer_is_calibrated_and_says_so(calibrated: ImageClassifier) -> 
     np.testing.assert_allclose(got, expected[0], atol=1e-4)
 
 
-FORMS = {
+FORMS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "multipart": ({"file": JPEG, "set": b"0.99", "unknown": b"true"}, {}),
     "json": ({"body": {"image": b64(JPEG), "set": 0.99, "unknown": True}}, JSON),
     "header": ({"body": bytearray(JPEG)}, {"X-Set": "0.99", "X-Unknown": "true"}),
@@ -171,6 +171,22 @@ def test_v1_and_v2(calibrated: ImageClassifier) -> None:
         "shape": [2, 1],
         "data": [False, False],
     }
+
+
+def test_v2_in_binary_as_grpc_asks_for_it(calibrated: ImageClassifier) -> None:
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [b64(JPEG)]}
+    parameters = {"set": 0.99, "unknown": True, "binary_data_output": True}
+    document = {"inputs": [image], "parameters": parameters, "outputs": [{"name": "label"}]}
+    [reply] = ask(calibrated, {"body": document}, headers=JSON)
+    length = int(reply.headers["Inference-Header-Content-Length"])
+    outputs = json.loads(reply.body[:length])["outputs"]
+    assert [(one["name"], one["datatype"]) for one in outputs] == [
+        ("label", "BYTES"),
+        ("set", "BYTES"),
+        ("unknown", "BOOL"),
+    ]
+    assert sum(one["parameters"]["binary_data_size"] for one in outputs) == len(reply.body[length:])
+    assert reply.body[-1:] == b"\0"
 
 
 def test_no_cache_answers_what_needs_pixels(calibrated: ImageClassifier) -> None:

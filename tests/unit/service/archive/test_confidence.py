@@ -82,7 +82,9 @@ def test_few_images_are_no_reason_for_false_alarms() -> None:
     mixing = rng.normal(size=(28, 28))
     alarms, found = [], []
     for _ in range(20):
-        known, others = (rng.normal(size=(n, 28)).astype(np.float32) @ mixing for n in (100, 500))
+        known, others = (
+            (rng.normal(size=(count, 28)) @ mixing).astype(np.float32) for count in (100, 500)
+        )
         limit, gaussian = find_limit(known), fit_gaussian(known)
         alarms.append((distances(others, *gaussian) > limit).mean())
         found.append((distances(others + 8 * mixing[0], *gaussian) > limit).mean())

@@ -19,7 +19,7 @@ from handler.cache import Result
 from handler.certificate import Certificate
 from handler.collector import Metrics
 from handler.decoders import Decoder
-from handler.drift import Reference
+from handler.drift import Reference, brightness
 from handler.engine import Engine
 from handler.headers import is_probe, read_queue_seconds, read_traceparent
 from handler.logs import Line, log_line, log_lines
@@ -117,8 +117,11 @@ class Accounts:
 
     def add(self, rows: Sequence[Row], seconds: float, arrival: float) -> None:
         """A finished batch, which took some seconds from its arrival (a Unix time)."""
+        if self._reference:  # before a row lets go of an image that another has as well
+            for row in rows:
+                row.brightness = [brightness(pixels) for pixels in row.pixels()]
         for row in rows:
-            row.release(brightness=self._reference is not None)
+            row.release()
         self._batches.append(_Batch(rows, seconds, arrival))
 
     def settle(self) -> None:

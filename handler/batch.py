@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from handler import drift
 from handler.answers import Answer
 from handler.cache import Result, ResultCache
 from handler.confidence import calibrate
@@ -73,18 +72,12 @@ class Row:
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
     image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
-    brightness: list[float] = field(default_factory=list)  # as in handler/drift.py, if asked for
+    brightness: list[float] = field(default_factory=list)  # of `pixels`, if there is a reference
     status: int = 0  # HTTP status of the answer
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
 
-    def release(self, brightness: bool = False) -> None:
-        """Let go of the images, once they are answered: what is left is for the accounts.
-
-        Their brightness is left if it is asked for. That of pixels on a GPU would have to be waited
-        for.
-        """
-        if brightness:
-            self.brightness = [drift.brightness(pixels) for pixels in self._pixels()]
+    def release(self) -> None:
+        """Let go of the images, once they are answered: what is left is for the accounts."""
         if isinstance(self.request, ImageRequest):
             sent = self.request.images
             self.image_bytes = [len(data) for data in sent if isinstance(data, bytes)]
@@ -94,8 +87,11 @@ class Row:
         for error in self.errors:  # the frames of a traceback hold the images
             error.__traceback__ = error.__cause__ = error.__context__ = None
 
-    def _pixels(self) -> Iterator[NDArray[np.uint8]]:
-        """What the model was given, of images on the CPU that it has classified."""
+    def pixels(self) -> Iterator[NDArray[np.uint8]]:
+        """What the model was given, [3, H, W], of each image that it has classified.
+
+        Without those on a GPU, which would have to be waited for.
+        """
         for image in self.images:
             if isinstance(image.outcome, Result) and image.decoding and image.decoding.picture:
                 pixels = image.decoding.picture.pixels

@@ -16,17 +16,24 @@ PRIOR = (
 
 
 def reference_of(images: CalibrationSet, probabilities: NDArray[np.float32]) -> Reference:
-    """The signals of images with the probabilities [N, C] that a worker gives them."""
-    best = probabilities.argmax(axis=1)
-    signals = {
+    """What images are like, with the probabilities [N, C] that a worker gives them."""
+    signals = signals_of(images, probabilities)
+    bins = {name: make_bins(values) for name, values in signals.items()}
+    return Reference(len(probabilities), bins)
+
+
+def signals_of(
+    images: CalibrationSet, probabilities: NDArray[np.float32]
+) -> dict[str, list[float]]:
+    """Each signal of each image, as a worker counts them."""
+    return {
         # as an answer has it
         "confidence": [round(float(row.max()), 6) for row in probabilities],
         # Neighbours are often alike, as in ImageNet, and few classes have a bin each.
-        "class": [float(number) for number in best],
+        "class": [float(number) for number in probabilities.argmax(axis=1)],
         "brightness": [brightness(image) for image in images.images],
         "size": [float(width * height) for width, height in images.sizes],
     }
-    return Reference(len(best), {name: make_bins(values) for name, values in signals.items()})
 
 
 def make_bins(values: Sequence[float]) -> Bins:

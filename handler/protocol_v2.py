@@ -150,12 +150,15 @@ def _flat(data: Any) -> list[Any]:
 
 
 def _as_bytes(values: list[Any]) -> bytes:
+    problem = MalformedRequest(
+        f"input '{INPUT}' is UINT8: its data must be whole numbers from 0 to 255"
+    )
+    if bool in set(map(type, values)):  # true and false, which bytes() takes for 1 and 0
+        raise problem
     try:
         return bytes(values)
     except (TypeError, ValueError, OverflowError) as exc:
-        raise MalformedRequest(
-            f"input '{INPUT}' is UINT8: its data must be whole numbers from 0 to 255"
-        ) from exc
+        raise problem from exc
 
 
 def _pictures(

@@ -70,6 +70,7 @@ images = st.sampled_from(
 )
 schemathesis.openapi.media_type("image/*", images)
 schemathesis.openapi.media_type("application/octet-stream", images)
+schemathesis.openapi.format("binary", images)
 schemathesis.openapi.format("byte", images.map(lambda image: b64encode(image).decode()))
 
 config = schemathesis.Config.from_dict(

@@ -1,14 +1,18 @@
 """One or two targets on the same labelled images."""
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from handler.errors import SetupError
 from service.evaluation.examples import Example, read_examples, resolve
 from service.evaluation.figures import compare, measure
 from service.evaluation.report import Report
 from service.evaluation.run import Run, classify_all
-from service.evaluation.targets import Asking, open_target
+from service.evaluation.targets import Asking, Service, Target, predictions_url
+from service.temporary import TemporaryFolder
 
 
 def evaluate(
@@ -31,6 +35,24 @@ def evaluate(
         return Report(figures[0]), runs
     compared = compare(runs[0], runs[1], without_failed=without_failed)
     return Report(figures[0], figures[1], compared), runs
+
+
+@contextmanager
+def open_target(where: str, model: str, asking: Asking) -> Iterator[Target]:
+    """A service by its URL, to which /predictions/{model} is added if it has no path, or a .mar.
+
+    Raises SetupError if it does not classify a drawn image with all its classes.
+    """
+    if urlsplit(where).scheme in ("http", "https"):
+        yield Service(predictions_url(where, model), asking)
+    elif where.endswith(".mar"):
+        logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of what it does without
+        from service.evaluation.archive import Archive  # imports torch
+
+        with TemporaryFolder(".evaluate-") as folder:
+            yield Archive(Path(where), folder / "model", asking.options)
+    else:
+        raise SetupError(f"{where} is neither an http:// or https:// URL nor a .mar file")
 
 
 def _check_same_classes(examples: Sequence[Example], a: Sequence[str], b: Sequence[str]) -> None:

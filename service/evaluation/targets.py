@@ -1,12 +1,9 @@
 """What is evaluated: a running service, or an archive whose worker runs in this process."""
 
-import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -18,7 +15,6 @@ from service.bulk.pace import Pace
 from service.bulk.run import Lost, classify
 from service.bulk.sources import Image
 from service.client import Client
-from service.temporary import TemporaryFolder
 
 Answer = dict[str, Any]
 BEST = 5  # classes of an answer, for top-5
@@ -43,24 +39,6 @@ class Asking:
     key: str | None = None
     concurrency: int = 16
     patience: float = 300.0  # seconds of nothing but refusals until a service is lost
-
-
-@contextmanager
-def open_target(where: str, model: str, asking: Asking) -> Iterator[Target]:
-    """A service by its URL, to which /predictions/{model} is added if it has no path, or a .mar.
-
-    Raises SetupError if it does not classify a drawn image with all its classes.
-    """
-    if urlsplit(where).scheme in ("http", "https"):
-        yield Service(predictions_url(where, model), asking)
-    elif where.endswith(".mar"):
-        logging.getLogger("ts").setLevel(logging.ERROR)  # it warns of what it does without
-        from service.evaluation.archive import Archive  # imports torch
-
-        with TemporaryFolder(".evaluate-") as folder:
-            yield Archive(Path(where), folder / "model", asking.options)
-    else:
-        raise SetupError(f"{where} is neither an http:// or https:// URL nor a .mar file")
 
 
 def predictions_url(url: str, model: str) -> str:

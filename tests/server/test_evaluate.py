@@ -62,7 +62,7 @@ def test_a_service_and_its_archive_have_the_figures_of_the_images(
 def test_the_bound_decides_the_exit_status(store: Path, tree: Path, tmp_path: Path) -> None:
     [archive] = store.glob("*.mar")
     share = RIGHT / IMAGES
-    argv = [tree, "--archive", archive, "--without-failed"]
+    argv: list[str | Path] = [tree, "--archive", archive, "--without-failed"]
     assert evaluate(tmp_path, *argv, "--min-top1", str(share))[0] == 0
     status, _, said = evaluate(tmp_path, *argv, "--min-top1", str(share + 1e-9))
     assert status == 1

@@ -59,8 +59,8 @@ def test_a_name_of_two_classes_is_refused_and_their_indices_are_not() -> None:
 
 
 def test_unknown_labels_are_named_before_any_image_is_sent() -> None:
-    wrong = [-1, 3, "pink", "3", "²", "9" * 5000, ""]
-    examples = [Example(Path(str(n)), label) for n, label in enumerate([0, *wrong])]
+    wrong: list[str | int] = [-1, 3, "pink", "3", "²", "9" * 5000, ""]
+    examples = [Example(Path(str(n)), label) for n, label in enumerate(wrong)]
     with pytest.raises(SetupError) as caught:
         resolve(examples, LABELS)
     assert "no class of the model: -1, 3, 'pink', '3', '²' and 2 more" in str(caught.value)

@@ -19,7 +19,7 @@ import pytest
 import requests
 
 from tests import ROOT
-from tests.gateway.clients import TIMEOUT, check_error
+from tests.gateway.clients import TIMEOUT
 from tests.gateway.conftest import Served
 from tests.gateway.running import Gateway, in_front_of, running, variables
 from tests.gateway.test_keys import KEYS, key_line

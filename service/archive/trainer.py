@@ -15,8 +15,9 @@ from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
 from handler.diagnosis import NORMALISATIONS, plain_image
+from handler.engine import Sameness
 from handler.errors import InvalidModel
-from handler.golden import Golden, Sameness
+from handler.golden import Golden
 from service.archive.golden import reference_logits
 
 LABELS_FILE = "labels.csv"

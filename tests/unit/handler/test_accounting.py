@@ -13,6 +13,7 @@ from ts.metrics.caching_metric import CachingMetric
 
 import handler.image_classifier
 from handler.image_classifier import ImageClassifier
+from handler.golden import GOLDEN_FILE
 from handler.model_card import CARD_FILE
 from tests.drawing import RED, encode, plain
 from tests.unit.handler.worker import (

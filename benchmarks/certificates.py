@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from openvino import save_model
 from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
 
 from handler.certificate import certify
 from handler.decoders import choose_decoder
@@ -59,7 +61,7 @@ def certificates(architecture: str) -> Iterator[dict[str, Any]]:
     recipe = get_recipe(architecture)
     transform, labels = input_transform(recipe), tuple(recipe.meta["categories"])
     torch.manual_seed(0)
-    network = build_network(recipe, architecture, len(labels))
+    network = settle(build_network(recipe, architecture, len(labels)), transform.crop_size)
     card = ModelCard(
         architecture=architecture,
         recipe=str(recipe),
@@ -82,6 +84,17 @@ def certificates(architecture: str) -> Iterator[dict[str, Any]]:
         save_file(network.state_dict(), model_dir / WEIGHTS_FILE)
         for settings in every_precision():
             yield {"architecture": architecture} | certificate(card, model_dir, settings)
+
+
+@torch.no_grad()
+def settle(network: nn.Module, size: int) -> nn.Module:
+    """Batch norms with the statistics of some images; else random weights see no image in some."""
+    images = torch.rand(4, 3, 7, 7, generator=torch.Generator().manual_seed(0)) * 4 - 2
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.train().momentum = None  # the average of what was seen, which is once
+    network(functional.interpolate(images, size=size, mode="bilinear"))
+    return network.eval()
 
 
 def every_precision() -> Iterator[Settings]:

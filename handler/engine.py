@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,8 +12,28 @@ from torch import Tensor
 
 from handler.inspection import Inspection, NotInspectable
 
-if TYPE_CHECKING:
-    from handler.golden import Sameness
+# A top-1 class may be another one only if the reference's logit of it is at most so much under its
+# best, in units of the logits' root mean square: then the two were nearly as likely.
+MAX_LOSS = 0.5
+
+
+class Sameness(NamedTuple):
+    """How far answers are from the reference's."""
+
+    error: float  # of the logits, as a share of what they say; NaN if there is one among them
+    agreement: float  # share of the images with the reference's top-1 class
+    loss: float  # of the reference's logits by other top-1 classes, the largest; see MAX_LOSS
+    seconds: float = 0.0  # that it took to give and compare them
+
+    def fits(self, limit: float) -> bool:
+        """Whether the error is at most this, and no certain class is another. NaN never fits."""
+        return self.error <= limit and self.loss <= MAX_LOSS
+
+    def describe(self) -> str:
+        return (
+            f"the logits' error is {self.error:.3g}, and {self.agreement:.0%} of the top-1 classes "
+            "are the reference's"
+        )
 
 
 class Engine(ABC):
@@ -22,8 +42,8 @@ class Engine(ABC):
     Normalisation and softmax are the engine's business.
     """
 
-    sameness: "Sameness | None" = None  # with the reference (handler/golden.py); None: not checked
-    refused: Mapping[str, "Sameness"] = {}  # the same of engines that `auto` has not taken for it
+    sameness: Sameness | None = None  # with the reference (handler/golden.py); None: not checked
+    refused: Mapping[str, Sameness] = {}  # the same of engines that `auto` has not taken for it
 
     def __init__(self, library: str, precision: str, device: str, max_forward: int) -> None:
         self.name = f"{library}-{precision}"

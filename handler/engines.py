@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from handler.engine import Engine
+from handler.engine import Engine, Sameness
 from handler.errors import InvalidModel
-from handler.golden import Golden, Sameness, limit_of
+from handler.golden import Golden, limit_of
 from handler.machine import available_cores
 from handler.model_card import INT8_FILE, OPENVINO_FILE, WEIGHTS_FILE, ModelCard
 from handler.openvino_engine import OpenVino, has_bf16

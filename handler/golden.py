@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from handler.engine import Engine
+from handler.engine import Engine, Sameness
 from handler.errors import InvalidModel
 
 GOLDEN_FILE = "golden.safetensors"
@@ -32,28 +31,6 @@ LEAST = 1e-3  # logits of a smaller root mean square say nothing either: all cla
 # `auto` may take instead. What such errors mean for real images is in docs/trust.md.
 MAX_FP32_ERROR = 0.01
 MAX_ERROR = 0.15
-# A top-1 class may be another one only if the reference's logit of it is at most so much under its
-# best, in units of the logits' root mean square: then the two were nearly as likely.
-MAX_LOSS = 0.5
-
-
-class Sameness(NamedTuple):
-    """How far answers are from the reference's."""
-
-    error: float  # of the logits, as a share of what they say; NaN if there is one among them
-    agreement: float  # share of the images with the reference's top-1 class
-    loss: float  # of the reference's logits by other top-1 classes, the largest; see MAX_LOSS
-    seconds: float = 0.0  # that it took to give and compare them
-
-    def fits(self, limit: float) -> bool:
-        """Whether the error is at most this, and no certain class is another. NaN never fits."""
-        return self.error <= limit and self.loss <= MAX_LOSS
-
-    def describe(self) -> str:
-        return (
-            f"the logits' error is {self.error:.3g}, and {self.agreement:.0%} of the top-1 classes "
-            "are the reference's"
-        )
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,5 @@ def _fastest_first(engine: str, hardware: Hardware, int8: bool) -> tuple[str, ..
         return ("fp32",)  # the reference
     if engine == "cuda":  # fp16 is as fast as bf16 and has finer steps, but a smaller range
         return ("fp16", "bf16", "fp32") if hardware.capability >= AMPERE else ("fp16", "fp32")
-    if int8:  # held against fp32 at packaging, with images like those to come
-        return ("int8",)
-    return ("bf16", "fp32") if hardware.cpu_bf16 else ("fp32",)
+    floats = ("bf16", "fp32") if hardware.cpu_bf16 else ("fp32",)
+    return ("int8", *floats) if int8 else floats

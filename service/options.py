@@ -300,7 +300,7 @@ def read_options(
     if options.transform_input and not set(options.models) <= {"googlenet", "inception_v3"}:
         parser.error("--transform-input is for googlenet and inception_v3")
     if len(options.models) > 1 and (own or options.recipe or options.labels or options.golden):
-        parser.error("a weights file, --recipe, --labels and --golden go with one --model")
+        parser.error("a weights file, --golden, --recipe and --labels go with one --model")
     if options.golden_logits and not options.golden:
         parser.error("--golden-logits goes with --golden")
     if len(options.models) > 1 and options.log_to:

@@ -96,9 +96,16 @@ function protocols.describe_model(model, version)
     local function tensor(name, datatype, ...)
         return { name = name, datatype = datatype, shape = { ... } }
     end
+    local certificate = {} -- the protocol's properties are strings
+    if type(facts.certificate) == "table" then -- else null: an archive without golden images
+        for name, value in pairs(facts.certificate) do
+            certificate["certificate." .. name] = tostring(value)
+        end
+    end
     health.send(200, cjson.encode {
         name = model,
         versions = known.versions,
+        properties = next(certificate) and certificate or nil,
         platform = "pytorch_torchserve",
         inputs = { tensor("image", "BYTES", -1) },
         outputs = {

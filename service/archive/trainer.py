@@ -15,17 +15,18 @@ from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
 from handler.diagnosis import NORMALISATIONS, plain_image
+from handler.engine import Sameness
 from handler.errors import InvalidModel
-from handler.golden import Golden, Sameness
+from handler.golden import Golden
 from service.archive.golden import reference_logits
 
 LABELS_FILE = "labels.csv"
 MAX_IMAGES = 32  # each is another forward pass of every start
 MAX_BYTES = 2**20  # of each
 MAX_LOGITS_BYTES = 2**26
-# Of the trainer's logits. With MobileNetV2 and photos, the same recipe with torch's resize in place
-# of Pillow's gives LEGIT, and the least of the faults below LEAST (docs/trust.md).
-MAX_ERROR = 0.05
+# Of the trainer's logits. With MobileNetV2 and 10 photos, torch's resize in place of Pillow's gives
+# 0.03, a JPEG decoder set for speed 0.06, and the least of the faults below, bicubic, 0.11.
+MAX_ERROR = 0.08
 FEW = 8  # images with which a fault is looked for
 SORTED = 0.05  # logits, between those of an image in order
 

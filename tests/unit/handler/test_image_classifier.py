@@ -11,7 +11,8 @@ from ts.service import Service
 from ts.utils.util import list_classes_from_module
 
 import handler.image_classifier
-from handler.golden import GOLDEN_FILE, Sameness
+from handler.engine import Sameness
+from handler.golden import GOLDEN_FILE
 from handler.image_classifier import ImageClassifier
 from handler.model_card import WEIGHTS_FILE
 from tests.drawing import noise

@@ -30,7 +30,7 @@ def choose(
     [
         (PLAIN, {}, ("cpu", "openvino", ("fp32",))),
         (WITH_BF16, {}, ("cpu", "openvino", ("bf16", "fp32"))),
-        (WITH_BF16, {"int8": True}, ("cpu", "openvino", ("int8",))),
+        (WITH_BF16, {"int8": True}, ("cpu", "openvino", ("int8", "bf16", "fp32"))),
         (WITH_BF16, {"converted": False}, ("cpu", "torch", ("fp32",))),
         (TURING, {}, ("cuda:0", "cuda", ("fp16", "fp32"))),
         (HOPPER, {"int8": True}, ("cuda:3", "cuda", ("fp16", "bf16", "fp32"))),

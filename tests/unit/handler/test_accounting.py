@@ -12,8 +12,8 @@ from torch import Tensor
 from ts.metrics.caching_metric import CachingMetric
 
 import handler.image_classifier
-from handler.image_classifier import ImageClassifier
 from handler.golden import GOLDEN_FILE
+from handler.image_classifier import ImageClassifier
 from handler.model_card import CARD_FILE
 from tests.drawing import RED, encode, plain
 from tests.unit.handler.worker import (

@@ -12,8 +12,8 @@ import torch
 import yaml
 from PIL import Image
 
+from handler.collector import Metrics
 from handler.images import read_picture
-from handler.metrics import Metrics
 from handler.model_card import CARD_FILE
 from handler.settings import Settings
 from service.archive.calibration import CalibrationSet

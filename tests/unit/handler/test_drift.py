@@ -4,14 +4,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from handler.accounting import describe_worker
+from handler.collector import Metrics
 from handler.drift import Bins, Reference, brightness
 from handler.image_classifier import ImageClassifier
-from handler.metrics import DRIFT, DRIFT_REFERENCE, DRIFT_REFERENCE_IMAGES, Metrics
+from handler.metrics import DRIFT, DRIFT_REFERENCE, DRIFT_REFERENCE_IMAGES
 from handler.model_card import CARD_FILE, ModelCard
 from tests.drawing import BLUE, RED, encode, plain
 from tests.unit.handler.worker import Counted, Fake, ask, b64, start
@@ -40,7 +42,7 @@ def folder(model_dir: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def worker(folder: Path, **settings: object) -> ImageClassifier:
+def worker(folder: Path, **settings: Any) -> ImageClassifier:
     classifier = start(folder, **settings)
     classifier.engine = Fake()
     return classifier
@@ -97,7 +99,7 @@ def test_the_reference_is_told_at_the_start() -> None:
         told[(name, *labels[2:])] = value
 
     counts = Metrics(emit, "birds", "1.0")
-    describe_worker(counts, replace(tiny_card(), reference=REFERENCE), Fake())
+    describe_worker(counts, replace(tiny_card(), reference=REFERENCE), Fake(), None)
     counts.flush()
     assert told[DRIFT_REFERENCE_IMAGES,] == 200
     assert told[DRIFT_REFERENCE, "confidence", "0.99"] == 0.5

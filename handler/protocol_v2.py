@@ -152,6 +152,8 @@ def _flat(data: Any) -> list[Any]:
 
 def _as_bytes(values: list[Any]) -> bytes:
     try:
+        if bool in map(type, values):
+            raise TypeError("true and false are numbers in Python alone")
         return bytes(values)
     except (TypeError, ValueError, OverflowError) as exc:
         raise MalformedRequest(

@@ -224,6 +224,7 @@ def test_a_size_without_the_header() -> None:
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [*range(11)]},
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [*range(245, 257)]},
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [-1] * 12},
+        {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [True] * 12},
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [1.5] * 12},
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": ["1"] * 12},
         {"shape": [2, 1, 2, 3], "datatype": "UINT8", "data": [10**30] * 12},

@@ -228,7 +228,7 @@ CERTIFICATE_AGREEMENT = _gauge(
     "share of the golden images with the reference's top-1 class, 0 to 1",
 )
 CERTIFICATE_DECODE = _gauge(
-    "classifier_certificate_decode_difference",
+    "classifier_certificate_decode_levels",
     WORKER,
     "levels of 255 by which a golden image's pixels differ from the reference's, mean, the largest",
 )

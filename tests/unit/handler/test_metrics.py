@@ -287,7 +287,7 @@ def test_names_are_those_of_prometheus_conventions(name: str) -> None:
     family = FAMILIES[name]
     assert re.fullmatch(r"classifier(_[a-z]+)+", name)
     assert name.endswith("_total") == (family.kind == "counter")
-    units = ("_seconds", "_bytes", "_ratio", "_pixels", "_requests", "_info")
+    units = ("_seconds", "_bytes", "_ratio", "_pixels", "_requests", "_images", "_levels", "_info")
     assert family.kind == "counter" or name.endswith(units)
 
 

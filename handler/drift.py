@@ -9,10 +9,11 @@ the shares of the last hour, of all workers together, with those of --calibrate
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:  # the launcher reads model cards, and must stay small
+    import numpy as np
+    from numpy.typing import NDArray
 
 STEP = 8  # every eighth pixel of every eighth row: of all 224 x 224 the mean takes 8 times as long
 
@@ -21,9 +22,7 @@ STEP = 8  # every eighth pixel of every eighth row: of all 224 x 224 the mean ta
 class Bins:
     """The range of a signal, cut into pieces."""
 
-    edges: tuple[
-        float, ...
-    ]  # ascending upper bounds, which belong to their bins; the last has none
+    edges: tuple[float, ...]  # ascending upper bounds, in their bins; the last bin has none
     shares: tuple[float, ...]  # of the images of --calibrate in each bin, never 0
 
     @property
@@ -52,6 +51,6 @@ class Reference:
         return cls(facts["images"], signals)
 
 
-def brightness(pixels: NDArray[np.uint8]) -> float:
+def brightness(pixels: "NDArray[np.uint8]") -> float:
     """The mean level, 0 to 255, of the model's input [3, H, W], to a tenth."""
     return round(float(pixels[:, ::STEP, ::STEP].mean()), 1)

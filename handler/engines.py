@@ -1,5 +1,6 @@
 """The engine that settings, machine and archive ask for, with the archive's weights."""
 
+from math import isfinite
 from pathlib import Path
 
 import torch
@@ -67,10 +68,13 @@ def load_engine(
             return engine
         engine.sameness = found = golden.compare(engine)
         last = precision == chosen.precisions[-1]
-        if found.fits(limit_of(precision)) or (last and precision != "fp32"):
+        asked = last and precision != "fp32"  # by name: it is kept if it gives numbers at all
+        if found.fits(limit_of(precision)) or (asked and isfinite(found.error)):
             return engine
         refused = refused | {engine.name: found}
-        if last:
+        if asked:
+            fault = f"precision: {engine.name} gives no numbers for the golden images"
+        elif last:
             from handler.diagnosis import engine_fault
 
             fault = engine_fault(golden, card, engine, lambda: _load_network(card, model_dir))

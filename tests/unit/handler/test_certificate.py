@@ -160,21 +160,27 @@ class _Coarse(torch.nn.Module):
         )
 
 
+@pytest.mark.parametrize("precisions", [("bf16", "fp32"), ("bf16",)], ids=["auto", "asked for"])
 def test_a_model_that_bf16_breaks_is_run_in_fp32(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precisions: tuple[str, ...],
 ) -> None:
+    """Unless bf16 was asked for by name: then the log says how far off it is."""
+
     def load(card: ModelCard, _dir: Path, _: Selection, precision: str, *__: object) -> TorchEager:
         return TorchEager(_Coarse(tiny_network()), card.transform, precision)
 
     monkeypatch.setattr(handler.engines, "_load", load)
-    chosen = Selection("cpu", "torch", ("bf16", "fp32"))
+    chosen = Selection("cpu", "torch", precisions)
     monkeypatch.setattr(handler.engines, "select", lambda *_, **__: chosen)
     classifier = start(folder)
-    assert classifier.engine.name == "torch-fp32"
+    assert classifier.engine.name == f"torch-{precisions[-1]}"
     assert classifier.certificate
-    assert classifier.certificate.precision == "fp32"
+    assert classifier.certificate.precision == precisions[-1]
     [line] = log(caplog, "engine_chosen")
-    assert line["engine"] == "torch-fp32"
+    assert line["engine"] == f"torch-{precisions[-1]}"
     assert line["golden_errors"]["torch-bf16"] > 0.15
 
 

@@ -176,12 +176,12 @@ def test_auto_takes_the_first_that_gives_the_references_answers(
     assert [*engine.refused] == [f"fake-{precision}" for precision in wrong]
 
 
-def test_a_precision_that_was_asked_for_is_kept(broken: set[str], model_dir: Path) -> None:
+def test_a_precision_that_was_asked_for_is_refused_if_it_gives_no_numbers(
+    broken: set[str], model_dir: Path
+) -> None:
     broken.add("fp16")
-    engine = load(model_dir, "fp16")
-    assert engine.precision == "fp16"
-    assert engine.sameness
-    assert isnan(engine.sameness.error)
+    with pytest.raises(InvalidModel, match=r"^precision: fake-fp16 gives no numbers"):
+        load(model_dir, "fp16")
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])

@@ -20,6 +20,7 @@ from handler.confidence import calibrate
 from handler.decoders import Decoder, Decoding
 from handler.engine import Engine
 from handler.errors import DeadlineExceeded, RequestError
+from handler.explanations import Activation, Explain, activation_of
 from handler.failures import Failures
 from handler.images import PixelBudget, open_image, open_pixels
 from handler.inspection import Inspection
@@ -45,7 +46,9 @@ class BatchImage:
     cached: bool = False  # the result is that of an earlier batch, perhaps of another worker
     deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
-    seen: Inspection | None = None  # of an image whose answer is to be explained
+    asked: set[Explain] = field(default_factory=set)  # what is to be explained
+    activations: dict[Explain, Activation] = field(default_factory=dict)  # of these
+    explanations: dict[Explain, Answer] = field(default_factory=dict)  # made from them
 
 
 def check_deadline(deadline: float) -> None:
@@ -83,7 +86,9 @@ class Row:
             self.image_bytes = [len(data) for data in sent if isinstance(data, bytes)]
             sent.clear()
         for image in self.images:
-            image.data, image.decoding, image.seen = b"", None, None
+            image.data, image.decoding = b"", None
+            image.activations.clear()
+            image.explanations.clear()
         for error in self.errors:  # the frames of a traceback hold the images
             error.__traceback__ = error.__cause__ = error.__context__ = None
 
@@ -148,7 +153,7 @@ class Batch:
         request_id: str,
         *,
         classes: int,
-        explain: bool = False,
+        explain: Explain | None = None,
         deadline: float = inf,
     ) -> list[BatchImage]:
         """A request's images: their decoding has begun, or they have their outcome already.
@@ -178,7 +183,7 @@ class Batch:
         sent: bytes | RawPixels | RequestError,
         budget: PixelBudget,
         classes: int,
-        explain: bool,
+        explain: Explain | None,
     ) -> BatchImage:
         if isinstance(sent, RequestError):
             raise sent
@@ -190,9 +195,11 @@ class Batch:
             budget.spend(*result.size)
             return BatchImage(result, key=key, cached=True)
         # A hash of all bytes would cost more than the comparison with the few that seem equal.
-        likeness = explain, size, len(data), data[-LIKENESS_BYTES:]
+        likeness = explain is None, size, len(data), data[-LIKENESS_BYTES:]
         if (known := self._known.get(likeness)) and known.decoding and known.data == data:
             budget.spend(*known.decoding.size)
+            if explain:
+                known.asked.add(explain)
             return known
         decoding = self.decoder.start(
             open_pixels(sent, self.settings, budget)
@@ -200,6 +207,8 @@ class Batch:
             else open_image(sent, self.settings, budget)
         )
         image = BatchImage(decoding=decoding, data=data, key=key)
+        if explain:
+            image.asked.add(explain)
         (self._explained if explain else self._images).append(image)
         self._known[likeness] = image
         return image
@@ -246,8 +255,8 @@ class Batch:
                     image.outcome = error
                 continue
             if isinstance(outcome, Inspection):
-                for image, seen in zip(passed, outcome.each(), strict=True):
-                    image.seen = seen
+                for image, seen in zip(passed, outcome.each(), strict=True):  # maps are large
+                    image.activations = {one: activation_of(one, seen) for one in image.asked}
                 outcome = outcome.probabilities.numpy()
             if self.temperature is not None:
                 outcome = calibrate(outcome, self.temperature)

@@ -9,6 +9,7 @@ the shares of the last hour, of all workers together, with those of --calibrate
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the launcher reads model cards, and must stay small
@@ -25,7 +26,7 @@ class Bins:
     edges: tuple[float, ...]  # ascending upper bounds, in their bins; the last bin has none
     shares: tuple[float, ...]  # of the images of --calibrate in each bin, never 0
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
         """A name for each bin: its upper bound."""
         return [*(f"{edge:.9g}" for edge in self.edges), "+Inf"]

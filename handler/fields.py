@@ -99,7 +99,7 @@ def read_level(name: str, value: Any) -> float | None:
     if flag:
         return DEFAULT_LEVEL
     if isinstance(value, str) and re.fullmatch(r"\s*0?\.[0-9]{1,6}\s*", value):
-        value = float(value)
+        value = float(value.strip())  # as with top_k
     if type(value) is not float or not LEVELS[0] <= value <= LEVELS[1]:
         raise MalformedRequest(
             f"{name} must be true, false or a number from {LEVELS[0]} to {LEVELS[1]}"

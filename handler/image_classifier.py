@@ -228,7 +228,7 @@ class ImageClassifier(BaseHandler):
                     row.request.images,
                     row.request_id,
                     classes=row.classes,
-                    explain=row.request.explain is not None,
+                    explain=row.request.explain,
                     deadline=read_deadline(row.headers, arrival),
                 )
             row.seconds["preprocess"] += perf_counter() - started
@@ -360,11 +360,16 @@ class ImageClassifier(BaseHandler):
         return judgement
 
     def _explain(self, asked: Explain, image: BatchImage, result: Result) -> Answer:
-        if not (image.seen and image.decoding and image.decoding.picture):
-            raise ValueError("the image was not inspected")
-        region = region_of(result.size, self.card.transform)
-        pixels = image.decoding.picture.pixels
-        return explain(asked, image.seen, pixels, region, self.card.labels)
+        """Made once for all requests that want the same of the same image."""
+        if asked not in image.explanations:
+            if not (image.decoding and image.decoding.picture):
+                raise ValueError("the image was not inspected")
+            found, pixels = image.activations[asked], image.decoding.picture.pixels
+            region = region_of(result.size, self.card.transform)
+            made = explain(asked.form, found, pixels, region, self.card.labels)
+            image.explanations[asked] = made
+            self.pulse.step()
+        return image.explanations[asked]
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""

@@ -81,7 +81,7 @@ def abort(file: RecordFile, settings: GatewaySettings) -> Record | None:
     with file.held() as free:
         record = file.read()
         if record and record.is_unfinished and free:
-            Rollout(file, settings, say).take_back(record, "it was aborted")
+            Rollout(file, settings, say).abort(record)
     if not free:
         file.interrupt()
         record = file.read()

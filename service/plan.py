@@ -78,10 +78,11 @@ class ModelPlan:
         """Raise InvalidSettings if the handler's limits do not fit into TorchServe's.
 
         The largest answer is that of a full batch of the most images, explained, with every class,
-        whose labels V2 may give twice: TorchServe kills the worker that exceeds max_response_size.
+        whose labels V2 may give three times, once in a set: TorchServe kills the worker that
+        exceeds max_response_size.
         """
         batch, images = self.config["batchSize"], self.settings.max_images
-        image = EXPLANATION_BYTES + sum(64 + 2 * len(label.encode()) for label in labels)
+        image = EXPLANATION_BYTES + sum(96 + 3 * len(label.encode()) for label in labels)
         if (answer := batch * images * image) > (limit := self.server.max_response_size):
             fitting = limit // (images * image)
             remedy = f"use --batch-size {fitting}" if fitting else "lower max_images"

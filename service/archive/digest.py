@@ -85,8 +85,7 @@ def digest(plan: PackagePlan, weights: WeightsFacts) -> str:
 
     Of the configuration, only what decides the rest of the content: configure() puts in the others.
     The recipe's own labels and transforms follow from its name and torchvision's version.
-    Raises OSError if labels or calibration images cannot be read, PackageNotFoundError if NNCF is
-    or
+    Raises OSError if a file that the plan names cannot be read, PackageNotFoundError if NNCF or
     scikit-learn is needed and not installed.
     """
     return _sha256(

@@ -45,7 +45,7 @@ from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.reference import reference_of
 from service.archive.signing import read_private_key
-from service.archive.trainer import check_trainer, read_images
+from service.archive.trainer import check_given, check_trainer, read_images
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -109,6 +109,7 @@ def package(plan: PackagePlan) -> Path:
     plan.check_limits(labels)
     calibration = check_calibration(plan, transform)
     labelled = read_labelled(plan, transform, len(labels))
+    check_given(plan.golden, plan.golden_logits)
     source = choose_weights(plan, recipe)
     inputs = digest(plan, source.facts)
     if plan.card and plan.card.inputs_sha256 == inputs:
@@ -286,6 +287,8 @@ def write_archive(
                 _warn(f"the archive with {old.weights.name} is kept as {aside}")
             elif old and old.int8 and not card.int8:
                 _warn(f"{archive.name} had an int8 model; --calibration DIR makes it again")
+            if old and old.confidence and not card.confidence:
+                _warn(f"{archive.name} was calibrated; --calibrate DIR does it again")
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc

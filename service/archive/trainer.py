@@ -28,7 +28,16 @@ MAX_LOGITS_BYTES = 2**26
 # 0.03, a JPEG decoder set for speed 0.06, and the least of the faults below, bicubic, 0.11.
 MAX_ERROR = 0.08
 FEW = 8  # images with which a fault is looked for
+LEAST_NAMES = 3  # that have to fit one class further: one alone can do so by chance
 SORTED = 0.05  # logits, between those of an image in order
+
+
+def check_given(folder: Path | None, logits: Path | None) -> None:
+    """Raise InvalidModel now, and not after the model is made, for files that cannot be read."""
+    if folder:
+        read_images(folder)
+    if logits and not logits.is_file():
+        raise InvalidModel(f"--golden-logits {logits}: there is no such file")
 
 
 def read_images(folder: Path) -> dict[str, bytes]:
@@ -64,17 +73,19 @@ def check_names(folder: Path, golden: Golden, labels: Sequence[str]) -> None:
     except (OSError, UnicodeDecodeError, KeyError, csv.Error) as exc:
         raise InvalidModel(f"--golden {path} must have the columns file and label") from exc
     best = dict(zip(golden.files, golden.logits.argmax(dim=1).tolist(), strict=True))
-    known = {name: label for name, label in names.items() if name in best}
+    for name in names:
+        if name not in best:
+            raise InvalidModel(f"--golden {path} has {name!r}, and the folder has no such image")
 
     def right(shift: int) -> int:
         return sum(
-            labels[(best[name] + shift) % len(labels)] == label for name, label in known.items()
+            labels[(best[name] + shift) % len(labels)] == label for name, label in names.items()
         )
 
     shift = max((0, 1, -1), key=right)
-    if shift:
+    if shift and right(shift) >= max(LEAST_NAMES, len(names) / 2):
         raise InvalidModel(
-            f"labels: {right(0)} of {len(known)} golden images have their name, and with the names "
+            f"labels: {right(0)} of {len(names)} golden images have their name, and with the names "
             f"of the classes {shift:+d} {right(shift)} would; correct --labels"
         )
 
@@ -96,7 +107,7 @@ def read_logits(path: Path, names: Sequence[str]) -> Tensor:
                 found = torch.stack([tensors[name].float() for name in names])
             case ".csv":
                 with path.open(encoding="utf-8-sig", newline="") as file:
-                    rows = {name: values for name, *values in csv.reader(file)}
+                    rows = {row[0]: row[1:] for row in csv.reader(file) if row}
                 found = torch.tensor([[float(value) for value in rows[name]] for name in names])
             case _:
                 raise ValueError("its name must end in .npy, .safetensors or .csv")

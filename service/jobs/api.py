@@ -5,8 +5,9 @@ import hashlib
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,9 @@ from service.jobs.uploads import Upload
 from service.jobs.work import error
 
 MAX_UPLOADS = 8  # bodies that arrive at the same time
-MAX_WATCHERS = 100  # open streams of events
+MAX_UPLOADS_PER_CLIENT = 4  # so that one that is slow leaves room for others
+MAX_STREAMS = 100  # of events and results, at the same time
+MAX_STREAMS_PER_CLIENT = 20
 WATCH_SECONDS = 0.5  # between two looks for one
 COMMENT_SECONDS = 15  # after which an idle stream gets a comment, so that nobody closes it
 MAX_KEY = 255  # characters of an Idempotency-Key
@@ -51,50 +54,48 @@ class Api:
         self._limits = Limits(
             settings.jobs_max_images, config.max_image_bytes, settings.jobs_max_bytes
         )
-        self._uploads = self._watchers = 0
+        self._uploads, self._streams = Counter[str](), Counter[str]()  # by client
 
     def application(self) -> web.Application:
         app = web.Application(middlewares=[answer_errors])
         app.router.add_post("/jobs", self._post)
-        app.router.add_get(f"/jobs/{ID}", self._get)
+        # aiohttp would send the body of a stream after the answer to a HEAD, where the next answer
+        # of the connection is expected.
+        app.router.add_get(f"/jobs/{ID}", self._get, allow_head=False)
         app.router.add_delete(f"/jobs/{ID}", self._cancel)
-        app.router.add_get(f"/jobs/{ID}/events", self._watch)
-        app.router.add_get(f"/jobs/{ID}/results", self._results)
+        app.router.add_get(f"/jobs/{ID}/events", self._watch, allow_head=False)
+        app.router.add_get(f"/jobs/{ID}/results", self._results, allow_head=False)
         return app
 
     async def _post(self, request: web.Request) -> web.Response:
         client = request.headers.get("X-Client", "")
         key = request.headers.get("Idempotency-Key", "")
-        if len(key) > MAX_KEY:
-            raise Refused(400, "BadRequest", f"Idempotency-Key has more than {MAX_KEY} characters")
+        if len(key) > MAX_KEY or not key.isascii():
+            message = f"Idempotency-Key must be ASCII, and at most {MAX_KEY} characters"
+            raise Refused(400, "BadRequest", message)
         # The same key makes the same id, so that two requests at once make one job.
         job_id = secrets.token_hex(16)
         if key:
             job_id = hashlib.sha256(orjson.dumps([client, key])).hexdigest()[:32]
         await self._check_room(client, job_id)
-        if self._uploads >= MAX_UPLOADS:
-            raise Refused(429, "TooManyRequests", "too many jobs are arriving; try again")
-        self._uploads += 1
-        try:
-            with Spool.create(self._folder, self._limits) as new:
-                upload = Upload(new, self._limits, self._outside)
-                try:
-                    await asyncio.wait_for(
-                        upload.receive(request), self._settings.jobs_body_seconds
-                    )
-                except asyncio.TimeoutError:
-                    raise Refused(408, "RequestTimeout", "the body came too slowly") from None
-                digest = hashlib.sha256(orjson.dumps([upload.options, upload.digest])).hexdigest()
-                job = {
-                    "id": job_id,
-                    "client": client,
-                    "created": time.time(),
-                    "images": upload.count,
-                    "digest": digest,
-                } | upload.options
-                await self._accept(new, job)
-        finally:
-            self._uploads -= 1
+        arriving = place(
+            self._uploads, client, MAX_UPLOADS_PER_CLIENT, MAX_UPLOADS, "jobs are arriving"
+        )
+        with arriving, Spool.create(self._folder, self._limits) as new:
+            upload = Upload(new, self._limits, self._outside)
+            try:
+                await asyncio.wait_for(upload.receive(request), self._settings.jobs_body_seconds)
+            except asyncio.TimeoutError:
+                raise Refused(408, "RequestTimeout", "the body came too slowly") from None
+            digest = hashlib.sha256(orjson.dumps([upload.options, upload.digest])).hexdigest()
+            job = {
+                "id": job_id,
+                "client": client,
+                "created": time.time(),
+                "images": upload.count,
+                "digest": digest,
+            } | upload.options
+            await self._accept(new, job)
         return await self._describe(job_id, 202, {"Location": f"/jobs/{job_id}"})
 
     async def _check_room(self, client: str, job_id: str) -> None:
@@ -120,6 +121,8 @@ class Api:
         known = await self._store.get(job["id"])
         if known is None and not await asyncio.to_thread(new.commit, job):
             known = spool.read_job(self._folder, job["id"])
+            if known is None:
+                raise Refused(503, "Unavailable", "the disk for jobs has lost one; try again")
         if known is None:
             await self._store.create(job)
             await self._send(job["id"])
@@ -156,24 +159,26 @@ class Api:
 
     async def _results(self, request: web.Request) -> web.StreamResponse:
         job = await self._job(request)
-        answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
-        await answer.prepare(request)
-        try:
-            async for lines in self._store.results(job["id"], int(job["images"])):
-                await answer.write(lines)
-            await answer.write_eof()
-        except RedisError:
-            if request.transport:
-                request.transport.abort()  # so that nobody takes half of it for the whole
+        with self._stream(job["client"]):
+            answer = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
+            await answer.prepare(request)
+            try:
+                async for lines in self._store.results(job["id"], int(job["images"])):
+                    await answer.write(lines)
+                await answer.write_eof()
+            except RedisError:
+                if request.transport:
+                    request.transport.abort()  # so that nobody takes half of it for the whole
         return answer
+
+    def _stream(self, client: str) -> AbstractContextManager[None]:
+        return place(self._streams, client, MAX_STREAMS_PER_CLIENT, MAX_STREAMS, "streams are open")
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events: `progress` whenever something has changed, `end` as the last."""
-        job_id = (await self._job(request))["id"]
-        if self._watchers >= MAX_WATCHERS:
-            raise Refused(429, "TooManyRequests", "too many streams of events are open")
-        self._watchers += 1
-        try:
+        job = await self._job(request)
+        job_id = job["id"]
+        with self._stream(job["client"]):
             answer = web.StreamResponse(
                 headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
             )
@@ -181,23 +186,35 @@ class Api:
             told, since = b"", time.monotonic()
             while not self._stopping.is_set():
                 with suppress(RedisError):  # it comes back, and the stream goes on
-                    job = await self._store.get(job_id)
-                    if job is None:
+                    now = await self._store.get(job_id)
+                    if now is None:
                         break
-                    body = await describe(self._store, job, self._settings.jobs_keep_seconds)
+                    body = await describe(self._store, now, self._settings.jobs_keep_seconds)
                     if body != told:
-                        kind = b"end" if job["finished"] else b"progress"
+                        kind = b"end" if now["finished"] else b"progress"
                         await answer.write(b"event: " + kind + b"\ndata: " + body + b"\n\n")
                         told, since = body, time.monotonic()
-                    if job["finished"]:
+                    if now["finished"]:
                         break
                 if time.monotonic() - since > COMMENT_SECONDS:
                     await answer.write(b":\n\n")
                     since = time.monotonic()
                 await asyncio.sleep(WATCH_SECONDS)
             return answer
-        finally:
-            self._watchers -= 1
+
+
+@contextmanager
+def place(taken: Counter[str], client: str, own: int, everybody: int, what: str) -> Iterator[None]:
+    """One of the places that clients share. Raises Refused if there is none."""
+    if taken[client] >= own or taken.total() >= everybody:
+        raise Refused(429, "TooManyRequests", f"too many {what}; try again")
+    taken[client] += 1
+    try:
+        yield
+    finally:
+        taken[client] -= 1
+        if not taken[client]:
+            del taken[client]
 
 
 async def describe(store: Store, job: dict[str, str], keep_seconds: int) -> bytes:

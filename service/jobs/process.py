@@ -123,7 +123,11 @@ class JobsServer:
             self._wait = min(2 * self._wait, MAX_AGAIN_SECONDS)
         elif now >= self._again_at:
             self._again_at = 0.0
-            self._launch()
+            try:
+                self._launch()
+            except OSError as exc:  # no memory, for one; predictions go on
+                self._output.event("ERROR", "jobs", message=f"it does not start: {exc}")
+                self._again_at = now + self._wait
 
     def stop(self, seconds: float) -> None:
         """Let images in progress be answered, and end it; it is killed if that takes longer."""

@@ -30,10 +30,12 @@ JOBS_AT_ONCE = 4  # that take turns; what is classified at once is a setting
 HEARTBEAT_MS = 5_000  # a worker that has not been heard of for so long has died with its messages
 ALWAYS = 1_000_000  # in a million of Redis' commands: look for such workers
 TIDY_SECONDS = 5.0
+TAKEN_SECONDS = 120.0  # within which a message that was taken off the queue is worked on
 WEBHOOK_SECONDS = 1.0
 KEPT_SECONDS = 60.0  # a finished job's images: until Redis has certainly written that to its disk
 AGAIN_SECONDS = (5, 30, 120, 600, 3600)  # until a webhook that failed is called again
 REDIS_SECONDS = 5
+LOG = logging.getLogger(__name__)
 
 
 class _Lines(logging.Handler):
@@ -127,6 +129,7 @@ class Queue:
 
     def __init__(self, url: str, work: Work) -> None:
         loop = asyncio.get_running_loop()
+        self._work = work
         self._broker: Any = RedisBroker(  # type: ignore[no-untyped-call]
             url=url,
             namespace=NAMESPACE,
@@ -148,8 +151,20 @@ class Queue:
 
     async def waiting(self) -> set[str]:
         """The jobs that have a message, also one that is being worked on."""
-        texts = await asyncio.to_thread(self._broker.client.hvals, f"{NAMESPACE}:{QUEUE}.msgs")
-        return {dramatiq.Message.decode(text).args[0] for text in texts}
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> set[str]:
+        name, client = f"{NAMESPACE}:{QUEUE}", self._broker.client
+        queued = set(client.lrange(name, 0, -1))
+        waiting = set(self._work.running)
+        # One that is neither queued nor being worked on was just taken, or is lost: a Redis that
+        # is full, or whose answer was lost, leaves it so for ever.
+        lost_before = (time.time() - TAKEN_SECONDS) * 1000
+        for message_id, text in client.hgetall(f"{name}.msgs").items():
+            message = dramatiq.Message.decode(text)
+            if message_id in queued or message.message_timestamp > lost_before:
+                waiting.add(message.args[0])
+        return waiting
 
 
 class Keeper:
@@ -166,6 +181,10 @@ class Keeper:
         for job_id in spool.jobs_in(self._folder):
             job = await self._store.get(job_id)
             kept = spool.read_job(self._folder, job_id)
+            if job and job["finished"]:
+                await asyncio.to_thread(spool.mark_ended, self._folder, job_id)
+            if kept and spool.has_ended(self._folder, job_id):
+                kept = None
             if job is None and kept and now - kept["created"] < self._settings.jobs_max_age_seconds:
                 await self._store.create(kept)
             elif job is None or (job["finished"] and now - float(job["finished"]) > KEPT_SECONDS):
@@ -194,4 +213,6 @@ class Keeper:
             failure = await self._outside.call(job["webhook"], f"job_{job_id}", body)
             attempt = {"time": since, "seconds": time.time() - since, "error": failure or None}
             more = failure and tried < len(AGAIN_SECONDS)
+            if failure and not more:
+                LOG.warning("the webhook of job %s is given up: %s", job_id, failure)
             await self._store.log_attempt(job_id, attempt, AGAIN_SECONDS[tried] if more else None)

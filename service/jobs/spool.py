@@ -4,6 +4,7 @@ It is the record of what was accepted: whatever Redis loses, a job that it does 
 from here.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+ENDED = "ended"  # a file in the folder of a job that has ended
 NEW = ".new-"  # begins the name of a folder that is being written
 MAX_NAME = 255  # characters
 
@@ -131,8 +133,10 @@ class Spool:
         _sync_folder(self.path)
         try:
             self.path.rename(self.path.parent / job["id"])  # fails if that has files
-        except OSError:
-            return False
+        except OSError as exc:
+            if exc.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
         _sync_folder(self.path.parent)
         return True
 
@@ -169,6 +173,16 @@ def read_image(folder: Path, job_id: str, image: Image) -> bytes:
     with (folder / job_id / "images").open("rb") as file:
         file.seek(image.at)
         return file.read(image.size)
+
+
+def mark_ended(folder: Path, job_id: str) -> None:
+    """Note that a job must not begin again, also when Redis has forgotten it."""
+    with suppress(OSError):
+        (folder / job_id / ENDED).touch()
+
+
+def has_ended(folder: Path, job_id: str) -> bool:
+    return (folder / job_id / ENDED).exists()
 
 
 def jobs_in(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import orjson
 
 OPEN = "jobs:open"  # id -> client, of unfinished jobs
 WEBHOOKS = "jobs:webhooks"  # id -> when it is due
-PAGE = 200  # results that are read at once
+PAGE = 20  # results that are read at once: with all of 1000 classes one has 60 KB
 
 # A job that is there is left alone: the same one may be put in twice.
 CREATE = """

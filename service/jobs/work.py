@@ -36,7 +36,7 @@ class Work:
         self._settings = config.settings
         self._config = config
         self._places = asyncio.Semaphore(config.settings.jobs_concurrency)
-        self._running: set[str] = set()
+        self.running: set[str] = set()
         self.stopping = asyncio.Event()
 
     async def __aenter__(self) -> "Work":
@@ -56,13 +56,13 @@ class Work:
 
         Raises redis.RedisError.
         """
-        if job_id in self._running:
+        if job_id in self.running:
             return False  # its other message goes on with it
-        self._running.add(job_id)
+        self.running.add(job_id)
         try:
             return await self._advance(job_id)
         finally:
-            self._running.discard(job_id)
+            self.running.discard(job_id)
 
     async def _advance(self, job_id: str) -> bool:
         job = await self._store.get(job_id)

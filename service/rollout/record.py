@@ -31,6 +31,7 @@ class Record:
     archive: str  # a path
     sha256: str  # of the card in the archive, which has those of its other files
     keep_old: bool
+    steps: list[str] = field(default_factory=list)
     pid: int = 0  # of the last process that worked on it
     started: float = 0.0  # Unix time
     changed: float = 0.0

@@ -3,7 +3,6 @@
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -92,15 +91,29 @@ class Rollout:
             self._finish(record)
         return record
 
+    def abort(self, record: Record) -> None:
+        """Put everything back; once the old version is gone somewhere, go through with it."""
+        if record.status == FINISHING and not all(
+            replica.has(record.model, record.old) for replica in self._replicas
+        ):
+            self._say(f"{record.old} is unregistered already: {record.new} takes over")
+            self._make_default(record)
+            self._finish(record)
+        else:
+            self.take_back(record, "it was aborted")
+
     # --- Before the first step
 
     def _begin(self, asked: Asked, page: Page) -> Record:
         """The record to work on. Raises SetupError, before anything is changed."""
         model, new = read_target(asked.archive)
         sha256 = member_sha256(asked.archive, CARD_FILE)
+        steps = [str(step) for step in asked.steps]
         before = self._file.read()
         if before and before.is_unfinished:
             if (before.model, before.new, before.sha256) == (model, new, sha256):
+                if before.steps != steps:
+                    raise SetupError(f"it was begun with other steps: {', '.join(before.steps)}")
                 self._say(f"goes on with {model} {new} at step {max(1, before.step)}")
                 return before
             raise SetupError(
@@ -126,6 +139,7 @@ class Rollout:
             new=new,
             archive=str(asked.archive),
             sha256=sha256,
+            steps=steps,
             keep_old=asked.keep_old,
             started=time.time(),
         )
@@ -239,6 +253,13 @@ class Rollout:
     def _write(self, record: Record) -> None:
         self._file.write(record, self._share)
 
+    def _try_to_write(self, record: Record) -> None:
+        """A full disk must not keep anybody from putting things back."""
+        try:
+            self._write(record)
+        except SetupError as exc:
+            self._say(str(exc))
+
     # --- The end
 
     def _make_default(self, record: Record) -> None:
@@ -247,6 +268,7 @@ class Rollout:
 
     def _finish(self, record: Record) -> None:
         """Everybody gets the new version; the old one ends when nobody has a request there."""
+        _hold_signals()
         self._let_go(record)
         if not record.keep_old:
             self._remove(record, record.old)
@@ -257,28 +279,35 @@ class Rollout:
         """Put everything back: no client gets the new version, and it is unregistered."""
         self._say(f"takes {record.new} back: {reason}")
         record.reason, self._share = record.reason or reason, None
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C would leave it half done
-        self._write(record)
+        _hold_signals()
+        self._try_to_write(record)
+        left = []
         for replica in self._replicas:
-            with suppress(requests.RequestException, UnknownModel):
+            try:
                 replica.set_default(record.model, record.old)
+            except UnknownModel:
+                continue
+            except requests.RequestException as exc:
+                left.append(f"{replica.management.url} ({type(exc).__name__})")
         self._let_go(record)
         self._remove(record, record.new)
-        record.status = "taken back"
+        if left:  # so that --abort tries again
+            self._say(f"the default may still be {record.new} at {', '.join(left)}: --abort again")
+        else:
+            record.status = "taken back"
         self._write(record)
 
     def _let_go(self, record: Record) -> None:
         """Have the gateway forget the rollout, and wait for its requests."""
         self._share = None
-        self._write(record)
+        self._try_to_write(record)
 
         def is_done() -> bool:
             try:
                 page = read_page(self._url)
             except requests.ConnectionError:  # no gateway, no clients
                 return True
-            except requests.RequestException:
+            except (requests.RequestException, SetupError):
                 return False
             return page.step == 0 and not any(page.in_flight.values())
 
@@ -294,6 +323,12 @@ class Rollout:
             except requests.RequestException as exc:
                 address = replica.management.url
                 self._say(f"{version} may be left registered at {address}: {type(exc).__name__}")
+
+
+def _hold_signals() -> None:
+    """From here on a Ctrl-C would leave things half done."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_classes(old: ModelCard, new: ModelCard) -> None:

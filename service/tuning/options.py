@@ -53,7 +53,7 @@ def parse(argv: Sequence[str] | None) -> tuple[ModelOptions, TuningOptions]:
         parser.error("one --model is tuned at a time")
     absolute: dict[str, Any] = {  # servers run in another folder
         name: str(Path(value).resolve())
-        for name in ("weights", "labels", "calibration", "golden", "golden_logits")
+        for name in ("weights", "labels", "calibration", "calibrate", "golden", "golden_logits")
         if (value := getattr(model, name)) not in (None, "pretrained", "untrained")
     }
     args.concurrency = tuple(sorted(set(args.concurrency)))

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from handler.explanations import Explain, activation_map, explain
+from handler.explanations import Activation, activation_map, explain
 from handler.image_classifier import ImageClassifier
 from handler.inspection import Inspection
 from handler.torch_engine import TorchEager
@@ -160,9 +160,10 @@ def test_an_explanation_is_no_larger_than_planned() -> None:
     pixels = torch.from_numpy(rng.integers(0, 256, (3, 600, 600), np.uint8))
     maps = torch.rand(1, 2, 19, 19, generator=torch.Generator().manual_seed(0))
     seen = Inspection(torch.tensor([[0.4, 0.6]]), maps, torch.eye(2), torch.zeros(2))
+    activation = Activation(1, activation_map(seen, 1))
     forms: tuple[Literal["image", "matrix"], ...] = ("image", "matrix")
     for form in forms:
-        found = explain(Explain(form), seen, pixels, [0, 0, 600, 600], ("a", "b" * 1000))
+        found = explain(form, activation, pixels, [0, 0, 600, 600], ("a", "b" * 1000))
         assert len(json.dumps(found)) < EXPLANATION_BYTES
 
 

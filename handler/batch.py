@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from handler.answers import Answer
 from handler.cache import Result, ResultCache
@@ -46,6 +47,12 @@ class BatchImage:
     cached: bool = False  # the result is that of an earlier batch, perhaps of another worker
     deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """uint8 RGB [3, H, W], as the model takes them; None if it was not decoded here."""
+        return self.decoding.picture.pixels if self.decoding and self.decoding.picture else None
+
     asked: set[Explain] = field(default_factory=set)  # what is to be explained
     activations: dict[Explain, Activation] = field(default_factory=dict)  # of these
     explanations: dict[Explain, Answer] = field(default_factory=dict)  # made from them

@@ -4,6 +4,7 @@
 is in docs/trust.md.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from torch import Tensor
 
+from handler.answers import Answer
 from handler.errors import MalformedRequest
 from handler.model_card import ModelCard
 
@@ -57,6 +60,25 @@ class Confidence:
             found = np.flatnonzero(1 - probabilities <= self.scores[rank - 1])
         order = (-probabilities[found]).argsort(kind="stable")
         return [int(number) for number in found[order]] or [int(probabilities.argmax())]
+
+    def judge(
+        self,
+        probabilities: Floats,
+        level: float | None,
+        pixels: Tensor | None,
+        labels: Sequence[str],
+    ) -> Answer:
+        """What an answer says besides: the set for a level, and with pixels whether it is unknown.
+
+        `probabilities` are calibrated, [C]; the pixels uint8 [3, H, W].
+        """
+        judgement: Answer = {}
+        if level is not None:
+            likely = self.likely(probabilities, level)
+            judgement["set"] = [{"class": labels[one], "class_id": one} for one in likely]
+        if pixels is not None:
+            judgement["unknown"] = self.is_unknown(pixels.cpu().numpy(), probabilities)
+        return judgement
 
     def is_unknown(self, pixels: NDArray[np.uint8], probabilities: Floats) -> bool:
         """Whether an image [3, H, W], as the model takes it, is unlike all it was calibrated with.

@@ -332,7 +332,12 @@ class ImageClassifier(BaseHandler):
             if request.level is not None:
                 metadata["set_level"] = request.level
             predictions = best_classes(outcome.probabilities, request.top_k, self.card.labels)
-            result = success(predictions, metadata) | self._judgement(request, image)
+            result = success(predictions, metadata)
+            if self.confidence:
+                pixels = image.pixels if request.unknown else None
+                result |= self.confidence.judge(
+                    outcome.probabilities, request.level, pixels, self.card.labels
+                )
             if request.explain:
                 try:
                     result["explanation"] = self._explain(request.explain, image, outcome)
@@ -345,29 +350,15 @@ class ImageClassifier(BaseHandler):
             probabilities.append(outcome.probabilities)
         return make_reply(request, row.results, probabilities, self.card.labels, self.identity)
 
-    def _judgement(self, request: ImageRequest, image: BatchImage) -> dict[str, Any]:
-        """The set of likely classes and whether the image is unknown, if the request asks."""
-        judgement: dict[str, Any] = {}
-        if self.confidence is None or not isinstance(image.outcome, Result):
-            return judgement
-        probabilities = image.outcome.probabilities
-        if request.level is not None:
-            likely = self.confidence.likely(probabilities, request.level)
-            judgement["set"] = [self.card.labels[number] for number in likely]
-        if request.unknown and image.decoding and image.decoding.picture:
-            pixels = image.decoding.picture.pixels.cpu().numpy()
-            judgement["unknown"] = self.confidence.is_unknown(pixels, probabilities)
-        return judgement
-
     def _explain(self, asked: Explain, image: BatchImage, result: Result) -> Answer:
         """Made once for all requests that want the same of the same image."""
         if asked not in image.explanations:
-            if not (image.decoding and image.decoding.picture):
+            if image.pixels is None:
                 raise ValueError("the image was not inspected")
-            found, pixels = image.activations[asked], image.decoding.picture.pixels
             region = region_of(result.size, self.card.transform)
-            made = explain(asked.form, found, pixels, region, self.card.labels)
-            image.explanations[asked] = made
+            image.explanations[asked] = explain(
+                asked.form, image.activations[asked], image.pixels, region, self.card.labels
+            )
             self.pulse.step()
         return image.explanations[asked]
 

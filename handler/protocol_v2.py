@@ -303,7 +303,7 @@ def _tensor(
 def _judgements(results: Sequence[Answer]) -> dict[str, tuple[Datatype, Tensor]]:
     """The outputs [n, 1] that the parameters `set` and `unknown` add.
 
-    Sets are of different lengths, so each is one element: its class names as a JSON list.
+    Sets are of different lengths, so each is one element: its classes as a JSON list.
     """
     found: dict[str, tuple[Datatype, Tensor]] = {}
     if "set" in results[0]:

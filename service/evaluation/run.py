@@ -55,7 +55,7 @@ def classify_all(target: Target, truths: Mapping[Path, int]) -> Run:
     with tqdm(total=len(truths), unit=" images", disable=None) as bar:
         for image, answer in target.answers(_read(truths)):
             path = Path(image.name)
-            run.outcomes.append(_outcome(image, answer, truths[path], target.labels))
+            run.outcomes.append(_outcome(image, answer, truths[path]))
             if answer["status"] == "success":
                 run.models[_model(answer["metadata"])] += 1
             bar.update()
@@ -76,7 +76,7 @@ def _model(metadata: Answer) -> str:
     return "{} {}, weights {}, {}, decode {}".format(*facts)
 
 
-def _outcome(image: Image, answer: Answer, truth: int, labels: tuple[str, ...]) -> Outcome:
+def _outcome(image: Image, answer: Answer, truth: int) -> Outcome:
     path, kind, light = Path(image.name), _format(image.body), _brightness(image.body)
     if answer["status"] != "success":
         return Outcome(
@@ -98,7 +98,7 @@ def _outcome(image: Image, answer: Answer, truth: int, labels: tuple[str, ...]) 
             short_side=min(answer["metadata"]["image_size"]),
             brightness=light,
             set_size=None if likely is None else len(likely),
-            covered=likely is not None and labels[truth] in likely,
+            covered=likely is not None and any(one["class_id"] == truth for one in likely),
             unknown=answer.get("unknown"),
         )
     except (LookupError, TypeError, ValueError) as exc:

@@ -141,8 +141,11 @@ def test_set_and_unknown_in_every_form(calibrated: ImageClassifier, form: str) -
     row, headers = FORMS[form]
     [reply] = ask(calibrated, row, headers=headers)
     assert reply.status == 200, reply.body
-    assert reply.body["set"] == [one["class"] for one in reply.body["predictions"]]
-    assert sorted(reply.body["set"]) == sorted(LABELS)
+    best = reply.body["predictions"]
+    assert reply.body["set"] == [
+        {name: one[name] for name in ("class", "class_id")} for one in best
+    ]
+    assert sorted(one["class"] for one in reply.body["set"]) == sorted(LABELS)
     assert reply.body["metadata"]["set_level"] == 0.99
     assert reply.body["unknown"] is False
 

@@ -19,12 +19,16 @@ LABELS = ("<b>cat</b>", "dog", "owl")
 EVIL = "<img src=x onerror=alert(1)>&'\".png"
 
 
-def answer(*classes: int, sure: float = 0.75, **more: Any) -> Says:
+def classes(*names: str) -> list[dict[str, Any]]:
+    return [{"class": name, "class_id": LABELS.index(name)} for name in names]
+
+
+def answer(*class_ids: int, sure: float = 0.75, **more: Any) -> Says:
     status, body, headers = success()
     assert isinstance(body, dict)
     predictions = [
         {"class": LABELS[index], "class_id": index, "confidence": sure / 4**rank}
-        for rank, index in enumerate(classes)
+        for rank, index in enumerate(class_ids)
     ]
     return status, body | {"predictions": predictions} | more, headers
 
@@ -92,9 +96,11 @@ def images(tmp_path: Path) -> Path:
 @pytest.fixture
 def answers(images: Path) -> dict[bytes, Says]:
     return {
-        (images / "1.jpg").read_bytes(): answer(1, 0, 2, set=["dog"], unknown=False),
-        (images / EVIL).read_bytes(): answer(0, 1, 2, set=["dog", "<b>cat</b>"], unknown=True),
-        b"busy": answer(2, 1, 0, set=["<b>cat</b>"], unknown=False),
+        (images / "1.jpg").read_bytes(): answer(1, 0, 2, set=classes("dog"), unknown=False),
+        (images / EVIL).read_bytes(): answer(
+            0, 1, 2, set=classes("dog", "<b>cat</b>"), unknown=True
+        ),
+        b"busy": answer(2, 1, 0, set=classes("<b>cat</b>"), unknown=False),
     }
 
 

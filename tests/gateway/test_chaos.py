@@ -21,8 +21,8 @@ MENDS = (
     (
         "undeserved 5xx",
         "deploy/gateway/gateway.lua",
-        "local other = try_again_at(first, replica)",
-        "local other = nil",
+        "of_old and replica or try_again_at(first, replica)",
+        "of_old and replica",
     ),
     ("orphans", "service/processes.py", "kill -9 $groups", ":"),
     (

@@ -34,6 +34,9 @@ def of_this_model() -> dict[str, Any]:
         name: path for name, path in document["paths"].items() if not name.startswith("/jobs")
     }
     schemas["TopK"]["maximum"] = len(LABELS)
+    # Its archive was not calibrated.
+    schemas["SetText"] = schemas["Switch"] = {"enum": ["false"]}
+    schemas["JsonSet"] = schemas["JsonSwitch"] = {"enum": [False, None, "false"]}
     # JSON Schema takes 1.0 for an integer, and the handler does not.
     schemas["JsonTopK"]["anyOf"][0] = {"enum": [*range(1, len(LABELS) + 1)]}
     schemas["JsonTopK"]["anyOf"][1]["pattern"] = f"^[1-{len(LABELS)}]$"

@@ -324,9 +324,10 @@ def test_a_client_gets_no_info_with_a_broken_form(server: Server) -> None:
     assert (response.status_code, response.json()["type"]) == (400, "MalformedRequest")
 
 
-def test_explanations_are_refused(server: Server) -> None:
+def test_torchserves_own_path_explains(server: Server) -> None:
     url = f"{server.url}/explanations/{server.model}"
-    assert requests.post(url, data=encoded("red"), timeout=TIMEOUT).status_code == 400
+    answer = requests.post(url, data=encoded("red"), timeout=TIMEOUT).json()
+    assert (answer["explanation"]["class"], answer["explanation"]["method"]) == ("red", "cam")
 
 
 def test_unknown_model_is_404(server: Server) -> None:

@@ -22,10 +22,14 @@ FILE = ROOT / "deploy" / "gateway" / "openapi.json"
 DOCUMENT = json.loads(FILE.read_text("utf-8"))
 
 
+FARTHER = ("Header", "/topK", "/set", "/unknown", "/explain", "/explainClass")
+
+
 def of_this_model() -> dict[str, Any]:
     """The document, as far as a schema can say it, for a model of three classes.
 
-    The headers are read only if nothing nearer to the image says it: they have a test below.
+    Headers and options of the query are read only if nothing nearer to the image says it: they have
+    tests below.
     """
     document = json.loads(FILE.read_text("utf-8"))
     schemas = document["components"]["schemas"]
@@ -57,16 +61,13 @@ def of_this_model() -> dict[str, Any]:
     schemas["ModelName"] = {"enum": ["mobilenet_v2", "unknown"]}
     schemas["ModelVersion"] = {"enum": ["1.0", "9"]}
     del schemas["Form"]["properties"]["filename"]  # which goes with one image only
-    for name, path in document["paths"].items():
-        # In the open protocols, so is the query.
-        near = ("/topK", "/explain", "/explainClass")
-        farther = ("Header", *near) if name.startswith(("/v1", "/v2")) else ("Header",)
+    for path in document["paths"].values():
         for operation in path.values():
             if isinstance(operation, dict) and "parameters" in operation:
                 operation["parameters"] = [
                     parameter
                     for parameter in operation["parameters"]
-                    if not parameter["$ref"].endswith(farther)
+                    if not parameter["$ref"].endswith(FARTHER)
                 ]
     return document
 
@@ -136,6 +137,10 @@ REQUESTS: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "form": ("POST", "/predict", {"files": {"file": PLAIN, "top_k": (None, "2")}}, 200),
     "json": ("POST", "/predict", {"json": {"image": b64encode(PLAIN).decode()}}, 200),
     "one of two": ("POST", "/predict", SEVERAL, 200),
+    "query": ("POST", "/predict?top_k=2&explain=matrix&explain_class=2", {"data": PLAIN}, 200),
+    "query of set": ("POST", "/predict?set=0.7", {"data": PLAIN}, 400),
+    "query of unknown": ("POST", "/predict?unknown=true", {"data": PLAIN}, 400),
+    "explanation by path": ("POST", "/explanations/mobilenet_v2", {"data": PLAIN}, 200),
     "version": ("POST", "/predict?version=1.0", {"data": PLAIN}, 200),
     "own path": ("POST", "/predictions/mobilenet_v2", {"data": PLAIN}, 200),
     "own path with version": ("POST", "/predictions/mobilenet_v2/1.0", {"data": PLAIN}, 200),

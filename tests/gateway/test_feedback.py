@@ -174,6 +174,21 @@ def test_the_totals_of_a_version_begin_at_0(tmp_path: Path) -> None:
         assert service.totals() == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/explanations/mobilenet_v2/1.0", b"image"),
+        ("/v1/models/mobilenet_v2:explain", b'{"instances": ["aW1hZ2U="]}'),
+    ],
+)
+def test_an_explained_answer_can_be_judged(service: Service, path: str, body: bytes) -> None:
+    service.torchserve.best = "0"
+    answer = requests.post(service.gateway.url + path, data=body, timeout=TIMEOUT)
+    assert answer.status_code == 200, answer.text
+    assert service.torchserve.asked[-1]["x-explain"] == "true"
+    assert service.judge(answer.headers["X-Request-ID"], class_id=0).json()["correct"] is True
+
+
 def test_an_answer_is_judged_once(service: Service) -> None:
     request_id = service.predict("0")
     before = service.series()

@@ -153,6 +153,7 @@ class Served:
 
     gateway: Gateway
     torchserve: Other
+    folder: Path  # of the jobs
 
     @property
     def alice(self) -> Jobs:
@@ -173,4 +174,4 @@ def serving_jobs(folder: Path, redis: RedisServer, **settings: str) -> Iterator[
         known = {"upstreams": address, "management": address, "models": "m", "rate": "0"}
         known |= {"keys": str(keys), "jobs_url": redis.url, "jobs_folder": str(folder / "jobs")}
         with running(folder, variables(**known | settings)) as gateway:
-            yield Served(gateway, torchserve)
+            yield Served(gateway, torchserve, folder / "jobs")

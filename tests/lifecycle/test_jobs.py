@@ -192,6 +192,14 @@ def test_events_tell_the_progress_and_end(served: Served) -> None:
     assert (told[-1]["state"], done[-1]) == ("done", 30)
 
 
+def test_nobody_asks_for_the_headers_of_a_stream(served: Served) -> None:
+    """Its body would follow, and be taken for the next answer of the connection."""
+    job = served.alice.post(b"one")
+    for path in ("", "/events", "/results"):
+        assert served.alice.ask("HEAD", f"/jobs/{job['id']}{path}").status_code == 405
+    assert served.alice.wait(job)["state"] == "done"
+
+
 def test_a_cancelled_job_ends(served: Served) -> None:
     served.torchserve.seconds = 0.1
     job = served.alice.post(*numbered(50))
@@ -331,6 +339,16 @@ def test_what_redis_has_forgotten_is_put_back(served: Served, redis: RedisServer
     served.torchserve.seconds = 0.0
     assert served.alice.wait(job)["state"] == "done"
     assert [line["index"] for line in served.alice.results(job)] == list(range(30))
+
+
+def test_what_has_ended_does_not_begin_again(served: Served, redis: RedisServer) -> None:
+    job = served.alice.post(b"one")
+    folder = served.folder / job["id"]
+    assert served.alice.wait(job)["state"] == "done"
+    wait_for((folder / "ended").exists, TIMEOUT)
+    redis.client.flushdb()
+    wait_for(lambda: not folder.exists(), TIMEOUT)
+    check_error(served.alice.ask("GET", f"/jobs/{job['id']}"), 404)
 
 
 def test_nothing_secret_is_in_the_log(served: Served) -> None:

@@ -237,6 +237,7 @@ def test_a_rollout_that_was_killed_gets_no_requests_and_can_be_aborted(
         wait_for(lambda: light.of_version("2.0") > 0)
         process.kill()
         process.wait()
+        service.roll_out(str(good), *PACE, expected=2)  # other steps than it was begun with
         record = service.roll_out("--abort", expected=0)
         assert (record.status, record.reason) == ("taken back", "it was aborted")
         assert service.versions() == {"1.0": True}

@@ -1,5 +1,6 @@
 """The folder of a job: written as a whole or not at all, and the same twice."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,26 @@ def test_the_first_of_one_id_stays(tmp_path: Path) -> None:
     [kept] = spool.read_index(tmp_path, "a")
     assert spool.read_image(tmp_path, "a", kept) == b"first"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_disk_that_fails_is_no_job_that_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_self: Path, _target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with Spool.create(tmp_path, LIMITS) as new, pytest.raises(OSError, match="No space"):
+        new.commit({"id": "a"})
+
+
+def test_one_that_has_ended_is_marked(tmp_path: Path) -> None:
+    with Spool.create(tmp_path, LIMITS) as new:
+        new.commit({"id": "a"})
+    assert not spool.has_ended(tmp_path, "a")
+    spool.mark_ended(tmp_path, "a")
+    assert spool.has_ended(tmp_path, "a")
+    spool.mark_ended(tmp_path, "gone")  # is no error
 
 
 def test_the_digest_is_of_names_and_bytes(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """Put a new version of a model in the place of the old one, or everything back if it is worse."""
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -73,7 +72,7 @@ def roll_out(file: RecordFile, settings: GatewaySettings, asked: Asked) -> Recor
     with file.held() as free:
         if not free:
             raise SetupError("a rollout is under way: see --status, or end it with --abort")
-        return Rollout(file, settings, say).run(asked, os.getpid())
+        return Rollout(file, settings, say).run(asked)
 
 
 def abort(file: RecordFile, settings: GatewaySettings) -> Record | None:

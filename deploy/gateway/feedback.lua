@@ -4,6 +4,7 @@ local cjson = require "cjson.safe"
 local errors = require "errors"
 local health = require "health"
 local places = require "places"
+local settings = require "settings"
 
 local FIELDS = { request_id = true, class = true, class_id = true, image = true }
 
@@ -54,6 +55,9 @@ local started = {} -- versions whose totals are there
 function feedback.remember(header)
     local model = ngx.var.target:match "^/predictions/([^/]+)"
     local version, ids = header["X-Model-Version"], header["X-Best-Classes"]
+    if ngx.var.client == settings.jobs_client then -- nobody can judge it, and it would push out others
+        return
+    end
     if not ids or not version:find "^%w[%w_.-]*$" then -- of an archive from before there was feedback
         return
     end

@@ -91,6 +91,9 @@ end
 -- one answers.
 function rollout.finish(trial, reply)
     local now, arm = trial.now, trial.arm
+    if reply.status == 504 and reply.by_handler and ngx.var.http_x_request_timeout then
+        return -- the client has given it too little time, which says nothing about the version
+    end
     local failed = has_failed(reply.status, reply.by_handler)
     note(now, arm, failed, tonumber(reply.logged.seconds))
     add(now, arm, "live")

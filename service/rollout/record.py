@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ class Record:
     sha256: str  # of the card in the archive, which has those of its other files
     keep_old: bool
     steps: list[str] = field(default_factory=list)
-    pid: int = 0  # of the last process that worked on it
     started: float = 0.0  # Unix time
     changed: float = 0.0
     status: str = RUNNING
@@ -101,15 +100,18 @@ class RecordFile:
         except BlockingIOError:
             yield False
         else:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
             yield True
         finally:
             os.close(lock)
 
     def interrupt(self) -> None:
         """Have the process that works on a rollout put everything back. Raises SetupError."""
-        record = self.read()
-        if record and record.pid:
-            os.kill(record.pid, signal.SIGINT)
+        # Of the lock and not of the record: that may still be of an earlier rollout.
+        holder = Path(f"{self._path}.lock").read_text()
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(int(holder), signal.SIGINT)
         if not wait_until(self._is_free, ABORT_SECONDS, 0.2):
             raise SetupError(f"the rollout does not end within {ABORT_SECONDS} s")
 

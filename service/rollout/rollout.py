@@ -63,7 +63,7 @@ class Rollout:
         self._say = say
         self._share: Share | None = None  # what the gateway shall do now
 
-    def run(self, asked: Asked, pid: int) -> Record:
+    def run(self, asked: Asked) -> Record:
         """Go through all steps, or take the new version back; the record says which.
 
         An unfinished rollout of the same archive is continued. Whatever ends it early, Ctrl-C
@@ -72,7 +72,6 @@ class Rollout:
         if (page := read_page(self._url)).step is None:
             raise SetupError("the gateway was started without GATEWAY_ROLLOUT")
         record = self._begin(asked, page)
-        record.pid = pid
         self._write(record)
         try:
             if record.status == RUNNING:

@@ -155,7 +155,8 @@ def test_an_error_of_an_image_is_its_result(served: Served) -> None:
     served.torchserve.statuses[:] = [200, 415]
     job = served.alice.post(b"good", b"bad")
     assert served.alice.wait(job)["failed"] == 1
-    assert [line["code"] for line in served.alice.results(job)] == [200, 415]
+    # Two are asked for at the same time, so either may get the error.
+    assert sorted(line["code"] for line in served.alice.results(job)) == [200, 415]
 
 
 def test_a_full_service_is_asked_again(served: Served) -> None:

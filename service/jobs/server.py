@@ -73,7 +73,7 @@ async def _serve(config: Config, log: Log) -> int:
             socket_connect_timeout=REDIS_SECONDS,
         )
         stack.push_async_callback(redis.aclose)
-        store = Store(redis, config.settings.jobs_keep_seconds)
+        store = Store(redis, folder, config.settings.jobs_keep_seconds)
         key = bytes.fromhex(config.secret)
         outside = await stack.enter_async_context(
             Outside(config.settings, key, config.max_image_bytes)
@@ -181,7 +181,7 @@ class Keeper:
         for job_id in spool.jobs_in(self._folder):
             job = await self._store.get(job_id)
             kept = spool.read_job(self._folder, job_id)
-            if job and job["finished"]:
+            if job and job["finished"]:  # for a server that was killed between the two
                 await asyncio.to_thread(spool.mark_ended, self._folder, job_id)
             if kept and spool.has_ended(self._folder, job_id):
                 kept = None

@@ -5,9 +5,12 @@ Whatever must not come apart is one script, which Redis also writes to its log a
 
 import time
 from collections.abc import AsyncIterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import orjson
+
+from service.jobs.spool import mark_ended
 
 OPEN = "jobs:open"  # id -> client, of unfinished jobs
 WEBHOOKS = "jobs:webhooks"  # id -> when it is due
@@ -45,11 +48,12 @@ return 1
 class Store:
     """All of it, in one database of Redis. Methods raise redis.RedisError if that fails.
 
-    `redis` is a redis.asyncio.Redis that decodes what it reads.
+    `redis` is a redis.asyncio.Redis that decodes what it reads, `folder` the spool's.
     """
 
-    def __init__(self, redis: Any, keep_seconds: int) -> None:
+    def __init__(self, redis: Any, folder: Path, keep_seconds: int) -> None:
         self._redis = redis  # whose types leave open whether it decodes
+        self._folder = folder
         self._keep_seconds = keep_seconds
         self._create = redis.register_script(CREATE)
         self._record = redis.register_script(RECORD)
@@ -84,10 +88,13 @@ class Store:
         await self._record(keys=[_key(job_id), _results(job_id)], args=[index, line, int(failed)])
 
     async def finish(self, job_id: str, state: str, reason: str = "") -> bool:
-        """End a job; False if it has ended already."""
+        """End a job, on the disk too; False if it has ended already, or is not there."""
         keys = [_key(job_id), _results(job_id), OPEN, WEBHOOKS]
         args = [job_id, state, reason, time.time(), self._keep_seconds]
-        return bool(await self._finish(keys=keys, args=args))
+        if not await self._finish(keys=keys, args=args):
+            return False
+        mark_ended(self._folder, job_id)
+        return True
 
     async def results(self, job_id: str, images: int) -> AsyncIterator[bytes]:
         """The lines that there are, in the images' order."""

@@ -352,6 +352,16 @@ def test_what_has_ended_does_not_begin_again(served: Served, redis: RedisServer)
     check_error(served.alice.ask("GET", f"/jobs/{job['id']}"), 404)
 
 
+def test_what_was_cancelled_does_not_begin_again(served: Served, redis: RedisServer) -> None:
+    served.torchserve.seconds = 0.2
+    job = served.alice.post(*numbered(50))
+    assert served.alice.ask("DELETE", f"/jobs/{job['id']}").json()["state"] == "cancelled"
+    redis.client.flushdb()  # at once
+    served.torchserve.seconds = 0.0
+    wait_for(lambda: not (served.folder / job["id"]).exists(), TIMEOUT)
+    check_error(served.alice.ask("GET", f"/jobs/{job['id']}"), 404)
+
+
 def test_nothing_secret_is_in_the_log(served: Served) -> None:
     log = served.gateway.stdout.read_text()
     assert "(jobs)" in log

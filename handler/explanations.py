@@ -20,11 +20,10 @@ from torch import Tensor
 
 from handler.answers import Answer
 from handler.errors import MalformedRequest
+from handler.fields import as_flag
 from handler.inspection import Inspection
 
-FORMS: dict[Any, Literal["image", "matrix"] | None] = {
-    True: "image", "true": "image", "image": "image", "matrix": "matrix", False: None, "false": None
-}  # fmt: skip
+Form = Literal["image", "matrix"]
 MAX_SIDE = 224  # pixels of an overlay, with one byte for each
 OPACITY = 0.5  # of the colours on the image
 DECIMALS = 4
@@ -44,7 +43,7 @@ VIRIDIS = np.array(
 class Explain:
     """What a request asks to be explained, and how."""
 
-    form: Literal["image", "matrix"]
+    form: Form
     class_id: int | None = None  # None: the likeliest
 
 
@@ -68,18 +67,20 @@ def read_explain(
     class_id = headers.get("x-explain-class") if class_id is None else class_id
     if form is None:
         form = class_id is not None or headers.get("explain") == "True"
-    if not isinstance(form, bool | str) or form not in FORMS:
+    flag = as_flag(form)
+    if flag is None and form not in ("image", "matrix"):
         raise MalformedRequest("explain must be true, false, 'image' (as true) or 'matrix'")
-    chosen = FORMS[form]
     if isinstance(class_id, str) and re.fullmatch(r"[0-9]{1,9}", class_id):
         class_id = int(class_id)
     if class_id is not None and not (type(class_id) is int and 0 <= class_id < classes):
         raise MalformedRequest(f"explain_class must be a class_id from 0 to {classes - 1}")
-    return Explain(chosen, class_id) if chosen else None
+    if flag is False:
+        return None
+    return Explain("matrix" if form == "matrix" else "image", class_id)
 
 
 def explain(
-    form: Literal["image", "matrix"],
+    form: Form,
     found: Activation,
     pixels: Tensor,
     region: Sequence[int],

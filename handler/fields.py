@@ -94,7 +94,7 @@ def check_number(name: str, value: Any, classes: int) -> int:
 
 def read_level(name: str, value: Any) -> float | None:
     """A share of cases: the default one for true, None for false. Raises MalformedRequest."""
-    if value is None or (flag := _flag(value)) is False:
+    if value is None or (flag := as_flag(value)) is False:
         return None
     if flag:
         return DEFAULT_LEVEL
@@ -109,13 +109,13 @@ def read_level(name: str, value: Any) -> float | None:
 
 def read_flag(name: str, value: Any) -> bool:
     """Raises MalformedRequest."""
-    flag = False if value is None else _flag(value)
+    flag = False if value is None else as_flag(value)
     if flag is None:
         raise MalformedRequest(f"{name} must be true or false")
     return flag
 
 
-def _flag(value: Any) -> bool | None:
+def as_flag(value: Any) -> bool | None:
     """True or false, as JSON or text; None for anything else."""
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())

@@ -18,13 +18,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from handler.confidence import TINY
 from handler.engine import Engine, Sameness
 from handler.errors import InvalidModel
 
 GOLDEN_FILE = "golden.safetensors"
 FILE = "file:"  # before the name of an encoded image, among the tensors
 AGAIN = "package the archive again"
-TINY = 1e-30  # a smaller probability says nothing more, and 0 has no logarithm
 LEAST = 1e-3  # logits of a smaller root mean square say nothing either: all classes are alike
 
 # The largest error of the logits. fp32 differs by the order of its sums alone; the others are what

@@ -36,7 +36,7 @@ from handler.networks import empty_network, get_recipe, input_transform, load_st
 from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.confidence import Fitted, fit, read_labelled
-from service.archive.conversion import check_answers, to_openvino
+from service.archive.conversion import check_conversion, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.golden import make_golden
@@ -118,7 +118,7 @@ def package(plan: PackagePlan) -> Path:
     check_writable(plan.archive)
     model = build_model(plan, recipe, source, labels)
     golden = make_reference(plan, recipe, model, labels)
-    converted, int8_report = convert(plan, model, calibration)
+    converted, int8_report = convert(plan, model, golden, calibration)
     fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
     reference = reference_of(labelled, fitted.probabilities) if labelled and fitted else None
     card = make_card(plan, recipe, labels, source, model, int8_report, fitted, reference, inputs)
@@ -219,17 +219,18 @@ def make_reference(
 
 
 def convert(
-    plan: PackagePlan, model: Model, calibration: CalibrationSet | None
+    plan: PackagePlan, model: Model, golden: Golden, calibration: CalibrationSet | None
 ) -> tuple[dict[str, openvino.Model], dict[str, Any] | None]:
     """The models for OpenVINO, by their files in the archive, and the report of int8.
 
     There is no model if the archive is for torch alone, and none in int8 without images for it.
-    Raises InvalidModel if the network's answers are no numbers, or int8 is not accurate enough.
+    Raises InvalidModel if OpenVINO gives other answers to the golden images, or int8 is not
+    accurate enough.
     """
     if not plan.holds_openvino:
-        check_answers(model.network, model.transform)
         return {}, None
     fp32 = to_openvino(model.network, model.transform)
+    check_conversion(fp32, golden)
     if calibration is None:
         return {OPENVINO_FILE: fp32}, None
     int8, report = quantize(fp32, calibration.images, calibration.labels, plan.minimum_agreement)

@@ -18,9 +18,9 @@ from handler.diagnosis import NORMALISATIONS, plain_image
 from handler.engine import Sameness
 from handler.errors import InvalidModel
 from handler.golden import Golden
+from service.archive.calibration import LABELS_FILE
 from service.archive.golden import reference_logits
 
-LABELS_FILE = "labels.csv"
 MAX_IMAGES = 32  # each is another forward pass of every start
 MAX_BYTES = 2**20  # of each
 MAX_LOGITS_BYTES = 2**26

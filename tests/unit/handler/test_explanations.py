@@ -4,7 +4,7 @@ import base64
 import json
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from handler.explanations import Activation, activation_map, explain
+from handler.explanations import Activation, Form, activation_map, explain
 from handler.image_classifier import ImageClassifier
 from handler.inspection import Inspection
 from handler.torch_engine import TorchEager
@@ -161,7 +161,7 @@ def test_an_explanation_is_no_larger_than_planned() -> None:
     maps = torch.rand(1, 2, 19, 19, generator=torch.Generator().manual_seed(0))
     seen = Inspection(torch.tensor([[0.4, 0.6]]), maps, torch.eye(2), torch.zeros(2))
     activation = Activation(1, activation_map(seen, 1))
-    forms: tuple[Literal["image", "matrix"], ...] = ("image", "matrix")
+    forms: tuple[Form, ...] = ("image", "matrix")
     for form in forms:
         found = explain(form, activation, pixels, [0, 0, 600, 600], ("a", "b" * 1000))
         assert len(json.dumps(found)) < EXPLANATION_BYTES
@@ -250,7 +250,7 @@ def test_options_that_make_no_sense(
     assert reply.body["message"].startswith(words)
 
 
-@pytest.mark.parametrize("more", [{}, {"explain_class": b"1"}])
+@pytest.mark.parametrize("more", [{}, {"explain_class": b"1"}, {"explain": b" False"}])
 def test_false_asks_for_nothing(classifier: ImageClassifier, more: dict[str, bytes]) -> None:
     [reply] = ask(classifier, {"body": JPEG, "explain": b"false"} | more)
     assert reply.status == 200

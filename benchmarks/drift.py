@@ -11,30 +11,43 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+from handler.confidence import describe_answer, describe_pixels
 from handler.drift import Bins
 from handler.engines import load_engine
 from handler.errors import InvalidModel
 from handler.images import read_picture
 from handler.settings import Settings
 from service.archive.calibration import CalibrationSet
+from service.archive.confidence import distances, fit_gaussian, held_out_distances
 from service.archive.mar import read_card, unpack
 from service.archive.reference import PRIOR, make_bins, signals_of
 from service.tables import text_table
 
 LIMIT = 0.25
+
+
+def grainy(pixels: NDArray[np.uint8], sigma: float) -> NDArray[np.uint8]:
+    noise = np.random.default_rng(0).normal(0, sigma, pixels.shape)
+    return np.clip(pixels + noise, 0, 255).astype(np.uint8)
+
+
 SHIFTS: dict[str, Callable[[Image.Image], Image.Image]] = {
     "none": lambda image: image,
     "dark (levels x 0.4)": lambda image: ImageEnhance.Brightness(image).enhance(0.4),
     "bright (levels x 1.8)": lambda image: ImageEnhance.Brightness(image).enhance(1.8),
     "blurred (radius 4)": lambda image: image.filter(ImageFilter.GaussianBlur(4)),
     "inverted": ImageOps.invert,
+    "grainy (sigma 12)": lambda image: Image.fromarray(grainy(np.asarray(image), 12)),
     "half the size": lambda image: image.resize((image.width // 2, image.height // 2)),
 }
 ONE_KIND = "classes below 398 alone"  # ImageNet's animals
@@ -54,8 +67,16 @@ def chance(bins: Bins, images: int, calibration: int) -> float:
     return float((freedom + 3 * np.sqrt(2 * freedom)) * (1 / images + 1 / calibration))
 
 
-def read_signals(archive: Path, images: list[Path]) -> dict[str, dict[str, np.ndarray]]:
-    """By shift and signal, a value for each image."""
+@dataclass(frozen=True)
+class Seen:
+    """The images of a shift, N of them."""
+
+    signals: dict[str, NDArray[Any]]  # [N] each, but for the distance, which is that from others
+    described: NDArray[np.float32]  # [N, D], what the distance is taken of
+
+
+def read_images(archive: Path, images: list[Path]) -> dict[str, Seen]:
+    """By shift, what a worker makes of the images."""
     card = read_card(archive)
     if card is None:
         raise InvalidModel(f"{archive} is no archive of this release")
@@ -76,8 +97,15 @@ def read_signals(archive: Path, images: list[Path]) -> dict[str, dict[str, np.nd
                 None,
                 tuple(picture.size for picture in pictures),
             )
-            signals = signals_of(seen, probabilities)
-            found[name] = {signal: np.array(values) for signal, values in signals.items()}
+            described = [
+                np.concatenate([describe_pixels(image), describe_answer(row)])
+                for image, row in zip(seen.images, probabilities, strict=True)
+            ]
+            signals = signals_of(seen, probabilities, np.zeros(len(described), np.float32))
+            found[name] = Seen(
+                {signal: np.array(values) for signal, values in signals.items()},
+                np.stack(described),
+            )
     return found
 
 
@@ -88,20 +116,26 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=100)
     args = parser.parse_args()
     images = sorted(path for path in args.images.iterdir() if path.suffix in (".jpg", ".png"))
-    found = read_signals(args.archive, images)
-    kept = found["none"]["class"] < 398
+    found = read_images(args.archive, images)
+    usual = found["none"]
+    kept = usual.signals["class"] < 398
     alarms: dict[str, dict[str, int]] = {}
     for seed in range(args.seeds):
         order = np.random.default_rng(seed).permutation(len(images))
         first, second = order[: len(order) // 2], order[len(order) // 2 :]
-        streams = {name: (signals, second) for name, signals in found.items()}
-        streams[ONE_KIND] = found["none"], second[kept[second]]
-        for name, (signals, chosen) in streams.items():
-            row = alarms.setdefault(name, dict.fromkeys(signals, 0) | {"any": 0})
+        streams = {name: (seen, second) for name, seen in found.items()}
+        streams[ONE_KIND] = usual, second[kept[second]]
+        known = {signal: values[first] for signal, values in usual.signals.items()}
+        known["distance"] = held_out_distances(usual.described[first])
+        gaussian = fit_gaussian(usual.described[first])
+        for name, (seen, chosen) in streams.items():
+            come = {signal: values[chosen] for signal, values in seen.signals.items()}
+            come["distance"] = distances(seen.described[chosen], *gaussian)
+            row = alarms.setdefault(name, dict.fromkeys(come, 0) | {"any": 0})
             raised = []
-            for signal, values in signals.items():
-                bins = make_bins(found["none"][signal][first].tolist())
-                index = stability_index(bins, values[chosen].tolist())
+            for signal, values in come.items():
+                bins = make_bins(known[signal].tolist())
+                index = stability_index(bins, values.tolist())
                 if index - chance(bins, len(chosen), len(first)) > LIMIT:
                     raised.append(signal)
             for signal in raised + ["any"] * bool(raised):

@@ -7,6 +7,7 @@ import traceback
 from collections import deque
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
+from itertools import chain
 from threading import Lock, Thread
 from time import sleep, time
 from typing import Any, NamedTuple
@@ -14,10 +15,11 @@ from typing import Any, NamedTuple
 import psutil
 
 from handler import metrics
-from handler.batch import Row
+from handler.batch import Classified, Row
 from handler.cache import Result
 from handler.certificate import Certificate
 from handler.collector import Metrics
+from handler.confidence import Confidence
 from handler.decoders import Decoder
 from handler.drift import Reference, brightness
 from handler.engine import Engine
@@ -27,6 +29,7 @@ from handler.model_card import ModelCard
 from handler.settings import Settings
 
 SETTLE_SECONDS = 0.25
+SAMPLE_SECONDS = 1.0  # between two images whose distance is taken: each costs 0.5 ms
 LOGGED_STAGES = ("preprocess", "inference", "postprocess", "total")
 COMPUTING = ("torch", "openvino", "simplejpeg", "pillow")  # what decodes and computes answers
 SHA256_BYTES = 32
@@ -91,6 +94,7 @@ class _Batch(NamedTuple):
     rows: Sequence[Row]
     seconds: float
     arrival: float  # Unix time
+    sample: Classified | None  # one of the images
 
 
 class Accounts:
@@ -106,10 +110,13 @@ class Accounts:
         constants: Mapping[str, Any],
         log_requests: bool,
         reference: Reference | None = None,
+        confidence: Confidence | None = None,
     ) -> None:
         """`constants` go into every line of the log; drift is counted if there is a reference."""
         self.counts = counts
         self._reference = reference
+        self._confidence = confidence
+        self._sampled = 0.0  # Unix time
         self._constants = constants
         self._log_requests = log_requests
         self._batches: deque[_Batch] = deque()
@@ -117,12 +124,17 @@ class Accounts:
 
     def add(self, rows: Sequence[Row], seconds: float, arrival: float) -> None:
         """A finished batch, which took some seconds from its arrival (a Unix time)."""
+        sample = None
         if self._reference:  # before a row lets go of an image that another has as well
             for row in rows:
-                row.brightness = [brightness(pixels) for pixels in row.pixels()]
+                row.brightness = [brightness(pixels) for pixels, _ in row.classified()]
+            if self._confidence and arrival - self._sampled >= SAMPLE_SECONDS:
+                sampled = (row.classified() for row in rows if not is_probe(row.headers))
+                if sample := next(chain.from_iterable(sampled), None):
+                    self._sampled = arrival
         for row in rows:
             row.release()
-        self._batches.append(_Batch(rows, seconds, arrival))
+        self._batches.append(_Batch(rows, seconds, arrival, sample))
 
     def settle(self) -> None:
         """Count and log what was added. A batch that raises is reported, and the others go on."""
@@ -144,6 +156,9 @@ class Accounts:
             count_row(self.counts, row, batch.arrival)
             if self._reference and not is_probe(row.headers):
                 count_drift(self.counts, self._reference, row)
+        if self._reference and self._confidence and batch.sample:
+            distance = self._confidence.distance(*batch.sample)
+            count_signals(self.counts, self._reference, {"distance": [distance]})
         logged = [row for row in batch.rows if self._log_requests and not is_probe(row.headers)]
         return [_line(row, self._constants, batch) for row in logged]
 
@@ -196,10 +211,17 @@ def count_drift(counts: Metrics, reference: Reference, row: Row) -> None:
         "brightness": row.brightness,
         "size": [width * height for width, height in sizes],
     }
-    for signal, bins in reference.signals.items():
-        labels = bins.labels
+    count_signals(counts, reference, values)
+
+
+def count_signals(
+    counts: Metrics, reference: Reference, values: Mapping[str, Sequence[float]]
+) -> None:
+    """Count values by the bins of their signals; an older archive has no bins for some."""
+    for signal in values.keys() & reference.signals.keys():
+        bins = reference.signals[signal]
         for value in values[signal]:
-            counts.add(metrics.DRIFT, 1, signal, labels[bins.index(value)])
+            counts.add(metrics.DRIFT, 1, signal, bins.labels[bins.index(value)])
 
 
 def _sha256(row: Row) -> str | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from math import inf
 from time import perf_counter, time
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,6 +70,13 @@ def _key(sent: bytes | RawPixels) -> bytes:
     return ResultCache.key(sent)
 
 
+class Classified(NamedTuple):
+    """What the model was given, and what it gave."""
+
+    pixels: NDArray[np.uint8]  # RGB [3, H, W]
+    probabilities: NDArray[np.float32]  # [C], calibrated if the archive is
+
+
 @dataclass
 class Row:
     """One request; each stage of the handler fills in its part."""
@@ -99,16 +106,13 @@ class Row:
         for error in self.errors:  # the frames of a traceback hold the images
             error.__traceback__ = error.__cause__ = error.__context__ = None
 
-    def pixels(self) -> Iterator[NDArray[np.uint8]]:
-        """What the model was given, [3, H, W], of each image that it has classified.
-
-        Without those on a GPU, which would have to be waited for.
-        """
+    def classified(self) -> Iterator[Classified]:
+        """Each image, without those on a GPU, which would have to be waited for."""
         for image in self.images:
             if isinstance(image.outcome, Result) and image.decoding and image.decoding.picture:
                 pixels = image.decoding.picture.pixels
                 if not pixels.is_cuda:
-                    yield pixels.numpy()
+                    yield Classified(pixels.numpy(), image.outcome.probabilities)
 
     @property
     def errors(self) -> list[RequestError]:

@@ -77,17 +77,17 @@ class Confidence:
             likely = self.likely(probabilities, level)
             judgement["set"] = [{"class": labels[one], "class_id": one} for one in likely]
         if pixels is not None:
-            judgement["unknown"] = self.is_unknown(pixels.cpu().numpy(), probabilities)
+            judgement["unknown"] = self.distance(pixels.cpu().numpy(), probabilities) > self.limit
         return judgement
 
-    def is_unknown(self, pixels: NDArray[np.uint8], probabilities: Floats) -> bool:
-        """Whether an image [3, H, W], as the model takes it, is unlike all it was calibrated with.
+    def distance(self, pixels: NDArray[np.uint8], probabilities: Floats) -> float:
+        """How far an image [3, H, W], as the model takes it, is from those of the calibration.
 
-        `probabilities` are calibrated, [C].
+        Mahalanobis', squared; `probabilities` are calibrated, [C].
         """
         described = np.concatenate([describe_pixels(pixels), describe_answer(probabilities)])
         offset = described - self.center
-        return float(offset @ self.precision @ offset) > self.limit
+        return float(offset @ self.precision @ offset)
 
 
 def calibrate(probabilities: Floats, temperature: float) -> Floats:

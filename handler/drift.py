@@ -40,7 +40,7 @@ class Reference:
     """What the images of --calibrate are like."""
 
     images: int
-    signals: dict[str, Bins]  # confidence, class, brightness, size
+    signals: dict[str, Bins]  # confidence, class, brightness, size, distance
 
     @classmethod
     def from_facts(cls, facts: Mapping[str, Any]) -> "Reference":

@@ -138,6 +138,7 @@ class ImageClassifier(BaseHandler):
             self.identity | constants,
             self.settings.log_requests,
             self.card.reference,
+            self.confidence,
         )
         size = self.settings.cache_bytes
         self.cache = ResultCache(size) if size else None

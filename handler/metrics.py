@@ -166,9 +166,10 @@ DRIFT = _counter(
     (*MODEL, "signal", "bin"),
     "images, by a signal of theirs and the bin that its value is in",
     "Of archives made with `--calibrate`. `signal` is `confidence`, `class` (the index of the "
-    "top-1 class), `brightness` (the mean level of the model's input) or `size` (pixels); `bin` is "
-    "the upper bound of the values. Brightness is not known of cached images and of those that the "
-    "GPU decoded. Handed over every 15 s. See [Drift](trust.md#drift).",
+    "top-1 class), `brightness` (the mean level of the model's input), `size` (pixels) or "
+    "`distance` (from the images of `--calibrate`; of one image a second at most); `bin` is the "
+    "upper bound of the values. Brightness and distance are not known of cached images and of "
+    "those that the GPU decoded. Handed over every 15 s. See [Drift](trust.md#drift).",
     slow=True,
 )
 DRIFT_REFERENCE = _gauge(

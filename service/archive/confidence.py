@@ -40,6 +40,7 @@ class Fitted:
     facts: ConfidenceFacts
     arrays: dict[str, Floats]
     probabilities: Floats  # [N, C], calibrated, of the images
+    distances: Floats  # [N], of each image from the others
 
 
 def import_libraries() -> tuple[Any, Any]:
@@ -120,17 +121,18 @@ def fit_answers(probabilities: Floats, labels: Labels, looks: Floats, engine: st
     calibrated = calibrate(probabilities, temperature)
     described = np.hstack([looks, [describe_answer(row) for row in calibrated]])
     center, precision = fit_gaussian(described)
+    held_out = held_out_distances(described)
     facts = ConfidenceFacts(
         images=len(labels),
         engine=engine,
         temperature=temperature,
         ece_before=round(calibration_error(probabilities, labels), 4),
         ece_after=round(calibration_error(calibrated, labels), 4),
-        unknown_limit=find_limit(described),
+        unknown_limit=find_limit(held_out),
     )
     scores = conformal_scores(calibrated, labels)
     arrays = {"scores": scores, "center": center, "precision": precision}
-    return Fitted(facts, arrays, calibrated)
+    return Fitted(facts, arrays, calibrated, held_out)
 
 
 def find_temperature(probabilities: Floats, labels: Labels) -> float:
@@ -174,20 +176,20 @@ def distances(described: Floats, center: Floats, precision: Floats) -> Floats:
     return found
 
 
-def find_limit(described: Floats) -> float:
-    """The distance that FALSE_ALARMS of images like these exceed.
+def held_out_distances(described: Floats) -> Floats:
+    """[N]: the distance of each row [N, D] from the other folds.
 
-    Of each image's distance from the other folds: from a Gaussian that was fitted on the image
-    itself it would be too near.
+    From a Gaussian that was fitted on the row itself it would be too near.
     """
-    held_out = np.concatenate(
-        [
-            distances(
-                described[fold::FOLDS],
-                *fit_gaussian(np.delete(described, np.s_[fold::FOLDS], axis=0)),
-            )
-            for fold in range(FOLDS)
-        ]
-    )
+    found = np.empty(len(described), np.float32)
+    for fold in range(FOLDS):
+        own = np.s_[fold::FOLDS]
+        gaussian = fit_gaussian(np.delete(described, own, axis=0))
+        found[own] = distances(described[own], *gaussian)
+    return found
+
+
+def find_limit(held_out: Floats) -> float:
+    """The distance that FALSE_ALARMS of images like those of the calibration exceed."""
     rank = int(np.ceil((len(held_out) + 1) * (1 - FALSE_ALARMS)))
     return round(float(np.sort(held_out)[rank - 1]), 4)

@@ -120,7 +120,9 @@ def package(plan: PackagePlan) -> Path:
     golden = make_reference(plan, recipe, model, labels)
     converted, int8_report = convert(plan, model, golden, calibration)
     fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
-    reference = reference_of(labelled, fitted.probabilities) if labelled and fitted else None
+    reference = None
+    if labelled and fitted:
+        reference = reference_of(labelled, fitted.probabilities, fitted.distances)
     card = make_card(plan, recipe, labels, source, model, int8_report, fitted, reference, inputs)
     write_archive(plan, card, model, converted, golden, fitted)
     return plan.archive

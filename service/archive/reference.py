@@ -15,15 +15,20 @@ PRIOR = (
 )
 
 
-def reference_of(images: CalibrationSet, probabilities: NDArray[np.float32]) -> Reference:
-    """What images are like, with the probabilities [N, C] that a worker gives them."""
-    signals = signals_of(images, probabilities)
+def reference_of(
+    images: CalibrationSet, probabilities: NDArray[np.float32], distances: NDArray[np.float32]
+) -> Reference:
+    """What images are like, with the probabilities [N, C] that a worker gives them.
+
+    `distances` [N] are those from the other images; see handler/confidence.py.
+    """
+    signals = signals_of(images, probabilities, distances)
     bins = {name: make_bins(values) for name, values in signals.items()}
     return Reference(len(probabilities), bins)
 
 
 def signals_of(
-    images: CalibrationSet, probabilities: NDArray[np.float32]
+    images: CalibrationSet, probabilities: NDArray[np.float32], distances: NDArray[np.float32]
 ) -> dict[str, list[float]]:
     """Each signal of each image, as a worker counts them."""
     return {
@@ -33,6 +38,7 @@ def signals_of(
         "class": [float(number) for number in probabilities.argmax(axis=1)],
         "brightness": [brightness(image) for image in images.images],
         "size": [float(width * height) for width, height in images.sizes],
+        "distance": [float(distance) for distance in distances],
     }
 
 

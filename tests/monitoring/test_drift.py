@@ -11,12 +11,15 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.numpy import save_file
 
 from handler.collector import Metrics
+from handler.confidence import CONFIDENCE_FILE, describe_pixels
 from handler.images import read_picture
 from handler.model_card import CARD_FILE
 from handler.settings import Settings
 from service.archive.calibration import CalibrationSet
+from service.archive.confidence import fit_answers
 from service.archive.reference import reference_of
 from service.chaos.prometheus import MONITORING
 from tests.drawing import encode
@@ -27,27 +30,41 @@ from tests.unit.tiny import make_model_dir, tiny_card
 Series = dict[str, float]
 
 
-def draw(seed: int, count: int, light: float = 1.0, largest: int = 300) -> list[bytes]:
-    """Images of all colours, and of some sizes."""
+def draw(
+    seed: int, count: int, light: float = 1.0, largest: int = 300, grain: float = 0.0
+) -> list[bytes]:
+    """Clouds of all colours, of some sizes; with `grain` they have so much fine noise."""
     rng = random.Random(seed)
     drawn = []
     for _ in range(count):
         colour = tuple(round(light * rng.randrange(256)) for _ in range(3))
         size = rng.randrange(100, largest), rng.randrange(100, largest)
-        drawn.append(encode(Image.new("RGB", size, colour), "PNG"))
+        image = Image.new("RGB", size, colour)
+        clouds = bytes(round(light * rng.randrange(256)) for _ in range(48))
+        shape = Image.frombytes("RGB", (4, 4), clouds).resize(size)
+        image = Image.blend(image, shape, rng.uniform(0.1, 0.4))
+        if grain:
+            noise = Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1]))
+            image = Image.blend(image, noise, grain)
+        drawn.append(encode(image, "PNG"))
     return drawn
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An unpacked archive with the reference of 200 images."""
+    """An unpacked archive that was calibrated with 200 images."""
     folder = make_model_dir(tmp_path_factory.mktemp("model"))
-    card = tiny_card()
+    card, rng = tiny_card(), np.random.default_rng(0)
     pictures = [read_picture(image, card.transform, Settings()) for image in draw(0, 200)]
     pixels = tuple(picture.pixels.numpy() for picture in pictures)
     labelled = CalibrationSet(pixels, None, tuple(picture.size for picture in pictures))
     probabilities = Fake().probabilities(torch.from_numpy(np.stack(pixels))).numpy()
-    card = replace(card, reference=reference_of(labelled, probabilities))
+    labels = np.array([rng.choice(len(row), p=row / row.sum()) for row in probabilities])
+    looks = np.stack([describe_pixels(image) for image in pixels])
+    fitted = fit_answers(probabilities, labels, looks, "fake-fp32")
+    save_file(fitted.arrays, folder / CONFIDENCE_FILE)
+    reference = reference_of(labelled, fitted.probabilities, fitted.distances)
+    card = replace(card, reference=reference, confidence=fitted.facts)
     (folder / CARD_FILE).write_text(card.to_json())
     return folder
 
@@ -65,10 +82,11 @@ def counted(folder: Path, images: Sequence[bytes]) -> Series:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("handler.image_classifier.torchserve_emit", lambda: emit)
+        patch.setattr("handler.accounting.SAMPLE_SECONDS", 0)
         classifier = start(folder)
-    classifier.engine = Fake()
-    for image in images:
-        ask(classifier, {"body": image})
+        classifier.engine = Fake()
+        for image in images:
+            ask(classifier, {"body": image})
     assert isinstance(classifier.metrics, Metrics)
     classifier.metrics.flush()
     return found
@@ -79,11 +97,12 @@ def counted(folder: Path, images: Sequence[bytes]) -> Series:
     [
         (draw(1, 200), []),
         (random.Random(2).sample(draw(0, 200), 200), []),  # the calibration, reshuffled
-        (draw(1, 12, light=0.3), []),  # too few to tell
-        (draw(1, 200, light=0.3), ["brightness", "confidence"]),
+        (draw(1, 5, light=0.3), []),  # too few to tell
+        (draw(1, 200, light=0.3), ["brightness", "confidence", "distance"]),
         (draw(1, 200, largest=1000), ["size"]),
+        (draw(1, 200, grain=0.1), ["distance"]),
     ],
-    ids=["others of the kind", "reshuffled", "few", "dark", "large"],
+    ids=["others of the kind", "reshuffled", "few", "dark", "large", "grain"],
 )
 def test_shifted_images_raise_the_alert(
     promtool: str,

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from handler.accounting import describe_worker
+from handler.accounting import SAMPLE_SECONDS, Accounts, describe_worker
 from handler.collector import Metrics
+from handler.confidence import Confidence
 from handler.drift import Bins, Reference, brightness
 from handler.image_classifier import ImageClassifier
 from handler.metrics import DRIFT, DRIFT_REFERENCE, DRIFT_REFERENCE_IMAGES
@@ -74,6 +75,27 @@ def test_probes_are_not_counted(folder: Path) -> None:
     counted = Counted(classifier)
     ask(classifier, {"body": DARK}, headers={"X-Probe": "1"})
     assert drift(counted) == {}
+
+
+def test_the_distance_is_taken_of_an_image_now_and_then(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classifier = worker(folder)
+    signals = REFERENCE.signals | {"distance": Bins((1e6,), (0.5, 0.5))}
+    reference = replace(REFERENCE, signals=signals)
+    confidence = Confidence(
+        1.0, np.zeros(1, np.float32), np.zeros(28, np.float32), np.eye(28, dtype=np.float32), 1.0
+    )
+    accounts = Accounts(classifier.metrics, {}, False, reference, confidence)
+    classifier.accounts, now = accounts, 1e9
+    counted = Counted(classifier)
+    monkeypatch.setattr("handler.image_classifier.time", lambda: now)
+    ask(classifier, {"body": DARK}, headers={"X-Probe": "1"})
+    for _ in range(3):
+        ask(classifier, {"body": DARK}, {"body": BRIGHT})
+    now += SAMPLE_SECONDS
+    ask(classifier, {"body": b"damaged"}, {"body": BRIGHT})
+    assert drift(counted)["distance", "1000000"] == 2
 
 
 def test_the_brightness_of_a_cached_image_is_not_known(folder: Path) -> None:

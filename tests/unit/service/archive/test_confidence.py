@@ -19,6 +19,7 @@ from service.archive.confidence import (
     find_temperature,
     fit_answers,
     fit_gaussian,
+    held_out_distances,
 )
 from service.archive.digest import is_current
 from service.archive.packaging import package
@@ -85,7 +86,7 @@ def test_few_images_are_no_reason_for_false_alarms() -> None:
         known, others = (
             (rng.normal(size=(count, 28)) @ mixing).astype(np.float32) for count in (100, 500)
         )
-        limit, gaussian = find_limit(known), fit_gaussian(known)
+        limit, gaussian = find_limit(held_out_distances(known)), fit_gaussian(known)
         alarms.append((distances(others, *gaussian) > limit).mean())
         found.append((distances(others + 8 * mixing[0], *gaussian) > limit).mean())
     assert 0.01 < np.mean(alarms) < 0.07

@@ -39,7 +39,14 @@ def test_other_sizes_are_seen_even_if_all_were_equal() -> None:
 def test_the_signals_of_images() -> None:
     dark, bright = (np.full((3, 32, 32), level, np.uint8) for level in (10, 200))
     images = CalibrationSet((dark, bright), None, ((640, 480), (100, 50)))
-    reference = reference_of(images, np.array([[0.25, 0.75], [1, 0]], np.float32))
+    probabilities, distances = np.array([[0.25, 0.75], [1, 0]]), np.array([30, 20], np.float32)
+    reference = reference_of(images, probabilities.astype(np.float32), distances)
     assert reference.images == 2
     last = {name: bins.edges[-1] for name, bins in reference.signals.items()}
-    assert last == {"confidence": 1.0, "class": 1.0, "brightness": 200.0, "size": 640 * 480}
+    assert last == {
+        "confidence": 1.0,
+        "class": 1.0,
+        "brightness": 200.0,
+        "size": 640 * 480,
+        "distance": 30.0,
+    }

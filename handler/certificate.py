@@ -72,8 +72,7 @@ def certify(
             raise InvalidModel(pixel_fault(golden, card, pixels))
         # Other pixels are what `fast`, or the GPU, was asked for: what counts is what comes of it.
         sameness = golden.compare(engine, pixels)
-        # A precision that was asked for by name may not fit by itself, which is not the decoder's.
-        if engine.sameness.fits(MAX_ERROR) and not sameness.fits(MAX_ERROR):
+        if not sameness.fits(MAX_ERROR):
             reason = f"{decoder.name}, {settings.decode}: {sameness.describe()}"
             log_line(logging.WARNING, "decoder_chosen", decoder="cpu", reason=reason)
             exact, cpu = replace(settings, decode="exact"), CpuDecoder(card.transform, threads)

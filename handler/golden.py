@@ -91,9 +91,13 @@ class Golden:
         return Golden(files, self.pixels[places], self.logits[places], labels)
 
     def compare(self, engine: Engine, pixels: Tensor | None = None) -> Sameness:
-        """An engine with the reference, on its pixels, or on others of the same images."""
+        """An engine with the reference, on its pixels, or on others of the same images.
+
+        The first image has a pass of its own, as most requests have.
+        """
         started = perf_counter()
-        parts = torch.split(self.pixels if pixels is None else pixels, engine.max_forward)
+        pixels = self.pixels if pixels is None else pixels
+        parts = [pixels[:1], *torch.split(pixels[1:], engine.max_forward)]
         answers = torch.cat([torch.from_numpy(engine.launch(list(x))()) for x in parts])
         return self.judge(answers)._replace(seconds=perf_counter() - started)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import handler.decoders
 import handler.engines
+from handler.golden import MAX_ERROR
 from handler.images import Encoded, Picture, decode_picture
 from handler.model_card import WEIGHTS_FILE, InputTransform, ModelCard, file_sha256
 from handler.pixels import RawPixels
@@ -194,9 +195,12 @@ def test_fast_decoding_that_fits_is_kept(folder: Path) -> None:
     assert classifier.certificate.decode_difference > 1
 
 
+@pytest.mark.parametrize("limit", [MAX_ERROR, 0])  # 0: the engine, asked for by name, is off too
 def test_fast_decoding_that_changes_the_answers_is_replaced(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, limit: float
 ) -> None:
+    monkeypatch.setattr("handler.certificate.MAX_ERROR", limit)
+
     def changed(encoded: Encoded | RawPixels, transform: InputTransform) -> Picture:
         picture = decode_picture(encoded, transform)
         return (

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import cycle
 from math import isnan, nan
 from pathlib import Path
 
@@ -39,17 +40,19 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Fake(Engine):
-    """Gives the probabilities that it is made with, whatever the images are."""
+    """Gives the probabilities that it is made with, a row for each image, whatever they show."""
 
     def __init__(self, probabilities: Tensor, precision: str = "fp32") -> None:
         super().__init__("fake", precision, "cpu", len(probabilities))
-        self._probabilities = probabilities
+        self._rows = cycle(probabilities)
+        self.passes: list[int] = []
 
     def probabilities(self, images: Tensor) -> Tensor:
         raise NotImplementedError
 
     def launch(self, images: Sequence[Tensor]) -> Callable[[], NDArray[np.float32]]:
-        return self._probabilities.numpy
+        self.passes.append(len(images))
+        return torch.stack([next(self._rows) for _ in images]).numpy
 
 
 def made_up(logits: list[list[float]]) -> Golden:
@@ -91,6 +94,12 @@ def test_error_is_that_of_the_precision(
 ) -> None:
     engine = TorchEager(tiny_network(), TRANSFORM, precision, max_forward=3)
     assert least <= golden.compare(engine).error <= most
+
+
+def test_most_requests_pass_of_one_image_is_compared_too(golden: Golden) -> None:
+    engine = Fake(golden.logits.softmax(dim=1))
+    assert golden.compare(engine).fits(limit_of("fp32"))
+    assert engine.passes == [1, len(golden.files) - 1]
 
 
 def test_error_is_a_share_of_what_the_answers_say() -> None:

@@ -32,7 +32,7 @@ def full_share(cost: Cost, workers: int) -> float:
 
 
 def capacity_ratio(arrivals: float, waiting: float, cost: Cost, workers: int) -> float:
-    """The load in force by what the workers carry within the objective; 0 idle, 1 full.
+    """The present load over what the workers carry within the objective; 0 idle, 1 full.
 
     `arrivals` is requests a second, refused ones included; `waiting` is the mean length of the
     queue, which is to be gone within the objective. `workers` (at least 1) are those that live.

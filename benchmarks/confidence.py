@@ -277,6 +277,16 @@ def measure_calibration(real: Answers, seeds: int) -> list[dict[str, Any]]:
     return [row]
 
 
+def measure_alarms(real: Answers, seeds: int) -> list[dict[str, Any]]:
+    """The share of the other half that an archive calls unknown, by its own threshold."""
+    shares = []
+    for known, other in halves(len(real.labels), seeds):
+        half = real.of(known)
+        fitted = fit_answers(half.probabilities, half.labels, half.looks, "torch-fp32")
+        shares.append(np.mean(ours(half, real.of(other), np.s_[:]) > fitted.facts.unknown_limit))
+    return [{"false_alarms": np.mean(shares), "least": min(shares), "most": max(shares)}]
+
+
 def measure_detectors(
     model: Model, real: Answers, unknown: dict[str, Answers], seeds: int
 ) -> list[dict[str, Any]]:
@@ -352,6 +362,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("sets", measure_sets),
         ("scores", measure_scores),
         ("calibration", measure_calibration),
+        ("alarms", measure_alarms),
     ):
         found[name] = measure(real, options.seeds)
         print(table(found[name]), end="\n\n", flush=True)

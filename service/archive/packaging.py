@@ -44,6 +44,7 @@ from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.reference import reference_of
+from service.archive.replacing import make_way
 from service.archive.signing import read_private_key
 from service.archive.trainer import check_given, check_trainer, read_images
 from service.archive.weights import (
@@ -280,18 +281,12 @@ def write_archive(
     fitted: Fitted | None,
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
-    archive, old = plan.archive, plan.card
+    archive = plan.archive
     try:
         with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
             made = _archive(folder, plan, card, model, converted, golden, fitted)
-            if old and old.weights.trained and not plan.weights and not card.weights.trained:
-                aside = archive.with_name(f"{archive.name}.trained")
-                archive.replace(aside)
-                _warn(f"the archive with {old.weights.name} is kept as {aside}")
-            elif old and old.int8 and not card.int8:
-                _warn(f"{archive.name} had an int8 model; --calibration DIR makes it again")
-            if old and old.confidence and not card.confidence:
-                _warn(f"{archive.name} was calibrated; --calibrate DIR does it again")
+            for warning in make_way(archive, card, named=plan.weights is not None):
+                _warn(warning)
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc

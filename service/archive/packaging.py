@@ -46,7 +46,7 @@ from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.reference import reference_of
 from service.archive.replacing import make_way
 from service.archive.signing import read_private_key
-from service.archive.trainer import check_given, check_trainer, read_images
+from service.archive.trainer import check_decoding, check_given, check_trainer, read_images
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -210,13 +210,15 @@ def make_reference(
 ) -> Golden:
     """The golden images with what the recipe's own transforms and the network make of them.
 
-    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave.
+    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave,
+    and for an image of the trainer's with which no worker would start.
     """
     transform = model.transform
     preset = recipe.transforms(mean=transform.mean, std=transform.std)
     files = read_images(plan.golden) if plan.golden else {}
     golden = make_golden(model.network, preset, labels, files)
     if plan.golden:
+        check_decoding(golden.only([*files]), transform)
         check_trainer(plan.golden, plan.golden_logits, golden, labels, model.network, preset)
     return golden
 

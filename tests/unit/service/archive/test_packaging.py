@@ -182,6 +182,17 @@ def test_a_failure_leaves_the_last_archive(archive: Path) -> None:
     assert archive.read_bytes() == before
 
 
+# --- Golden images of the trainer's
+
+
+def test_a_golden_image_with_which_no_worker_would_start_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    (tmp_path / "golden" / "a.tif").write_bytes(encode(noise(), "TIFF"))
+    with pytest.raises(InvalidModel, match=r"golden image a\.tif: TIFF is not served"):
+        package(planned(tmp_path / "store", "--golden", str(tmp_path / "golden")))
+    assert not list((tmp_path / "store").glob("*"))
+
+
 # --- Refusals before any work
 
 

@@ -267,6 +267,8 @@ def make_card(
         int8=int8_report,
         confidence=fitted.facts if fitted else None,
         reference=reference,
+        golden_images=len(read_images(plan.golden)) if plan.golden else 0,
+        golden_logits=plan.golden_logits is not None,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},

@@ -11,6 +11,8 @@ from service.archive.mar import read_facts
 LOSSES = (
     ("int8", "had an int8 model; --calibration DIR makes it again"),
     ("confidence", "was calibrated; --calibrate DIR does it again"),
+    ("golden_images", "had golden images of yours; --golden DIR gives them again"),
+    ("golden_logits", "was compared with logits of yours; --golden-logits FILE does it again"),
 )
 
 

@@ -79,13 +79,20 @@ def test_an_archive_of_another_release_is_kept_if_its_weights_are_nowhere_else(
 def test_pretrained_and_untrained_weights_are_not_kept(
     archive: Path, capsys: pytest.CaptureFixture[str], weights: dict[str, object]
 ) -> None:
-    change_card(archive, weights=weights, int8={"of": "another release"}, confidence={"images": 9})
+    losses = {"int8": {"of": "another release"}, "confidence": {"images": 9}}
+    change_card(archive, weights=weights, **losses, golden_images=2, golden_logits=True)
     assert read_card(archive) is None
     make(archive.parent)
     assert kept(archive.parent) == []
-    warnings = capsys.readouterr().err
-    assert f"{MODEL}.mar had an int8 model; --calibration DIR makes it again" in warnings
-    assert f"{MODEL}.mar was calibrated; --calibrate DIR does it again" in warnings
+    assert capsys.readouterr().err.splitlines() == [
+        f"warning: {MODEL}.mar {loss}"
+        for loss in (
+            "had an int8 model; --calibration DIR makes it again",
+            "was calibrated; --calibrate DIR does it again",
+            "had golden images of yours; --golden DIR gives them again",
+            "was compared with logits of yours; --golden-logits FILE does it again",
+        )
+    ]
 
 
 @pytest.mark.usefixtures("online")

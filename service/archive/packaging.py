@@ -24,7 +24,7 @@ from handler.confidence import CONFIDENCE_FILE
 from handler.drift import Reference
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.golden import Golden
+from handler.golden import Golden, limit_of
 from handler.model_card import (
     INT8_FILE,
     OPENVINO_FILE,
@@ -36,7 +36,7 @@ from handler.networks import empty_network, get_recipe, input_transform, load_st
 from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.confidence import Fitted, fit, read_labelled
-from service.archive.conversion import check_conversion, to_openvino
+from service.archive.conversion import check_conversion, compare, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.golden import make_golden
@@ -120,7 +120,8 @@ def package(plan: PackagePlan) -> Path:
     model = build_model(plan, recipe, source, labels)
     golden = make_reference(plan, recipe, model, labels)
     converted, int8_report = convert(plan, model, golden, calibration)
-    fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
+    served = without_refused(converted, golden)
+    fitted = fit(model.network, model.transform, served, labelled) if labelled else None
     reference = None
     if labelled and fitted:
         reference = reference_of(labelled, fitted.probabilities, fitted.distances)
@@ -240,6 +241,25 @@ def convert(
         return {OPENVINO_FILE: fp32}, None
     int8, report = quantize(fp32, calibration.images, calibration.labels, plan.minimum_agreement)
     return {OPENVINO_FILE: fp32, INT8_FILE: int8}, asdict(report)
+
+
+def without_refused(
+    converted: Mapping[str, openvino.Model], golden: Golden
+) -> Mapping[str, openvino.Model]:
+    """The models that workers take by themselves: not int8 if its answers are others, with a word.
+
+    The archive holds it all the same, for `--precision int8`.
+    """
+    if INT8_FILE not in converted:
+        return converted
+    found = compare(converted[INT8_FILE], golden)
+    if found.fits(limit_of("int8")):
+        return converted
+    _warn(
+        f"int8 gives other answers to the golden images ({found.describe()}): --precision auto "
+        "takes a finer precision, and --calibrate fits on fp32"
+    )
+    return {name: model for name, model in converted.items() if name != INT8_FILE}
 
 
 def make_card(

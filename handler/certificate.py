@@ -18,7 +18,7 @@ from torch import Tensor
 
 from handler.decoders import CpuDecoder, Decoder
 from handler.engine import Engine
-from handler.errors import InvalidModel
+from handler.errors import InvalidModel, RequestError
 from handler.golden import MAX_ERROR, Golden
 from handler.images import open_image
 from handler.logs import log_line
@@ -97,7 +97,12 @@ def decode(golden: Golden, decoder: Decoder, settings: Settings) -> Tensor:
     Raises InvalidModel for one that it refuses. The limits for requests are not for these.
     """
     unlimited = replace(settings, max_image_bytes=2**30, max_image_pixels=2**30)
-    decodings = [decoder.start(open_image(data, unlimited)) for data in golden.files.values()]
+    decodings = []
+    for name, data in golden.files.items():
+        try:
+            decodings.append(decoder.start(open_image(data, unlimited)))
+        except RequestError as exc:
+            raise InvalidModel(f"decoder: it refuses the golden image {name}: {exc}") from None
     for _ in decoder.finish(decodings):
         pass
     pixels = []

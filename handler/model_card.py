@@ -76,6 +76,8 @@ class ModelCard:
     packaged_with: dict[str, str]  # versions of the libraries that made the archive
     confidence: ConfidenceFacts | None = None  # None: without --calibrate
     reference: Reference | None = None  # likewise
+    golden_images: int = 0  # of --golden
+    golden_logits: bool = False  # whether the trainer's were given for them
     files: dict[str, str]  # sha256 of each file of the archive, but service.archive.mar.UNHASHED
 
     def to_json(self) -> str:

@@ -94,7 +94,7 @@ def fit(
     converted: Mapping[str, openvino.Model],
     labelled: CalibrationSet,
 ) -> Fitted:
-    """Fit on the answers of the model that serves: int8 if there is one, else fp32."""
+    """Fit on the answers of the model that serves: int8 if it is among the converted, else fp32."""
     if converted:
         name = INT8_FILE if INT8_FILE in converted else OPENVINO_FILE
         engine = f"openvino-{'int8' if name == INT8_FILE else 'fp32'}"

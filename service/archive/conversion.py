@@ -6,6 +6,7 @@ import openvino
 import torch
 from torch import nn
 
+from handler.engine import Sameness
 from handler.errors import InvalidModel
 from handler.golden import MAX_FP32_ERROR, Golden
 from handler.model_card import InputTransform
@@ -36,9 +37,14 @@ def to_openvino(network: nn.Module, transform: InputTransform) -> openvino.Model
 
 def check_conversion(converted: openvino.Model, golden: Golden) -> None:
     """Raise InvalidModel if a model gives other answers to the golden images than the reference."""
-    compiled = compile_for_one(converted, golden.pixels.shape[1:], openvino.Core())
-    found = golden.judge(torch.from_numpy(answer(compiled, [*golden.pixels.numpy()])))
+    found = compare(converted, golden)
     if not found.fits(MAX_FP32_ERROR):
         raise InvalidModel(
             f"OpenVINO computes something else than torch: {found.describe()}; {WITHOUT}"
         )
+
+
+def compare(converted: openvino.Model, golden: Golden) -> Sameness:
+    """A model's answers to the golden images with those of the reference."""
+    compiled = compile_for_one(converted, golden.pixels.shape[1:], openvino.Core())
+    return golden.judge(torch.from_numpy(answer(compiled, [*golden.pixels.numpy()])))

@@ -22,15 +22,16 @@ MAX_PIXELS = 2**22  # of an image of --golden
 
 # Name: width and height in units of the resize size, and how it is encoded. Each sampling that a
 # GPU may decode; landscape, portrait and enlarged; one that the setting `decode: fast` scales down.
+# With a slash, which no file's name has.
 DRAWN: Mapping[str, tuple[float, float, dict[str, object]]] = {
-    "420.jpg": (1.96, 1.46, {"subsampling": "4:2:0"}),
-    "420-progressive.jpg": (1.36, 2.35, {"subsampling": "4:2:0", "progressive": True}),
-    "422.jpg": (2.3, 1.55, {"subsampling": "4:2:2"}),
-    "422-progressive.jpg": (1.5, 2.1, {"subsampling": "4:2:2", "progressive": True}),
-    "444.jpg": (1.36, 2.35, {"subsampling": "4:4:4"}),
-    "444-progressive.jpg": (2.2, 1.7, {"subsampling": "4:4:4", "progressive": True}),
-    "small.png": (0.81, 0.62, {}),
-    "large.jpg": (4.1, 5.3, {"subsampling": "4:2:0"}),
+    "drawn/420.jpg": (1.96, 1.46, {"subsampling": "4:2:0"}),
+    "drawn/420-progressive.jpg": (1.36, 2.35, {"subsampling": "4:2:0", "progressive": True}),
+    "drawn/422.jpg": (2.3, 1.55, {"subsampling": "4:2:2"}),
+    "drawn/422-progressive.jpg": (1.5, 2.1, {"subsampling": "4:2:2", "progressive": True}),
+    "drawn/444.jpg": (1.36, 2.35, {"subsampling": "4:4:4"}),
+    "drawn/444-progressive.jpg": (2.2, 1.7, {"subsampling": "4:4:4", "progressive": True}),
+    "drawn/small.png": (0.81, 0.62, {}),
+    "drawn/large.jpg": (4.1, 5.3, {"subsampling": "4:2:0"}),
 }
 
 

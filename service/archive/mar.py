@@ -37,6 +37,15 @@ def read_card(archive: Path) -> ModelCard | None:
         return None
 
 
+def read_facts(archive: Path) -> dict[str, Any]:
+    """What the card of an archive of whatever release says; empty if it cannot be read."""
+    try:
+        with zipfile.ZipFile(archive) as content:
+            return dict(json.loads(content.read(CARD_FILE)))
+    except Exception:  # as above
+        return {}
+
+
 def read_target(archive: Path) -> tuple[str, str]:
     """The name and the version under which an archive is served.
 

@@ -24,7 +24,7 @@ from handler.confidence import CONFIDENCE_FILE
 from handler.drift import Reference
 from handler.engines import find_hardware
 from handler.errors import InvalidModel, InvalidSettings, SetupError
-from handler.golden import Golden
+from handler.golden import Golden, limit_of
 from handler.model_card import (
     INT8_FILE,
     OPENVINO_FILE,
@@ -36,7 +36,7 @@ from handler.networks import empty_network, get_recipe, input_transform, load_st
 from handler.selection import select
 from service.archive.calibration import CalibrationSet, read_calibration
 from service.archive.confidence import Fitted, fit, read_labelled
-from service.archive.conversion import check_conversion, to_openvino
+from service.archive.conversion import check_conversion, compare, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
 from service.archive.golden import make_golden
@@ -44,8 +44,9 @@ from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
 from service.archive.reference import reference_of
+from service.archive.replacing import make_way
 from service.archive.signing import read_private_key
-from service.archive.trainer import check_given, check_trainer, read_images
+from service.archive.trainer import check_decoding, check_given, check_trainer, read_images
 from service.archive.weights import (
     DownloadFailed,
     Source,
@@ -119,7 +120,8 @@ def package(plan: PackagePlan) -> Path:
     model = build_model(plan, recipe, source, labels)
     golden = make_reference(plan, recipe, model, labels)
     converted, int8_report = convert(plan, model, golden, calibration)
-    fitted = fit(model.network, model.transform, converted, labelled) if labelled else None
+    served = without_refused(converted, golden)
+    fitted = fit(model.network, model.transform, served, labelled) if labelled else None
     reference = None
     if labelled and fitted:
         reference = reference_of(labelled, fitted.probabilities, fitted.distances)
@@ -209,13 +211,15 @@ def make_reference(
 ) -> Golden:
     """The golden images with what the recipe's own transforms and the network make of them.
 
-    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave.
+    Raises InvalidModel if the network's answers are no numbers, or not those that the trainer gave,
+    and for an image of the trainer's with which no worker would start.
     """
     transform = model.transform
     preset = recipe.transforms(mean=transform.mean, std=transform.std)
     files = read_images(plan.golden) if plan.golden else {}
     golden = make_golden(model.network, preset, labels, files)
     if plan.golden:
+        check_decoding(golden.only([*files]), transform)
         check_trainer(plan.golden, plan.golden_logits, golden, labels, model.network, preset)
     return golden
 
@@ -237,6 +241,25 @@ def convert(
         return {OPENVINO_FILE: fp32}, None
     int8, report = quantize(fp32, calibration.images, calibration.labels, plan.minimum_agreement)
     return {OPENVINO_FILE: fp32, INT8_FILE: int8}, asdict(report)
+
+
+def without_refused(
+    converted: Mapping[str, openvino.Model], golden: Golden
+) -> Mapping[str, openvino.Model]:
+    """The models that workers take by themselves: not int8 if its answers are others, with a word.
+
+    The archive holds it all the same, for `--precision int8`.
+    """
+    if INT8_FILE not in converted:
+        return converted
+    found = compare(converted[INT8_FILE], golden)
+    if found.fits(limit_of("int8")):
+        return converted
+    _warn(
+        f"int8 gives other answers to the golden images ({found.describe()}): --precision auto "
+        "takes a finer precision, and --calibrate fits on fp32"
+    )
+    return {name: model for name, model in converted.items() if name != INT8_FILE}
 
 
 def make_card(
@@ -264,6 +287,8 @@ def make_card(
         int8=int8_report,
         confidence=fitted.facts if fitted else None,
         reference=reference,
+        golden_images=len(read_images(plan.golden)) if plan.golden else 0,
+        golden_logits=plan.golden_logits is not None,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),
         packaged_with={name: version(name) for name in LIBRARIES},
@@ -280,18 +305,12 @@ def write_archive(
     fitted: Fitted | None,
 ) -> None:
     """Put the archive in its place, whole or not at all. Raises SetupError."""
-    archive, old = plan.archive, plan.card
+    archive = plan.archive
     try:
         with TemporaryFolder(".packaging-", archive.parent) as folder, Guardian(folder):
             made = _archive(folder, plan, card, model, converted, golden, fitted)
-            if old and old.weights.trained and not plan.weights and not card.weights.trained:
-                aside = archive.with_name(f"{archive.name}.trained")
-                archive.replace(aside)
-                _warn(f"the archive with {old.weights.name} is kept as {aside}")
-            elif old and old.int8 and not card.int8:
-                _warn(f"{archive.name} had an int8 model; --calibration DIR makes it again")
-            if old and old.confidence and not card.confidence:
-                _warn(f"{archive.name} was calibrated; --calibrate DIR does it again")
+            for warning in make_way(archive, card, named=plan.weights is not None):
+                _warn(warning)
             made.replace(archive)
     except (OSError, SafetensorError) as exc:
         raise SetupError(f"{archive} cannot be written: {exc}") from exc

@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torchvision.transforms import functional
 from torchvision.transforms._presets import ImageClassification
 
-from handler.diagnosis import NORMALISATIONS, plain_image
+from handler.certificate import MAX_DIFFERENCE, decode
+from handler.decoders import CpuDecoder
+from handler.diagnosis import NORMALISATIONS, distance, plain_image
 from handler.engine import Sameness
 from handler.errors import InvalidModel
 from handler.golden import Golden
+from handler.model_card import InputTransform
+from handler.settings import Settings
 from service.archive.calibration import LABELS_FILE
 from service.archive.golden import reference_logits
 
@@ -56,6 +60,24 @@ def read_images(folder: Path) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in paths}
     except OSError as exc:
         raise InvalidModel(f"--golden {folder} cannot be read: {exc.strerror}") from exc
+
+
+def check_decoding(golden: Golden, transform: InputTransform) -> None:
+    """Raise InvalidModel for an image with which no worker would start.
+
+    `golden` are the trainer's images alone. Pillow reads formats that are not served, and some
+    transparent colours otherwise.
+    """
+    try:
+        pixels = decode(golden, CpuDecoder(transform), Settings())
+    except InvalidModel as exc:
+        raise InvalidModel(f"--golden, {exc}") from exc
+    for name, ours, expected in zip(golden.files, pixels, golden.pixels, strict=True):
+        if (off := distance(ours, expected)) > MAX_DIFFERENCE:
+            raise InvalidModel(
+                f"--golden, decoder: its pixels of {name} differ from Pillow's by {off:.2f} levels "
+                "of 255 on average; give the image in another form, such as 8-bit RGB"
+            )
 
 
 def check_names(folder: Path, golden: Golden, labels: Sequence[str]) -> None:
@@ -127,6 +149,8 @@ def check_logits(
 
     `golden` are the trainer's images alone.
     """
+    if theirs.shape[1] == 1 and golden.logits.shape[1] == 2:  # as in fitting.two_outputs
+        theirs = torch.cat([torch.zeros_like(theirs), theirs], dim=1)
     if golden.judge(theirs.softmax(dim=1)).fits(MAX_ERROR):
         return
     if theirs.shape != golden.logits.shape:

@@ -12,13 +12,14 @@ from safetensors.torch import load_file, save_file
 
 import handler.decoders
 import handler.engines
-from handler.golden import MAX_ERROR
+from handler.golden import GOLDEN_FILE, MAX_ERROR, Golden
 from handler.images import Encoded, Picture, decode_picture
 from handler.model_card import WEIGHTS_FILE, InputTransform, ModelCard, file_sha256
 from handler.pixels import RawPixels
 from handler.selection import Selection
 from handler.torch_engine import TorchEager
 from service.archive.conversion import to_openvino
+from tests.drawing import encode, noise
 from tests.unit.handler.worker import log, start
 from tests.unit.tiny import LABELS, make_model_dir, tiny_network
 
@@ -183,6 +184,17 @@ def test_a_model_that_bf16_breaks_is_run_in_fp32(
     [line] = log(caplog, "engine_chosen")
     assert line["engine"] == f"torch-{precisions[-1]}"
     assert line["golden_errors"]["torch-bf16"] > 0.15
+
+
+def test_an_image_that_is_not_served(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    golden = Golden.read(folder)
+    assert golden
+    name = next(iter(golden.files))
+    replace(golden, files=golden.files | {name: encode(noise(), "TIFF")}).write(folder)
+    files = ModelCard.read(folder).files | {GOLDEN_FILE: file_sha256(folder / GOLDEN_FILE)}
+    change_card(folder, files=files)
+    expected = f"decoder: it refuses the golden image {name}: TIFF is not served; send one of "
+    assert refused(folder, caplog).startswith(expected)
 
 
 # --- The setting `decode`

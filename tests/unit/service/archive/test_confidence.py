@@ -1,17 +1,22 @@
 """Fitting of --calibrate on drawn answers whose truth is known, and packaging with it."""
 
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
+import torch
 from numpy.typing import NDArray
 from scipy.stats import betabinom
 
 from handler.confidence import Confidence, calibrate
 from handler.errors import InvalidModel, InvalidSettings
 from handler.model_card import ModelCard
+from handler.networks import build_network, get_recipe, input_transform
+from service.archive import packaging
 from service.archive.confidence import (
     calibration_error,
     distances,
@@ -21,10 +26,12 @@ from service.archive.confidence import (
     fit_gaussian,
     held_out_distances,
 )
-from service.archive.digest import is_current
+from service.archive.conversion import to_openvino
+from service.archive.digest import SEED, is_current
+from service.archive.mar import read_card
 from service.archive.packaging import package
 from tests.drawing import encode, noise
-from tests.unit.service.planning import planned
+from tests.unit.service.planning import MODEL, planned
 
 CLASSES = 20
 
@@ -131,6 +138,39 @@ def changed(labelled: Path, folder: Path, text: str | None, images: int = 100) -
     if text is not None:
         (folder / "labels.csv").write_text(text)
     return folder
+
+
+@dataclass
+class Report:
+    method: str = "none: a model in fp32"
+
+
+@pytest.mark.parametrize(("seed", "engine"), [(SEED, "openvino-int8"), (1, "openvino-fp32")])
+def test_an_int8_model_is_calibrated_if_workers_take_it(
+    labelled: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    seed: int,
+    engine: str,
+) -> None:
+    """Of another seed it is another network, whatever its agreement on the images was."""
+
+    def quantize(*_: object) -> tuple[openvino.Model, Report]:
+        torch.manual_seed(seed)
+        recipe = get_recipe(MODEL)
+        return to_openvino(build_network(recipe, MODEL, 1000), input_transform(recipe)), Report()
+
+    monkeypatch.setattr(packaging, "quantize", quantize)
+    calibration = changed(labelled, tmp_path / "calibration", None)
+    given = ["--calibration", str(calibration), "--calibrate", str(labelled), "--device", "cpu"]
+    card = read_card(package(planned(tmp_path, *given)))
+    assert card
+    assert card.int8
+    assert card.confidence
+    assert card.confidence.engine == engine
+    warned = "warning: int8 gives other answers to the golden images (the logits' error is "
+    assert (warned in capsys.readouterr().err) == (engine == "openvino-fp32")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from ts.context import Context, RequestProcessor
 from handler.collector import Metrics
 from handler.engines import load_engine
 from handler.errors import InvalidModel, InvalidSettings, SetupError
+from handler.golden import Golden
 from handler.image_classifier import ImageClassifier
 from handler.model_card import ModelCard
 from handler.networks import get_recipe
@@ -180,6 +182,33 @@ def test_a_failure_leaves_the_last_archive(archive: Path) -> None:
     with pytest.raises(InvalidModel):
         package(planned(archive.parent, *own_weights(archive.parent.parent, 2, ["a"])))
     assert archive.read_bytes() == before
+
+
+# --- Golden images of the trainer's
+
+
+def test_the_card_has_what_the_trainer_gave(built: Path, tmp_path: Path) -> None:
+    """A drawn image, and the logits that the same weights give for it in another archive."""
+    zipfile.ZipFile(built).extract("golden.safetensors", tmp_path)
+    golden = Golden.read(tmp_path)
+    assert golden
+    (tmp_path / "golden").mkdir()
+    (tmp_path / "golden" / "small.png").write_bytes(golden.files["drawn/small.png"])
+    np.save(tmp_path / "logits.npy", golden.only(["drawn/small.png"]).logits.numpy())
+    given = ["--golden", str(tmp_path / "golden"), "--golden-logits", str(tmp_path / "logits.npy")]
+    card, other = read_card(package(planned(tmp_path / "store", *given))), read_card(built)
+    assert card
+    assert other
+    assert (card.golden_images, card.golden_logits) == (1, True)
+    assert (other.golden_images, other.golden_logits) == (0, False)
+
+
+def test_a_golden_image_with_which_no_worker_would_start_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "golden").mkdir()
+    (tmp_path / "golden" / "a.tif").write_bytes(encode(noise(), "TIFF"))
+    with pytest.raises(InvalidModel, match=r"golden image a\.tif: TIFF is not served"):
+        package(planned(tmp_path / "store", "--golden", str(tmp_path / "golden")))
+    assert not list((tmp_path / "store").glob("*"))
 
 
 # --- Refusals before any work

@@ -1,8 +1,11 @@
 """A trainer's golden images, logits and names: taken if they agree, else the stage is named."""
 
 import csv
+import struct
+import zlib
 from collections.abc import Callable
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,27 +19,33 @@ from torchvision.transforms._presets import ImageClassification
 
 from handler.errors import InvalidModel
 from handler.golden import Golden
-from service.archive.golden import draw_images, make_golden, reference_logits
+from service.archive.golden import DRAWN, draw_images, make_golden, reference_logits
 from service.archive.trainer import (
     MAX_BYTES,
     MAX_IMAGES,
+    check_decoding,
     check_logits,
     check_names,
     read_images,
     read_logits,
 )
-from tests.unit.tiny import LABELS, tiny_network
+from tests.drawing import announced, encode, noise, png_chunk
+from tests.unit.tiny import LABELS, tiny_card, tiny_network
 
 PRESET = ImageClassification(resize_size=72, crop_size=64)
-FILES = dict(list(draw_images(150).items())[:4])
+TRANSFORM = replace(tiny_card().transform, resize_size=72, crop_size=64)
+# Called as drawn ones are, but for their folder.
+FILES = {Path(name).name: data for name, data in list(draw_images(150).items())[:4]}
 NETWORK = tiny_network()
+
+
+def golden_of(files: dict[str, bytes]) -> Golden:
+    return make_golden(NETWORK, PRESET, LABELS, files).only([*files])
 
 
 @pytest.fixture(scope="module")
 def golden() -> Golden:
-    return make_golden(NETWORK, PRESET, LABELS, {f"own-{n}": d for n, d in FILES.items()}).only(
-        [f"own-{name}" for name in FILES]
-    )
+    return golden_of(FILES)
 
 
 def logits_with(prepare: Callable[[Image.Image], Tensor]) -> Tensor:
@@ -94,6 +103,15 @@ def test_another_order_and_number_of_classes(golden: Golden) -> None:
         check_logits(golden, right[:, 1:], NETWORK, PRESET)
 
 
+def test_logits_of_one_output_are_those_of_class_1() -> None:
+    """A sigmoid's, which is served as the softmax of (0, x)."""
+    logits = torch.tensor([[0.0, 1.5], [0.0, -2.0]])
+    golden = Golden({"a.jpg": b"", "b.jpg": b""}, torch.empty(0), logits, ("no", "yes"))
+    check_logits(golden, logits[:, 1:], NETWORK, PRESET)
+    with pytest.raises(InvalidModel, match=r"they are of 1 classes, the network has 3"):
+        check_logits(golden_of(FILES), torch.zeros(4, 1), NETWORK, PRESET)
+
+
 def test_another_network(golden: Golden) -> None:
     generator = torch.Generator().manual_seed(0)
     with pytest.raises(InvalidModel, match="weights: the trainer's network is another"):
@@ -148,6 +166,41 @@ def test_images_are_bounded_in_number_and_size(tmp_path: Path) -> None:
         (tmp_path / f"{index}.jpg").touch()
     with pytest.raises(InvalidModel, match="has 33 images"):
         read_images(tmp_path)
+
+
+def test_drawn_images_stay_whatever_the_trainers_are_called() -> None:
+    golden = make_golden(NETWORK, PRESET, LABELS, FILES)
+    assert [*golden.files] == [*DRAWN, *FILES]
+    with pytest.raises(InvalidModel, match=r"large\.jpg has 2049x2048 pixels, 4194304 are allowed"):
+        make_golden(NETWORK, PRESET, LABELS, {"large.jpg": announced("JPEG", 2049, 2048)})
+
+
+def test_images_that_workers_decode_as_pillow_does(golden: Golden) -> None:
+    check_decoding(golden, TRANSFORM)
+    check_decoding(
+        golden_of({"a.png": encode(noise()), "a.webp": encode(noise(), "WEBP")}), TRANSFORM
+    )
+
+
+def test_an_image_that_workers_do_not_serve_is_refused_by_name() -> None:
+    golden = golden_of({"a.png": encode(noise()), "b.tif": encode(noise(), "TIFF")})
+    message = r"^--golden, decoder: it refuses the golden image b\.tif: TIFF is not served; send"
+    with pytest.raises(InvalidModel, match=message):
+        check_decoding(golden, TRANSFORM)
+
+
+def test_an_image_that_pillow_reads_otherwise_than_workers_is_refused_by_name() -> None:
+    """Grey of 4 bits, of which one level is transparent: Pillow takes the level for one of 256."""
+    header = struct.pack(">IIBBBBB", 64, 64, 4, 0, 0, 0, 0)
+    levels = (b"\0" + 16 * b"\x33" + 16 * b"\x99") * 64
+    data = b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header)
+    data += png_chunk(b"tRNS", struct.pack(">H", 3)) + png_chunk(b"IDAT", zlib.compress(levels))
+    golden = golden_of({"grey.png": data + png_chunk(b"IEND", b"")})
+    message = (
+        r"^--golden, decoder: its pixels of grey\.png differ from Pillow's by \d+\.\d\d levels"
+    )
+    with pytest.raises(InvalidModel, match=message):
+        check_decoding(golden, TRANSFORM)
 
 
 def test_what_is_no_image_is_named() -> None:

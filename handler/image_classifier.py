@@ -53,6 +53,8 @@ LIBRARIES = """
 class ImageClassifier(BaseHandler):
     """Answers image classification requests; each worker has one instance."""
 
+    may_end = True  # its process, if nothing more will come of it: TorchServe starts another
+
     def initialize(self, context: Any) -> None:
         """Load settings, model and engine, and warm up. Called once, before the worker is READY.
 
@@ -79,7 +81,8 @@ class ImageClassifier(BaseHandler):
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
         self.accounts.start()  # after the metrics, because at the exit the last comes first
-        self.pulse.start()
+        if self.may_end:
+            self.pulse.start()
         quiet_torchserve()
         if context.metrics:
             leave_out_prediction_time(context.metrics)
@@ -119,7 +122,7 @@ class ImageClassifier(BaseHandler):
             "version": self.version,
             "weights": self.card.weights.name,
         }
-        self.failures = Failures(self.identity, self._hand_over)
+        self.failures = Failures(self.identity, self._hand_over if self.may_end else None)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self._warn_of_errors()

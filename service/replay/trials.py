@@ -57,8 +57,7 @@ class Trials:
         engine = self._engine(way, settings)
         transform = other_transforms(card)[way.recipe] if way.recipe else card.transform
         decoder, _ = choose_decoder(transform, settings, engine.device, threads=1)
-        failures = Failures({}, lambda: None)
-        batch = Batch(settings, decoder, None, None, failures, lambda: None)
+        batch = Batch(settings, decoder, None, None, Failures({}), lambda: None)
         if card.confidence:
             batch.temperature = card.confidence.temperature
         [image] = batch.open_images([self.image], "replay", classes=0)

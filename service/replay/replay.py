@@ -62,7 +62,7 @@ def replay(logged: Logged, image: bytes, given: Sequence[Path], store: Path) -> 
     """Compute an answer again, and try what explains a difference. Raises SetupError."""
     checked = check_image(logged, image)
     archives = find_archives(given, store, logged.model)
-    archive = choose_archive(logged, archives, given)
+    archive = choose_archive(logged, archives)
     with TemporaryFolder("classifier-replay-") as folder:
         trials = Trials(image, folder)
         best, way = _first(trials, logged, archive)
@@ -76,7 +76,7 @@ def replay(logged: Logged, image: bytes, given: Sequence[Path], store: Path) -> 
             differences=dict(_differences(logged, way)),
         )
         if not found.same:
-            others = [each for each in archives if each.path in given]
+            others = [each for each in archives if each.given]
             for changed, to, other in alternatives(way, others):
                 found.trials.append(_try(trials, changed, to, other, logged.best))
     return found

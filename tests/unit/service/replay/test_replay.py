@@ -113,17 +113,19 @@ def test_one_thing_was_another_then(
     assert f"explained by: {explained.replace(': ', ' (')})" in describe(found)
 
 
+@pytest.mark.parametrize("in_folders", [False, True])
 def test_another_archive_or_recipe_explains_it(
-    archive: Path, small: Path, line: Callable[..., Line]
+    archive: Path, small: Path, line: Callable[..., Line], in_folders: bool
 ) -> None:
     logged = line(engine="torch")
-    found = replayed(logged | {"archive": "444444444444"}, archive, small)
+    given = [path.parent if in_folders else path for path in (archive, small)]
+    found = replayed(logged | {"archive": "444444444444"}, *given)
     assert found.archive == str(small)
     assert [trial.changed for trial in found.explained_by] == ["recipe", "archive"]
     recipe, other = found.explained_by
     assert recipe.to == tiny_card().recipe
     assert str(archive) in other.to
-    assert replayed(logged | {"archive": "5"}, small).differences["archive"] == ("5", "4" * 12)
+    assert replayed(logged | {"archive": "5"}, given[1]).differences["archive"] == ("5", "4" * 12)
 
 
 def test_what_cannot_be_tried_is_named(archive: Path, line: Callable[..., Line]) -> None:
@@ -166,8 +168,9 @@ def test_an_answer_in_place_of_a_line(archive: Path, isolation: list[object]) ->
 def test_what_cannot_be_told(
     archive: Path, line: Callable[..., Line], change: Line, message: str
 ) -> None:
+    text = json.dumps(line(engine="torch") | change)
     with pytest.raises(SetupError, match=message):
-        replayed(line(engine="torch") | change, archive.parent)
+        replay(read_logged(text, "x.jpg"), JPEG, [], store=archive.parent)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from handler.decoders import CpuDecoder
 from handler.errors import SetupError
 from handler.model_card import CARD_FILE, ModelCard
 from scripts.replay import main
@@ -64,9 +65,9 @@ def line(
 ) -> Callable[..., Line]:
     """The log's line of a request, with settings, to a worker of the archive."""
 
-    def ask_worker(**settings: Any) -> Line:
+    def ask_worker(image: bytes = JPEG, **settings: Any) -> Line:
         # The card in the folder has the digest of the archive's.
-        ask(start(archive.with_suffix(""), **settings), {"body": JPEG})
+        ask(start(archive.with_suffix(""), **settings), {"body": image})
         return log(caplog, "request")[-1]
 
     return ask_worker
@@ -141,6 +142,24 @@ def test_an_engine_that_is_not_here(archive: Path, line: Callable[..., Line]) ->
     found = replayed(line(engine="torch") | {"engine": "cuda-fp16"}, archive)
     assert found.engine.startswith("openvino-")
     assert found.differences["engine"] == ("cuda", "openvino")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("here", ["cpu", "nvjpeg"])
+def test_the_decoder_of_a_gpu_takes_jpegs_alone(
+    archive: Path,
+    line: Callable[..., Line],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    here: str,
+) -> None:
+    """The line has the worker's decoder, whatever decoded the image."""
+    image = encode(noise(), kind)
+    monkeypatch.setattr(CpuDecoder, "name", here)
+    logged = line(image, engine="torch") | {"decoder": "nvjpeg"}
+    found = replayed(logged, archive, image=image)
+    differs = kind == "JPEG" and here == "cpu"
+    assert found.differences.get("decoder") == (("nvjpeg", "cpu") if differs else None)
 
 
 def test_an_answer_in_place_of_a_line(archive: Path, isolation: list[object]) -> None:  # noqa: F811

@@ -15,13 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from handler.answers import Answer
+from handler.answers import Answer, failure
 from handler.cache import Result, ResultCache
 from handler.confidence import calibrate
 from handler.decoders import Decoder, Decoding
 from handler.engine import Engine
 from handler.errors import DeadlineExceeded, RequestError
-from handler.explanations import Activation, Explain, activation_of
+from handler.explanations import Activation, Explain, activation_of, explain
 from handler.failures import Failures
 from handler.images import PixelBudget, open_image, open_pixels
 from handler.inspection import Inspection
@@ -47,15 +47,23 @@ class BatchImage:
     cached: bool = False  # the result is that of an earlier batch, perhaps of another worker
     deadline: float = 0.0  # Unix time, the latest of its requests
     request_ids: list[str] = field(default_factory=list)
+    asked: set[Explain] = field(default_factory=set)  # what is to be explained
+    activations: dict[Explain, Activation] = field(default_factory=dict)  # of these
+    explanations: dict[Explain, Answer] = field(default_factory=dict)  # made from them
 
     @property
     def pixels(self) -> Tensor | None:
         """uint8 RGB [3, H, W], as the model takes them; None if it was not decoded here."""
         return self.decoding.picture.pixels if self.decoding and self.decoding.picture else None
 
-    asked: set[Explain] = field(default_factory=set)  # what is to be explained
-    activations: dict[Explain, Activation] = field(default_factory=dict)  # of these
-    explanations: dict[Explain, Answer] = field(default_factory=dict)  # made from them
+    def explanation(self, asked: Explain, region: Sequence[int], labels: Sequence[str]) -> Answer:
+        """Made once for all requests that want the same; `region` is as in `explain`."""
+        if asked not in self.explanations:
+            if self.pixels is None:
+                raise ValueError("the image was not inspected")
+            found = self.activations[asked]
+            self.explanations[asked] = explain(asked.form, found, self.pixels, region, labels)
+        return self.explanations[asked]
 
 
 def check_deadline(deadline: float) -> None:
@@ -88,10 +96,16 @@ class Row:
     classes: int = 0  # how many best ones a cached result must have; 0: no cached one is taken
     images: list[BatchImage] = field(default_factory=list)
     results: list[Answer] = field(default_factory=list)  # one for each image
+    errors: list[RequestError] = field(default_factory=list)  # of these, or of the whole request
     image_bytes: list[int] = field(default_factory=list)  # sizes of the images as they were sent
     brightness: list[float] = field(default_factory=list)  # of `pixels`, if there is a reference
     status: int = 0  # HTTP status of the answer
     seconds: dict[str, float] = field(default_factory=dict)  # by stage
+
+    def add_failure(self, error: RequestError) -> None:
+        """The result of an image that is not answered."""
+        self.errors.append(error)
+        self.results.append(failure(error))
 
     def release(self) -> None:
         """Let go of the images, once they are answered: what is left is for the accounts."""
@@ -113,13 +127,6 @@ class Row:
                 pixels = image.decoding.picture.pixels
                 if not pixels.is_cuda:
                     yield Classified(pixels.numpy(), image.outcome.probabilities)
-
-    @property
-    def errors(self) -> list[RequestError]:
-        """Of the request as a whole, or of its images."""
-        if isinstance(self.request, RequestError):
-            return [self.request]
-        return [one.outcome for one in self.images if isinstance(one.outcome, RequestError)]
 
     @property
     def best(self) -> list[Answer]:

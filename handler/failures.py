@@ -20,10 +20,15 @@ ANSWER_SECONDS = 0.5  # for the last answers to reach their clients
 class Failures:
     """Reports the failures of a worker, and ends it if its GPU is lost."""
 
-    gpu_lost = False  # this process will end in a moment
+    gpu_lost = False  # nothing will be classified any more
 
-    def __init__(self, identity: Mapping[str, str], flush: Callable[[], None]) -> None:
-        """`identity` goes into every line; `flush` hands over the metrics before the end."""
+    def __init__(
+        self, identity: Mapping[str, str], flush: Callable[[], None] | None = None
+    ) -> None:
+        """`identity` goes into every line; `flush` hands over the metrics before the end.
+
+        Without it this process is no worker's, and is not ended.
+        """
         self._identity = identity
         self._flush = flush
 
@@ -66,19 +71,21 @@ class Failures:
             if not self.gpu_lost:
                 self.gpu_lost = True
                 self.report("the GPU is lost", request_ids, exc, event="gpu_lost")
-                self._end_worker()
+                if self._flush:
+                    _end_worker(self._flush)
             return OutOfResources(GPU_FAILED)
         return self.report("the model failed", request_ids, exc)
 
-    def _end_worker(self) -> None:
-        """End the process once its answers are out: only a new one gets the GPU back."""
 
-        def end() -> None:
-            flush = Thread(target=self._flush, daemon=True)
-            flush.start()
-            flush.join(ANSWER_SECONDS)  # NVML may hang with the GPU
-            os._exit(1)
+def _end_worker(flush: Callable[[], None]) -> None:
+    """End the process once its answers are out: only a new one gets the GPU back."""
 
-        timer = Timer(ANSWER_SECONDS, end)
-        timer.daemon = True
-        timer.start()
+    def end() -> None:
+        flushing = Thread(target=flush, daemon=True)
+        flushing.start()
+        flushing.join(ANSWER_SECONDS)  # NVML may hang with the GPU
+        os._exit(1)
+
+    timer = Timer(ANSWER_SECONDS, end)
+    timer.daemon = True
+    timer.start()

@@ -17,17 +17,16 @@ from typing import Any
 
 from handler import metrics
 from handler.accounting import Accounts, describe_answers, describe_worker, milliseconds
-from handler.answers import Answer, best_class_ids, best_classes, encode, failure, success
+from handler.answers import best_class_ids, best_classes, encode, success
 from handler.base import BaseHandler
-from handler.batch import Batch, BatchImage, Row, check_deadline
-from handler.cache import Result, ResultCache
+from handler.batch import Batch, Row, check_deadline
+from handler.cache import ResultCache
 from handler.certificate import certify
 from handler.collector import Metrics
 from handler.confidence import Confidence, check_asked
 from handler.decoders import choose_decoder
 from handler.engines import load_engine, share_of_cores
 from handler.errors import MalformedRequest, ModelFailed, OutOfResources, RequestError, SetupError
-from handler.explanations import Explain, explain
 from handler.failures import GPU_FAILED, Failures
 from handler.golden import limit_of
 from handler.gpus import open_gauges
@@ -52,6 +51,8 @@ LIBRARIES = """
 
 class ImageClassifier(BaseHandler):
     """Answers image classification requests; each worker has one instance."""
+
+    may_end = True  # its process, if nothing more will come of it: TorchServe starts another
 
     def initialize(self, context: Any) -> None:
         """Load settings, model and engine, and warm up. Called once, before the worker is READY.
@@ -79,7 +80,8 @@ class ImageClassifier(BaseHandler):
         self.metrics.readers.append(open_gauges(self.engine.device))
         self.metrics.start()
         self.accounts.start()  # after the metrics, because at the exit the last comes first
-        self.pulse.start()
+        if self.may_end:
+            self.pulse.start()
         quiet_torchserve()
         if context.metrics:
             leave_out_prediction_time(context.metrics)
@@ -119,7 +121,7 @@ class ImageClassifier(BaseHandler):
             "version": self.version,
             "weights": self.card.weights.name,
         }
-        self.failures = Failures(self.identity, self._hand_over)
+        self.failures = Failures(self.identity, self._hand_over if self.may_end else None)
         gpu_id, workers = context.system_properties.get("gpu_id"), config.get("minWorkers", 1)
         self.engine = load_engine(self.card, model_dir, self.settings, gpu_id, workers=workers)
         self._warn_of_errors()
@@ -263,17 +265,26 @@ class ImageClassifier(BaseHandler):
             check_deadline(read_deadline(headers, arrival))
             request = read_request(fields, headers, len(self.card.labels), self.settings)
             check_asked(self.confidence, request.level, request.unknown)
-            if request.explain and not self.engine.inspectable:
-                raise MalformedRequest(
-                    f"answers of {self.card.architecture} cannot be explained: the network must "
-                    "end in one linear layer over the mean of its last maps; ask without explain"
-                )
+            if request.explain:
+                self._check_inspectable(request_id)
             return request
         except RequestError as error:
             return error
         except Exception as bug:  # of ours: one client's 500, not the whole batch's 503
             message = "the request could not be read"
             return self.failures.error_of_one(message, [request_id], bug)
+
+    def _check_inspectable(self, request_id: str) -> None:
+        """Raise RequestError if answers cannot be explained; the first time a pass finds it out."""
+        try:
+            inspectable = self.engine.inspectable
+        except Exception as exc:
+            raise self.failures.error_of(exc, [request_id], self.engine) from exc
+        if not inspectable:
+            raise MalformedRequest(
+                f"answers of {self.card.architecture} cannot be explained: the network must "
+                "end in one linear layer over the mean of its last maps; ask without explain"
+            )
 
     def inference(self, preprocessed: tuple[Batch, list[Row]]) -> list[Row]:
         """Give every image of every row its outcome, in passes that the rows share."""
@@ -311,12 +322,13 @@ class ImageClassifier(BaseHandler):
         """The reply to one row."""
         request = row.request
         if isinstance(request, RequestError):
+            row.errors.append(request)
             return refuse(request, row.protocol)
         probabilities = []
         for image, filename in zip(row.images, request.filenames, strict=True):
             outcome = image.outcome or ModelFailed("the image was not classified")
             if isinstance(outcome, RequestError):
-                row.results.append(failure(outcome))
+                row.add_failure(outcome)
                 continue
             metadata = {
                 "filename": filename,
@@ -341,27 +353,17 @@ class ImageClassifier(BaseHandler):
                 )
             if request.explain:
                 try:
-                    result["explanation"] = self._explain(request.explain, image, outcome)
+                    region = region_of(outcome.size, self.card.transform)
+                    explanation = image.explanation(request.explain, region, self.card.labels)
                 except Exception as bug:
                     message = "the answer could not be explained"
-                    error = self.failures.error_of_one(message, [row.request_id], bug)
-                    row.results.append(failure(error))
+                    row.add_failure(self.failures.error_of_one(message, [row.request_id], bug))
                     continue
+                self.pulse.step()
+                result["explanation"] = explanation
             row.results.append(result)
             probabilities.append(outcome.probabilities)
         return make_reply(request, row.results, probabilities, self.card.labels, self.identity)
-
-    def _explain(self, asked: Explain, image: BatchImage, result: Result) -> Answer:
-        """Made once for all requests that want the same of the same image."""
-        if asked not in image.explanations:
-            if image.pixels is None:
-                raise ValueError("the image was not inspected")
-            region = region_of(result.size, self.card.transform)
-            image.explanations[asked] = explain(
-                asked.form, image.activations[asked], image.pixels, region, self.card.labels
-            )
-            self.pulse.step()
-        return image.explanations[asked]
 
     def describe_handle(self) -> dict[str, Any]:
         """`info`: the answer to GET :8081/models/{model}?customized=true."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from ts.context import Context, RequestProcessor
 
-from handler.errors import InvalidModel
+from handler.errors import InvalidModel, SetupError
 from handler.image_classifier import ImageClassifier
 from service.archive.mar import CONFIG_FILE, parse_config, read_card, read_target, unpack
 from service.bulk.sources import Image
@@ -40,6 +40,7 @@ class Archive:
             model, str(folder), manifest, AT_ONCE, None, "", model_yaml_config=config
         )
         self._worker = ImageClassifier()
+        self._worker.may_end = False
         try:
             self._worker.initialize(self._context)
         except RuntimeError as exc:  # the only kind that the handler raises
@@ -48,7 +49,7 @@ class Archive:
         self.labels = labels_of(self.name, answer)
 
     def answers(self, images: Iterable[Image]) -> Iterator[tuple[Image, Answer]]:
-        """Each image with its answer or error."""
+        """Each image with its answer or error. Raises SetupError if the GPU is lost."""
         top_k = min(BEST, len(self.labels))
         coming = iter(images)
         while group := list(islice(coming, AT_ONCE)):
@@ -65,4 +66,7 @@ class Archive:
         ]
         self._context.request_ids = {index: str(index) for index in range(len(rows))}
         self._context.request_processor = [RequestProcessor({}) for _ in rows]
-        return [json.loads(body) for body in self._worker.handle(rows, self._context)]
+        bodies = self._worker.handle(rows, self._context)
+        if self._worker.failures.gpu_lost:
+            raise SetupError(f"{self.name}: the GPU failed")
+        return [json.loads(body) for body in bodies]

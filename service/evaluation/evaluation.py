@@ -1,13 +1,13 @@
 """One or two targets on the same labelled images."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from handler.errors import SetupError
-from service.evaluation.examples import Example, read_examples, resolve
+from service.evaluation.examples import read_examples, resolve
 from service.evaluation.figures import compare, measure
 from service.evaluation.report import Report
 from service.evaluation.run import Run, classify_all
@@ -27,9 +27,10 @@ def evaluate(
     runs: list[Run] = []
     for where in targets:
         with open_target(where, model, asking) as target:
+            truths = resolve(examples, target.labels)
             if runs:
-                _check_same_classes(examples, runs[0].labels, target.labels)
-            runs.append(classify_all(target, resolve(examples, target.labels)))
+                _check_same_classes(runs[0], truths, target.labels)
+            runs.append(classify_all(target, truths))
     figures = [measure(run, without_failed=without_failed) for run in runs]
     if len(runs) == 1:
         return Report(figures[0]), runs
@@ -55,7 +56,7 @@ def open_target(where: str, model: str, asking: Asking) -> Iterator[Target]:
         raise SetupError(f"{where} is neither an http:// or https:// URL nor a .mar file")
 
 
-def _check_same_classes(examples: Sequence[Example], a: Sequence[str], b: Sequence[str]) -> None:
-    """Raise SetupError if indices would mean one class for A and another for B."""
-    if a != b and any(isinstance(example.label, int) for example in examples):
-        raise SetupError("A and B have other classes: label the images by name, not by class_id")
+def _check_same_classes(a: Run, truths: Mapping[Path, int], labels: Sequence[str]) -> None:
+    """Raise SetupError if an index means one class for A and another for B."""
+    if any(a.labels[one.truth] != labels[truths[one.path]] for one in a.outcomes):
+        raise SetupError("A and B have other classes: label the images by name, not by index")

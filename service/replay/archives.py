@@ -19,6 +19,7 @@ class Archive:
     name: str
     version: str
     card: ModelCard
+    given: bool  # by itself or in a folder; else from the model store
 
     @property
     def digest(self) -> str:
@@ -43,11 +44,11 @@ def find_archives(given: Sequence[Path], store: Path, model: str) -> list[Archiv
                 continue
             name, version = read_target(file)
             if name == model or file in given:
-                found.append(Archive(file, name, version, card))
+                found.append(Archive(file, name, version, card, given=path in given))
     return list({archive.digest: archive for archive in reversed(found)}.values())[::-1]
 
 
-def choose_archive(logged: Logged, archives: Sequence[Archive], given: Sequence[Path]) -> Archive:
+def choose_archive(logged: Logged, archives: Sequence[Archive]) -> Archive:
     """The one that gave the answer; or, if it is not there, the only one that was given.
 
     An answer has no digest: the model, its version and its weights' name must then tell. Raises
@@ -66,8 +67,8 @@ def choose_archive(logged: Logged, archives: Sequence[Archive], given: Sequence[
         wanted = f"one archive of {' '.join(identity)}"
     if len(fitting) == 1:
         return fitting[0]
-    named = [each for each in archives if each.path in given]
-    if len(named) == 1:
-        return named[0]
+    given = [each for each in archives if each.given]
+    if len(given) == 1:
+        return given[0]
     there = ", ".join(f"{each.path} ({each.digest})" for each in archives) or "none"
     raise SetupError(f"{wanted} is needed: give it or its folder; found of {logged.model}: {there}")

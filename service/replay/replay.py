@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -12,7 +13,7 @@ from handler.errors import SetupError
 from service.archive.digest import code_sha256
 from service.replay.archives import Archive, choose_archive, find_archives
 from service.replay.logged import Best, Logged
-from service.replay.trials import Trials, Way, alternatives
+from service.replay.trials import Computed, Trials, Way, alternatives
 from service.tables import text_table
 from service.temporary import TemporaryFolder
 
@@ -62,21 +63,23 @@ def replay(logged: Logged, image: bytes, given: Sequence[Path], store: Path) -> 
     """Compute an answer again, and try what explains a difference. Raises SetupError."""
     checked = check_image(logged, image)
     archives = find_archives(given, store, logged.model)
-    archive = choose_archive(logged, archives, given)
+    archive = choose_archive(logged, archives)
     with TemporaryFolder("classifier-replay-") as folder:
         trials = Trials(image, folder)
-        best, way = _first(trials, logged, archive)
+        first = _first(trials, logged, archive)
+        way = Way(archive, first.engine, logged.decode)
+        decoder = logged.decoder and trials.decoder_of(logged.decoder)
         found = Replay(
             logged=logged,
             archive=str(archive.path),
-            engine=way.engine,
-            best=best,
-            same=agree(best, logged.best),
+            engine=first.engine,
+            best=first.best,
+            same=agree(first.best, logged.best),
             checked=checked,
-            differences=dict(_differences(logged, way)),
+            differences=dict(_differences(logged, way, (decoder, first.decoder))),
         )
         if not found.same:
-            others = [each for each in archives if each.path in given]
+            others = [each for each in archives if each.given]
             for changed, to, other in alternatives(way, others):
                 found.trials.append(_try(trials, changed, to, other, logged.best))
     return found
@@ -104,19 +107,17 @@ def agree(one: Best, other: Best) -> bool:
     return one.name == other.name and abs(one.confidence - other.confidence) <= TOLERANCE
 
 
-def _first(trials: Trials, logged: Logged, archive: Archive) -> tuple[Best, Way]:
+def _first(trials: Trials, logged: Logged, archive: Archive) -> Computed:
     """The answer computed as it was logged, or as a worker here would."""
     if logged.engine:
-        way = Way(archive, logged.engine, logged.decode)
-        try:
-            return trials.answer(way)[0], way
-        except SetupError:
-            pass
-    best, engine = trials.answer(Way(archive, "auto", logged.decode))
-    return best, Way(archive, engine.name, logged.decode)
+        with suppress(SetupError):
+            return trials.answer(Way(archive, logged.engine, logged.decode))
+    return trials.answer(Way(archive, "auto", logged.decode))
 
 
-def _differences(logged: Logged, way: Way) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
+def _differences(
+    logged: Logged, way: Way, decoders: tuple[str | None, str]
+) -> Iterator[tuple[str, tuple[str | None, str | None]]]:
     """What is not as it was logged; of what the log does not say, nothing."""
     card = way.archive.card
     library, precision = (logged.engine or way.engine).split("-")
@@ -126,7 +127,7 @@ def _differences(logged: Logged, way: Way) -> Iterator[tuple[str, tuple[str | No
         "weights": (logged.weights, card.weights.name),
         "engine": (library, here[0]),
         "precision": (precision, here[1]),
-        "decoder": (logged.decoder, "cpu"),
+        "decoder": decoders,
     }
     pairs |= {f"library {name}": (logged.libraries.get(name), version(name)) for name in COMPUTING}
     for name, (then, now) in pairs.items():
@@ -138,7 +139,7 @@ def _differences(logged: Logged, way: Way) -> Iterator[tuple[str, tuple[str | No
 
 def _try(trials: Trials, changed: str, to: str, way: Way, logged: Best) -> Trial:
     try:
-        best, _ = trials.answer(way)
+        best = trials.answer(way).best
     except SetupError as exc:
         return Trial(changed, to, None, refused=str(exc))
     return Trial(changed, to, best, agree(best, logged))

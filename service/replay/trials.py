@@ -9,11 +9,12 @@ import torchvision
 from handler.answers import best_classes
 from handler.batch import Batch
 from handler.cache import Result
-from handler.decoders import choose_decoder
+from handler.decoders import choose_decoder, plain_sampling
 from handler.engine import Engine
 from handler.engines import load_engine
 from handler.errors import RequestError, SetupError
 from handler.failures import Failures
+from handler.images import open_image
 from handler.model_card import InputTransform, ModelCard
 from handler.networks import input_transform
 from handler.settings import Settings
@@ -41,6 +42,15 @@ class Way:
     recipe: str | None = None  # whose resize and crop are taken; None: the archive's
 
 
+@dataclass(frozen=True)
+class Computed:
+    """An answer, and by what it was computed."""
+
+    best: Best
+    engine: str  # such as "openvino-bf16"
+    decoder: str  # such as "cpu"
+
+
 @dataclass
 class Trials:
     """Computes an image's answers; archives and engines are kept for the next."""
@@ -50,15 +60,14 @@ class Trials:
     _unpacked: dict[Path, Path] = field(default_factory=dict)
     _engines: dict[tuple[Path, str], Engine] = field(default_factory=dict)
 
-    def answer(self, way: Way) -> tuple[Best, Engine]:
-        """The top-1 class, and the engine that gave it. Raises SetupError if there is none."""
+    def answer(self, way: Way) -> Computed:
+        """The top-1 class. Raises SetupError if there is none."""
         card = way.archive.card
         settings = _settings(way)
         engine = self._engine(way, settings)
         transform = other_transforms(card)[way.recipe] if way.recipe else card.transform
         decoder, _ = choose_decoder(transform, settings, engine.device, threads=1)
-        failures = Failures({}, lambda: None)
-        batch = Batch(settings, decoder, None, None, failures, lambda: None)
+        batch = Batch(settings, decoder, None, None, Failures({}), lambda: None)
         if card.confidence:
             batch.temperature = card.confidence.temperature
         [image] = batch.open_images([self.image], "replay", classes=0)
@@ -67,7 +76,13 @@ class Trials:
             raise SetupError(f"the image is refused: {image.outcome}")
         assert isinstance(image.outcome, Result)  # noqa: S101 - classify() gives one of the two
         [best] = best_classes(image.outcome.probabilities, 1, card.labels)
-        return Best(best["class"], best["confidence"]), engine
+        found = Best(best["class"], best["confidence"])
+        return Computed(found, engine.name, self.decoder_of(decoder.name))
+
+    def decoder_of(self, worker: str) -> str:
+        """What a worker with this decoder decodes the image by: a GPU takes plain JPEGs alone."""
+        is_plain = plain_sampling(open_image(self.image, WITHOUT_LIMITS))
+        return worker if is_plain else "cpu"
 
     def _engine(self, way: Way, settings: Settings) -> Engine:
         path, key = way.archive.path, (way.archive.path, way.engine)

@@ -5,6 +5,7 @@ import json
 from io import BytesIO
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,13 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+import handler.batch
 from handler.explanations import Activation, Form, activation_map, explain
 from handler.image_classifier import ImageClassifier
 from handler.inspection import Inspection
 from handler.torch_engine import TorchEager
 from service.plan import EXPLANATION_BYTES
 from tests.drawing import BLUE, GREEN, RED, encode, plain
-from tests.unit.handler.worker import JPEG, JSON, Fake, Reply, ask, b64, start
+from tests.unit.handler.worker import JPEG, JSON, Counted, Fake, Reply, ask, b64, log, start
 from tests.unit.tiny import LABELS, tiny_card
 
 COLOURS = (RED, GREEN, BLUE)
@@ -319,6 +321,34 @@ def test_a_failure_is_that_of_who_asked(
     explained, other = ask(watched, EXPLAINED, PLAIN)
     assert (explained.status, other.status) == (status, 200)
     assert "secret" not in explained.body["message"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(torch.OutOfMemoryError("none left"), 507), (RuntimeError("in /opt/secret"), 500)],
+)
+def test_a_failure_of_the_first_pass_is_that_of_who_asked(
+    colours: ImageClassifier, monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    """It finds out whether answers can be explained, and is asked again if it could not."""
+    with monkeypatch.context() as patch:
+        patch.setattr(colours.engine, "_prepare_inspection", Mock(side_effect=error))
+        explained, other = ask(colours, EXPLAINED, PLAIN)
+    assert (explained.status, other.status) == (status, 200)
+    assert "secret" not in explained.body["message"]
+    assert explanation(*ask(colours, EXPLAINED))
+
+
+def test_an_explanation_that_fails_is_in_the_accounts(
+    watched: ImageClassifier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    counted = Counted(watched)
+    monkeypatch.setattr(handler.batch, "explain", Mock(side_effect=RuntimeError))
+    explained, other = ask(watched, EXPLAINED, PLAIN)
+    assert (explained.status, explained.error, other.status) == (500, "ModelFailed", 200)
+    lines = {line["status"]: line for line in log(caplog, "request")}
+    assert (lines[500]["error"], lines[200]["error"]) == ("ModelFailed", None)
+    assert counted.read("images_total") == {"ModelFailed": 1, "success": 1}
 
 
 def test_a_deadline_holds(watched: ImageClassifier) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from handler.decoders import CpuDecoder
 from handler.errors import SetupError
 from handler.model_card import CARD_FILE, ModelCard
 from scripts.replay import main
@@ -64,9 +65,9 @@ def line(
 ) -> Callable[..., Line]:
     """The log's line of a request, with settings, to a worker of the archive."""
 
-    def ask_worker(**settings: Any) -> Line:
+    def ask_worker(image: bytes = JPEG, **settings: Any) -> Line:
         # The card in the folder has the digest of the archive's.
-        ask(start(archive.with_suffix(""), **settings), {"body": JPEG})
+        ask(start(archive.with_suffix(""), **settings), {"body": image})
         return log(caplog, "request")[-1]
 
     return ask_worker
@@ -113,17 +114,19 @@ def test_one_thing_was_another_then(
     assert f"explained by: {explained.replace(': ', ' (')})" in describe(found)
 
 
+@pytest.mark.parametrize("in_folders", [False, True])
 def test_another_archive_or_recipe_explains_it(
-    archive: Path, small: Path, line: Callable[..., Line]
+    archive: Path, small: Path, line: Callable[..., Line], in_folders: bool
 ) -> None:
     logged = line(engine="torch")
-    found = replayed(logged | {"archive": "444444444444"}, archive, small)
+    given = [path.parent if in_folders else path for path in (archive, small)]
+    found = replayed(logged | {"archive": "444444444444"}, *given)
     assert found.archive == str(small)
     assert [trial.changed for trial in found.explained_by] == ["recipe", "archive"]
     recipe, other = found.explained_by
     assert recipe.to == tiny_card().recipe
     assert str(archive) in other.to
-    assert replayed(logged | {"archive": "5"}, small).differences["archive"] == ("5", "4" * 12)
+    assert replayed(logged | {"archive": "5"}, given[1]).differences["archive"] == ("5", "4" * 12)
 
 
 def test_what_cannot_be_tried_is_named(archive: Path, line: Callable[..., Line]) -> None:
@@ -139,6 +142,24 @@ def test_an_engine_that_is_not_here(archive: Path, line: Callable[..., Line]) ->
     found = replayed(line(engine="torch") | {"engine": "cuda-fp16"}, archive)
     assert found.engine.startswith("openvino-")
     assert found.differences["engine"] == ("cuda", "openvino")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("here", ["cpu", "nvjpeg"])
+def test_the_decoder_of_a_gpu_takes_jpegs_alone(
+    archive: Path,
+    line: Callable[..., Line],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    here: str,
+) -> None:
+    """The line has the worker's decoder, whatever decoded the image."""
+    image = encode(noise(), kind)
+    monkeypatch.setattr(CpuDecoder, "name", here)
+    logged = line(image, engine="torch") | {"decoder": "nvjpeg"}
+    found = replayed(logged, archive, image=image)
+    differs = kind == "JPEG" and here == "cpu"
+    assert found.differences.get("decoder") == (("nvjpeg", "cpu") if differs else None)
 
 
 def test_an_answer_in_place_of_a_line(archive: Path, isolation: list[object]) -> None:  # noqa: F811
@@ -166,8 +187,9 @@ def test_an_answer_in_place_of_a_line(archive: Path, isolation: list[object]) ->
 def test_what_cannot_be_told(
     archive: Path, line: Callable[..., Line], change: Line, message: str
 ) -> None:
+    text = json.dumps(line(engine="torch") | change)
     with pytest.raises(SetupError, match=message):
-        replayed(line(engine="torch") | change, archive.parent)
+        replay(read_logged(text, "x.jpg"), JPEG, [], store=archive.parent)
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,7 @@ from service.client import Client, error, read_key, table
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="./scripts/predict",
-        description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="./scripts/predict", description=__doc__)
     add = parser.add_argument
     add(
         "images",
@@ -30,8 +26,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="file, folder, 'pattern', .zip, .tar, .tar.gz, or - for a list of paths on stdin",
     )
-    add("--url", default="http://127.0.0.1:8080", help="where predictions are")
-    add("--model", default="mobilenet_v2")
+    add(
+        "--url",
+        default="http://127.0.0.1:8080",
+        help="where predictions are (default: %(default)s)",
+    )
+    add("--model", default="mobilenet_v2", help="its name (default: %(default)s)")
     add("--top-k", type=int, metavar="K", help="classes (default: the server's)")
     add(
         "--json",
@@ -42,13 +42,19 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="results; continued if it is there")
     add("--format", choices=FORMATS, help="of the output (default: as its suffix says)")
     add("--html", type=Path, metavar="FILE", help="a report with thumbnails, beside the output")
-    add("--concurrency", type=number(1, 256), default=16, metavar="N", help="at most, for --output")
+    add(
+        "--concurrency",
+        type=number(1, 256),
+        default=16,
+        metavar="N",
+        help="requests at most, for --output (default: %(default)s)",
+    )
     add(
         "--patience",
         type=positive,
         default=300,
         metavar="S",
-        help="seconds without any answer until --output gives up",
+        help="seconds without any answer until --output gives up (default: %(default)s)",
     )
     return parser
 

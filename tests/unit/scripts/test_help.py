@@ -1,0 +1,22 @@
+"""What the commands say of themselves."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = sorted(
+    path.stem for path in (ROOT / "scripts").glob("*.py") if (ROOT / "scripts" / path.stem).exists()
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_defaults_only_where_there_are_some(command: str) -> None:
+    asked = [sys.executable, "-m", f"scripts.{command}", "--help"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"./scripts/{command}" in done.stdout
+    assert "default: None" not in done.stdout
+    assert "default: False" not in done.stdout

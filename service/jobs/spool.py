@@ -66,8 +66,9 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._images.close()
-        self._index.close()
+        for file in (self._images, self._index):
+            with suppress(OSError):  # what is left in memory finds no room on a full disk
+                file.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def begin(self, name: str) -> None:

@@ -176,6 +176,34 @@ def read_image(folder: Path, job_id: str, image: Image) -> bytes:
         return file.read(image.size)
 
 
+def keep_fetched(folder: Path, job_id: str, index: int, data: bytes) -> None:
+    """Keep an image by URL until it is classified, if the disk has room for it."""
+    path = _fetched(folder, job_id, index)
+    part = path.with_suffix(".part")  # so that a kill leaves no half of it
+    try:
+        part.write_bytes(data)
+        part.rename(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+
+
+def read_fetched(folder: Path, job_id: str, index: int) -> bytes | None:
+    try:
+        return _fetched(folder, job_id, index).read_bytes()
+    except OSError:
+        return None
+
+
+def drop_fetched(folder: Path, job_id: str, index: int) -> None:
+    with suppress(OSError):
+        _fetched(folder, job_id, index).unlink()
+
+
+def _fetched(folder: Path, job_id: str, index: int) -> Path:
+    return folder / job_id / f"url-{index}"
+
+
 def mark_ended(folder: Path, job_id: str) -> None:
     """Note that a job must not begin again, also when Redis has forgotten it."""
     with suppress(OSError):

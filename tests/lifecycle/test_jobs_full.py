@@ -1,16 +1,14 @@
 """Jobs with a real Redis at its maxmemory, and with a folder that has no room."""
 
-import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-from redis.asyncio import Redis
 from redis.exceptions import OutOfMemoryError
 
 from service.jobs import spool
@@ -20,10 +18,9 @@ from service.jobs.spool import Limits, Spool
 from service.jobs.store import Store
 from tests.gateway.clients import check_error
 from tests.lifecycle.conftest import RedisServer
-from tests.lifecycle.jobs import TIMEOUT, form, numbered, serving_jobs
+from tests.lifecycle.jobs import TIMEOUT, form, numbered, serving_jobs, with_store
 from tests.processes import events, wait_for
 
-T = TypeVar("T")
 JOB: dict[str, Any] = {
     "id": "a" * 32,
     "client": "alice",
@@ -36,15 +33,6 @@ JOB: dict[str, Any] = {
 def fill(redis_server: RedisServer) -> None:
     """Whatever is in it is too much from now on."""
     redis_server.client.config_set("maxmemory", "1")
-
-
-def with_store(server: RedisServer, folder: Path, action: Callable[[Store], Awaitable[T]]) -> T:
-    async def do() -> T:
-        client = Redis.from_url(server.url, decode_responses=True)
-        async with client:
-            return await action(Store(client, folder, 60))
-
-    return asyncio.run(do())
 
 
 def test_jobs_end_and_webhooks_are_noted(redis_server: RedisServer, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import requests
 from redis.asyncio import Redis
 
@@ -179,6 +180,12 @@ def serving_jobs(folder: Path, redis: RedisServer, **settings: str) -> Iterator[
         known |= {"keys": str(keys), "jobs_url": redis.url, "jobs_folder": str(folder / "jobs")}
         with running(folder, variables(**known | settings)) as gateway:
             yield Served(gateway, torchserve, folder / "jobs")
+
+
+def worker_of(gateway: Gateway) -> psutil.Process:
+    """The process that works on jobs."""
+    children = psutil.Process(gateway.process.pid).children()
+    return next(child for child in children if "service.jobs.server" in " ".join(child.cmdline()))
 
 
 def with_store(server: RedisServer, folder: Path, action: Callable[[Store], Awaitable[T]]) -> T:

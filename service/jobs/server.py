@@ -32,6 +32,7 @@ ALWAYS = 1_000_000  # in a million of Redis' commands: look for such workers
 TIDY_SECONDS = 5.0
 TAKEN_SECONDS = 120.0  # within which a message that was taken off the queue is worked on
 WEBHOOK_SECONDS = 1.0
+CALLED_SECONDS = 60.0  # until a webhook is called again if the process dies during a call
 KEPT_SECONDS = 60.0  # a finished job's images: until Redis has certainly written that to its disk
 AGAIN_SECONDS = (5, 30, 120, 600, 3600)  # until a webhook that failed is called again
 REDIS_SECONDS = 5
@@ -227,6 +228,8 @@ class Keeper:
             tried = len(await self._store.attempts(job_id))
             told = job | {"webhook": ""}
             body = await describe(self._store, told, self._settings.jobs_keep_seconds)
+            # A Redis that takes no more writes refuses this, before somebody is called in vain.
+            await self._store.put_off_webhook(job_id, CALLED_SECONDS)
             since = time.time()
             failure = await self._outside.call(job["webhook"], f"job_{job_id}", body)
             attempt = {"time": since, "seconds": time.time() - since, "error": failure or None}

@@ -45,6 +45,10 @@ if redis.call('HGET', KEYS[1], 'webhook') ~= '' then
 end
 return 1
 """
+PUT_OFF = """
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+"""
 LOG_ATTEMPT = """
 redis.call('ZREM', KEYS[2], ARGV[1])
 redis.call('RPUSH', KEYS[1], ARGV[2])
@@ -66,6 +70,7 @@ class Store:
         self._create = redis.register_script(CREATE)
         self._record = redis.register_script(RECORD)
         self._finish = redis.register_script(FINISH)
+        self._put_off = redis.register_script(PUT_OFF)
         self._log_attempt = redis.register_script(LOG_ATTEMPT)
 
     async def create(self, job: Mapping[str, Any]) -> None:
@@ -114,6 +119,10 @@ class Store:
 
     async def due_webhooks(self) -> list[str]:
         return await self._redis.zrangebyscore(WEBHOOKS, 0, time.time(), start=0, num=20)
+
+    async def put_off_webhook(self, job_id: str, seconds: float) -> None:
+        """Before it is called: it is not due again until then, whatever happens meanwhile."""
+        await self._put_off(keys=[WEBHOOKS], args=[job_id, time.time() + seconds])
 
     async def log_attempt(
         self, job_id: str, attempt: Mapping[str, Any], again_seconds: float | None

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from redis.exceptions import OutOfMemoryError
+from redis.exceptions import OutOfMemoryError, ResponseError
 
 from service.jobs import spool
 from service.jobs.server import Keeper
@@ -80,6 +80,34 @@ def test_what_redis_refuses_for_one_job_is_done_for_the_others(
         assert job is not None
         assert job["reason"] == "it took too long"
         assert spool.jobs_in(tmp_path) == ["1" * 32]
+
+    with_store(redis_server, tmp_path, check)
+
+
+def test_no_webhook_is_called_if_that_cannot_be_noted(
+    redis_server: RedisServer, tmp_path: Path
+) -> None:
+    called = []
+
+    class Others:
+        async def call(self, url: str, message_id: str, body: bytes) -> str:
+            called.append(url)
+            return ""
+
+    async def check(store: Store) -> None:
+        await store.create(JOB)
+        assert await store.finish(JOB["id"], "done")
+        config = SimpleNamespace(settings=JobsSettings(), folder=str(tmp_path))
+        keeper = Keeper(store, Others(), None, config)  # type: ignore[arg-type]
+        redis_server.client.config_set("min-replicas-to-write", "1")  # it refuses to write
+        with pytest.raises(ResponseError):
+            await keeper.call_webhooks()
+        assert called == []
+        redis_server.client.config_set("min-replicas-to-write", "0")
+        fill(redis_server)
+        for _ in range(2):
+            await keeper.call_webhooks()
+        assert called == [JOB["webhook"]]
 
     with_store(redis_server, tmp_path, check)
 

@@ -52,6 +52,8 @@ def main(argv: list[str]) -> int:
         requirements.append("requirements-registry.txt")
     if command in ("serve", "gateway") and os.environ.get("GATEWAY_GRPC_PORT", "0") != "0":
         requirements.append("requirements-grpc.txt")
+    if command in ("serve", "gateway") and os.environ.get("GATEWAY_JOBS_URL"):
+        requirements.append("requirements-jobs.txt")
     if command == "serve" and os.environ.get("CLASSIFIER_CACHE_URL"):
         requirements.append("requirements-cache.txt")
     if command == "predict" and any(word.endswith("parquet") for word in rest):

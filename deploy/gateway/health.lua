@@ -238,6 +238,12 @@ function health.metrics()
         local in_use = replicas.left_out(replica) and 0 or 1
         ngx.print(('gateway_replica_in_use{replica="%s"} %d\n'):format(replica, in_use))
     end
+    if settings.jobs then
+        ngx.print "# HELP gateway_jobs_up Whether jobs can be reached: their process, and its Redis\n"
+        ngx.print "# TYPE gateway_jobs_up gauge\n"
+        local reply = ngx.location.capture "/_jobs"
+        ngx.print(("gateway_jobs_up %d\n"):format(reply.status == 404 and 1 or 0))
+    end
     rollout.print_metrics()
 end
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 from aiohttp import web
-from redis import RedisError
+from redis import RedisError, ResponseError
 
 from service.jobs import spool
 from service.jobs.outside import Outside
@@ -77,7 +77,7 @@ class Api:
         job_id = secrets.token_hex(16)
         if key:
             job_id = hashlib.sha256(orjson.dumps([client, key])).hexdigest()[:32]
-        await self._check_room(client, job_id)
+        await self._check_room(client, job_id)  # and when it has arrived: others do meanwhile
         arriving = place(
             self._uploads, client, MAX_UPLOADS_PER_CLIENT, MAX_UPLOADS, "jobs are arriving"
         )
@@ -101,11 +101,10 @@ class Api:
     async def _check_room(self, client: str, job_id: str) -> None:
         """Raises Refused if there is none for another job."""
         unfinished = await self._store.open()
-        if job_id in unfinished:
-            return
         settings = self._settings
         own = sum(owner == client for owner in unfinished.values())
-        if own >= settings.jobs_max_open_per_client or len(unfinished) >= settings.jobs_max_open:
+        full = own >= settings.jobs_max_open_per_client or len(unfinished) >= settings.jobs_max_open
+        if full and job_id not in unfinished:
             raise Refused(
                 429,
                 "TooManyJobs",
@@ -119,13 +118,20 @@ class Api:
     async def _accept(self, new: Spool, job: dict[str, Any]) -> None:
         """Keep a job, unless the one with its id is there. Raises Refused if that is another."""
         known = await self._store.get(job["id"])
-        if known is None and not await asyncio.to_thread(new.commit, job):
-            known = spool.read_job(self._folder, job["id"])
-            if known is None:
-                raise Refused(503, "Unavailable", "the disk for jobs has lost one; try again")
         if known is None:
-            await self._store.create(job)
-            await self._send(job["id"])
+            await self._check_room(job["client"], job["id"])
+            if not await asyncio.to_thread(new.commit, job):
+                known = spool.read_job(self._folder, job["id"])
+                if known is None:
+                    raise Refused(503, "Unavailable", "the disk for jobs has lost one; try again")
+        if known is None:
+            try:
+                await self._store.create(job)
+            except ResponseError:  # Redis has it not, and the client is told so
+                spool.remove(self._folder, job["id"])
+                raise
+            with suppress(RedisError):  # then the keeper sends it
+                await self._send(job["id"])
         elif known["digest"] != job["digest"]:
             raise Refused(
                 422, "IdempotencyKeyReused", "another job was made with this Idempotency-Key"
@@ -259,11 +265,15 @@ async def answer_errors(request: web.Request, handler: Handler) -> web.StreamRes
         facts = error(404, "NotFound", "there is nothing here; see /openapi.json")
     except web.HTTPRequestEntityTooLarge:
         facts = error(413, "RequestTooLarge", "a part's headers are too large")
-    except (RedisError, ConnectionError):
+    except RedisError as exc:
+        LOG.error("Redis: %s: %s", type(exc).__name__, exc)
         facts = error(503, "Unavailable", "the jobs cannot be reached now; try again")
     except web.HTTPException:
         raise
-    except OSError:  # of the disk
+    except ConnectionError:  # the client's, who does not see this any more
+        facts = error(503, "Unavailable", "the connection was lost")
+    except OSError as exc:
+        LOG.error("GATEWAY_JOBS_FOLDER: %s", exc)
         facts = error(503, "Unavailable", "the disk for jobs cannot be written; try again later")
     except Exception:
         LOG.exception("this is a bug")

@@ -1,7 +1,9 @@
 """Archives taken apart in a process of its own, so that a hostile one costs no more than that."""
 
 import asyncio
+import errno
 import json
+import os
 import resource
 import sys
 import tarfile
@@ -23,13 +25,14 @@ MAX_CPU_SECONDS = 120
 MAX_OTHERS = 10_000  # folders, links and the like besides the images
 CHUNK = 2**16
 ZIP, GZIP = b"PK", b"\x1f\x8b"
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)  # its errors, and not the archive's
 BROKEN = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, OSError, ValueError)
 
 
 async def unpack(archive: Path, spool: Spool, limits: Limits) -> tuple[int, int, str]:
     """Write the images of a zip or a tar into a spool's folder; their count, bytes and digest.
 
-    Raises Refused.
+    Raises Refused, or OSError if the disk fails.
     """
     process = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -48,6 +51,8 @@ async def unpack(archive: Path, spool: Spool, limits: Limits) -> tuple[int, int,
     if process.returncode != 0:  # over a limit of memory or time, for one
         raise Refused(400, "UnreadableArchive", "the archive cannot be read, or takes too long")
     facts = json.loads(told)
+    if "disk" in facts:
+        raise OSError(facts["disk"], os.strerror(facts["disk"]), str(spool.path))
     if "refused" in facts:
         raise Refused(*facts["refused"])
     return facts["count"], facts["bytes"], facts["digest"]
@@ -69,10 +74,12 @@ def unpack_from(source: BinaryIO) -> None:
         facts = {"count": spool.count, "bytes": spool.bytes, "digest": spool.digest}
     except Refused as exc:
         facts = {"refused": [exc.status, exc.type, str(exc)]}
-    except (*BROKEN, RuntimeError, NotImplementedError):  # encrypted, or compressed in another way
+    except (*BROKEN, RuntimeError, NotImplementedError) as exc:  # encrypted, or compressed oddly
         facts = {
             "refused": [400, "UnreadableArchive", "the body cannot be read as a zip, tar or tar.gz"]
         }
+        if isinstance(exc, OSError) and exc.errno in DISK:
+            facts = {"disk": exc.errno}
     print(json.dumps(facts))
 
 

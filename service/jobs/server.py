@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import dramatiq
 from aiohttp import web
 from dramatiq.brokers.redis import RedisBroker
-from redis import RedisError
+from redis import RedisError, ResponseError
 from redis.asyncio import Redis
 
 from service.jobs import spool
@@ -32,6 +32,7 @@ ALWAYS = 1_000_000  # in a million of Redis' commands: look for such workers
 TIDY_SECONDS = 5.0
 TAKEN_SECONDS = 120.0  # within which a message that was taken off the queue is worked on
 WEBHOOK_SECONDS = 1.0
+CALLED_SECONDS = 60.0  # until a webhook is called again if the process dies during a call
 KEPT_SECONDS = 60.0  # a finished job's images: until Redis has certainly written that to its disk
 AGAIN_SECONDS = (5, 30, 120, 600, 3600)  # until a webhook that failed is called again
 REDIS_SECONDS = 5
@@ -176,28 +177,46 @@ class Keeper:
         self._folder = Path(config.folder)
 
     async def tidy(self) -> None:
-        """Remove what is not needed, end what is too old, and put back what Redis has lost."""
-        now = time.time()
+        """Remove what is not needed, end what is too old, and put back what Redis has lost.
+
+        What Redis refuses for one job, as when it is full, is still done for the others.
+        """
+        refused = None
         for job_id in spool.jobs_in(self._folder):
-            job = await self._store.get(job_id)
-            kept = spool.read_job(self._folder, job_id)
-            if job and job["finished"]:  # for a server that was killed between the two
-                await asyncio.to_thread(spool.mark_ended, self._folder, job_id)
-            if kept and spool.has_ended(self._folder, job_id):
-                kept = None
-            if job is None and kept and now - kept["created"] < self._settings.jobs_max_age_seconds:
-                await self._store.create(kept)
-            elif job is None or (job["finished"] and now - float(job["finished"]) > KEPT_SECONDS):
-                await asyncio.to_thread(spool.remove, self._folder, job_id)
+            try:
+                await self._tidy_folder(job_id)
+            except ResponseError as exc:
+                refused = exc
         waiting = await self._queue.waiting()
         for job_id in await self._store.open():
-            job = await self._store.get(job_id)
-            if job is None:
-                await self._store.forget(job_id)
-            elif now - float(job["created"]) > self._settings.jobs_max_age_seconds:
-                await self._store.finish(job_id, "failed", "it took too long")
-            elif job_id not in waiting:
-                await self._queue.send(job_id)
+            try:
+                await self._tidy_open(job_id, job_id in waiting)
+            except ResponseError as exc:
+                refused = exc
+        if refused:
+            raise refused
+
+    async def _tidy_folder(self, job_id: str) -> None:
+        job = await self._store.get(job_id)
+        kept = spool.read_job(self._folder, job_id)
+        now = time.time()
+        if job and job["finished"]:  # for a server that was killed between the two
+            await asyncio.to_thread(spool.mark_ended, self._folder, job_id)
+        if kept and spool.has_ended(self._folder, job_id):
+            kept = None
+        if job is None and kept and now - kept["created"] < self._settings.jobs_max_age_seconds:
+            await self._store.create(kept)
+        elif job is None or (job["finished"] and now - float(job["finished"]) > KEPT_SECONDS):
+            await asyncio.to_thread(spool.remove, self._folder, job_id)
+
+    async def _tidy_open(self, job_id: str, waits: bool) -> None:
+        job = await self._store.get(job_id)
+        if job is None:
+            await self._store.forget(job_id)
+        elif time.time() - float(job["created"]) > self._settings.jobs_max_age_seconds:
+            await self._store.finish(job_id, "failed", "it took too long")
+        elif not waits:
+            await self._queue.send(job_id)
 
     async def call_webhooks(self) -> None:
         """Call those that are due, and note what became of it."""
@@ -209,6 +228,8 @@ class Keeper:
             tried = len(await self._store.attempts(job_id))
             told = job | {"webhook": ""}
             body = await describe(self._store, told, self._settings.jobs_keep_seconds)
+            # A Redis that takes no more writes refuses this, before somebody is called in vain.
+            await self._store.put_off_webhook(job_id, CALLED_SECONDS)
             since = time.time()
             failure = await self._outside.call(job["webhook"], f"job_{job_id}", body)
             attempt = {"time": since, "seconds": time.time() - since, "error": failure or None}

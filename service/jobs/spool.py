@@ -66,8 +66,9 @@ class Spool:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._images.close()
-        self._index.close()
+        for file in (self._images, self._index):
+            with suppress(OSError):  # what is left in memory finds no room on a full disk
+                file.close()
         shutil.rmtree(self.path, ignore_errors=True)
 
     def begin(self, name: str) -> None:
@@ -173,6 +174,34 @@ def read_image(folder: Path, job_id: str, image: Image) -> bytes:
     with (folder / job_id / "images").open("rb") as file:
         file.seek(image.at)
         return file.read(image.size)
+
+
+def keep_fetched(folder: Path, job_id: str, index: int, data: bytes) -> None:
+    """Keep an image by URL until it is classified, if the disk has room for it."""
+    path = _fetched(folder, job_id, index)
+    part = path.with_suffix(".part")  # so that a kill leaves no half of it
+    try:
+        part.write_bytes(data)
+        part.rename(path)
+    except OSError:
+        with suppress(OSError):
+            part.unlink()
+
+
+def read_fetched(folder: Path, job_id: str, index: int) -> bytes | None:
+    try:
+        return _fetched(folder, job_id, index).read_bytes()
+    except OSError:
+        return None
+
+
+def drop_fetched(folder: Path, job_id: str, index: int) -> None:
+    with suppress(OSError):
+        _fetched(folder, job_id, index).unlink()
+
+
+def _fetched(folder: Path, job_id: str, index: int) -> Path:
+    return folder / job_id / f"url-{index}"
 
 
 def mark_ended(folder: Path, job_id: str) -> None:

@@ -1,6 +1,8 @@
 """Jobs in Redis: what is known of each, its results, and the webhooks that are due.
 
-Whatever must not come apart is one script, which Redis also writes to its log as one.
+Whatever must not come apart is one script, which Redis also writes to its log as one. A full Redis
+refuses a script whose first write takes memory, and no other: those that end something begin with
+one that takes none.
 """
 
 import time
@@ -34,14 +36,24 @@ return 1
 """
 FINISH = """
 if redis.call('HGET', KEYS[1], 'finished') ~= '' then return 0 end
-redis.call('HSET', KEYS[1], 'state', ARGV[2], 'reason', ARGV[3], 'finished', ARGV[4])
 redis.call('HDEL', KEYS[3], ARGV[1])
+redis.call('HSET', KEYS[1], 'state', ARGV[2], 'reason', ARGV[3], 'finished', ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
 redis.call('EXPIRE', KEYS[2], ARGV[5])
 if redis.call('HGET', KEYS[1], 'webhook') ~= '' then
     redis.call('ZADD', KEYS[4], ARGV[4], ARGV[1])
 end
 return 1
+"""
+PUT_OFF = """
+redis.call('ZREM', KEYS[1], ARGV[1])
+redis.call('ZADD', KEYS[1], ARGV[2], ARGV[1])
+"""
+LOG_ATTEMPT = """
+redis.call('ZREM', KEYS[2], ARGV[1])
+redis.call('RPUSH', KEYS[1], ARGV[2])
+redis.call('EXPIRE', KEYS[1], ARGV[3])
+if ARGV[4] ~= '' then redis.call('ZADD', KEYS[2], ARGV[4], ARGV[1]) end
 """
 
 
@@ -58,6 +70,8 @@ class Store:
         self._create = redis.register_script(CREATE)
         self._record = redis.register_script(RECORD)
         self._finish = redis.register_script(FINISH)
+        self._put_off = redis.register_script(PUT_OFF)
+        self._log_attempt = redis.register_script(LOG_ATTEMPT)
 
     async def create(self, job: Mapping[str, Any]) -> None:
         """Put a job in, unless it is there."""
@@ -106,18 +120,19 @@ class Store:
     async def due_webhooks(self) -> list[str]:
         return await self._redis.zrangebyscore(WEBHOOKS, 0, time.time(), start=0, num=20)
 
+    async def put_off_webhook(self, job_id: str, seconds: float) -> None:
+        """Before it is called: it is not due again until then, whatever happens meanwhile."""
+        await self._put_off(keys=[WEBHOOKS], args=[job_id, time.time() + seconds])
+
     async def log_attempt(
         self, job_id: str, attempt: Mapping[str, Any], again_seconds: float | None
     ) -> None:
         """Note a call of a job's webhook, and when the next one is due, if any."""
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.rpush(_attempts(job_id), orjson.dumps(attempt))
-            pipe.expire(_attempts(job_id), self._keep_seconds)
-            if again_seconds is None:
-                pipe.zrem(WEBHOOKS, job_id)
-            else:
-                pipe.zadd(WEBHOOKS, {job_id: time.time() + again_seconds})
-            await pipe.execute()
+        due = "" if again_seconds is None else time.time() + again_seconds
+        keys = [_attempts(job_id), WEBHOOKS]
+        await self._log_attempt(
+            keys=keys, args=[job_id, orjson.dumps(attempt), self._keep_seconds, due]
+        )
 
     async def drop_webhook(self, job_id: str) -> None:
         await self._redis.zrem(WEBHOOKS, job_id)

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 import aiohttp
 import orjson
 
+from service.jobs import spool
 from service.jobs.outside import NotFetched, Outside
 from service.jobs.process import Config
 from service.jobs.spool import Image, read_image, read_index
@@ -84,6 +85,8 @@ class Work:
                     return
                 line, failed = await self._answer(job_id, index, images[index], query, until)
                 await self._store.record(job_id, index, line, failed)
+                if images[index].url:
+                    await asyncio.to_thread(spool.drop_fetched, self._folder, job_id, index)
 
         lanes = [asyncio.create_task(lane()) for _ in range(self._settings.jobs_concurrency)]
         try:
@@ -105,7 +108,7 @@ class Work:
         """The line of an image's result, and whether it is an error. Raises Postponed."""
         try:
             if image.url:
-                data = await self._outside.fetch(image.url)
+                data = await self._fetch(job_id, index, image.url)
             else:
                 data = await asyncio.to_thread(read_image, self._folder, job_id, image)
         except NotFetched as exc:
@@ -114,6 +117,14 @@ class Work:
             code, text = await self._classify(data, query, until)
         known = orjson.dumps({"index": index, "name": image.name, "code": code})
         return known[:-1] + b',"answer":' + text + b"}", code != 200
+
+    async def _fetch(self, job_id: str, index: int, url: str) -> bytes:
+        """An image by URL, fetched once, however long it waits. Raises NotFetched."""
+        data = await asyncio.to_thread(spool.read_fetched, self._folder, job_id, index)
+        if data is None:
+            data = await self._outside.fetch(url)
+            await asyncio.to_thread(spool.keep_fetched, self._folder, job_id, index, data)
+        return data
 
     async def _classify(self, data: bytes, query: str, until: float) -> tuple[int, bytes]:
         """The gateway's status and answer. Raises Postponed if it has no place for the image."""

@@ -30,6 +30,10 @@ def service() -> configparser.SectionProxy:
     return parser["Service"]
 
 
+def variables(service: configparser.SectionProxy) -> dict[str, str]:
+    return dict(word.split("=", 1) for word in service["Environment"].split())
+
+
 def test_the_command_is_one_of_the_code(service: configparser.SectionProxy) -> None:
     python, script, *options = service["ExecStart"].split()
     assert service["WorkingDirectory"] == HOME
@@ -40,7 +44,12 @@ def test_the_command_is_one_of_the_code(service: configparser.SectionProxy) -> N
 
 
 def test_variables_are_known_to_the_code(service: configparser.SectionProxy) -> None:
-    check_variables(dict(word.split("=", 1) for word in service["Environment"].split()))
+    check_variables(variables(service))
+
+
+def test_jobs_are_kept_where_it_may_write(service: configparser.SectionProxy) -> None:
+    folder = Path(variables(service)["GATEWAY_JOBS_FOLDER"])
+    assert folder.parent == Path("/var/lib", service["StateDirectory"])
 
 
 def test_a_stop_is_left_to_the_launcher(service: configparser.SectionProxy) -> None:

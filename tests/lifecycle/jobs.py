@@ -1,23 +1,28 @@
 """A gateway with jobs in front of a stand-in for TorchServe, and what clients do with jobs."""
 
+import asyncio
 import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import psutil
 import requests
+from redis.asyncio import Redis
 
+from service.jobs.store import Store
 from tests.gateway.running import Gateway, running, variables
 from tests.lifecycle.conftest import RedisServer
 from tests.processes import wait_for
 
 TIMEOUT = 30
+T = TypeVar("T")
 KEYS = {"alice": "a" * 20, "bob": "b" * 20}
 
 
@@ -175,3 +180,20 @@ def serving_jobs(folder: Path, redis: RedisServer, **settings: str) -> Iterator[
         known |= {"keys": str(keys), "jobs_url": redis.url, "jobs_folder": str(folder / "jobs")}
         with running(folder, variables(**known | settings)) as gateway:
             yield Served(gateway, torchserve, folder / "jobs")
+
+
+def worker_of(gateway: Gateway) -> psutil.Process:
+    """The process that works on jobs."""
+    children = psutil.Process(gateway.process.pid).children()
+    return next(child for child in children if "service.jobs.server" in " ".join(child.cmdline()))
+
+
+def with_store(server: RedisServer, folder: Path, action: Callable[[Store], Awaitable[T]]) -> T:
+    """Do something with a Store, in an event loop of its own."""
+
+    async def do() -> T:
+        client = Redis.from_url(server.url, decode_responses=True)
+        async with client:
+            return await action(Store(client, folder, 60))
+
+    return asyncio.run(do())

@@ -11,14 +11,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
-import psutil
 import pytest
 
 from service.gateway.process import find_nginx
 from tests import skip
-from tests.gateway.running import Gateway, kill, running, settings
+from tests.gateway.running import kill, running, settings
 from tests.lifecycle.conftest import RedisServer
-from tests.lifecycle.jobs import Jobs
+from tests.lifecycle.jobs import Jobs, worker_of
 from tests.processes import alive, wait_for
 from tests.server.colours import LABELS, encoded
 from tests.server.serving import Server, serving
@@ -43,12 +42,6 @@ def lasting_redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.start()
     yield server
     server.kill()
-
-
-def worker_of(gateway: Gateway) -> psutil.Process:
-    """The process that works on jobs."""
-    children = psutil.Process(gateway.process.pid).children()
-    return next(child for child in children if "service.jobs.server" in " ".join(child.cmdline()))
 
 
 def test_a_job_outlives_everything(

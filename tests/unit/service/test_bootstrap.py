@@ -263,6 +263,23 @@ def test_what_only_grpc_needs_is_installed_for_it(
 
 @pytest.mark.parametrize(
     ("command", "url", "needed"),
+    [
+        ("serve", "redis://jobs", True),
+        ("gateway", "redis://jobs", True),
+        ("package", "redis://jobs", False),
+        ("serve", "", False),
+    ],
+)
+def test_what_only_jobs_need_is_installed_for_them(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, command: str, url: str, needed: bool
+) -> None:
+    monkeypatch.setenv("GATEWAY_JOBS_URL", url)
+    assert main([command]) == 0
+    assert ("requirements-jobs.txt" in asked) is needed
+
+
+@pytest.mark.parametrize(
+    ("command", "url", "needed"),
     [("serve", "redis://cache", True), ("package", "redis://cache", False), ("serve", "", False)],
 )
 def test_what_only_the_shared_cache_needs_is_installed_for_it(

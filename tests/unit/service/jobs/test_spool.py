@@ -41,6 +41,15 @@ def test_what_is_not_committed_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    folder.mkdir()
+    (folder / "images").symlink_to("/dev/full")
+    with Spool(folder, LIMITS) as new:
+        add(new, b"first")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_first_of_one_id_stays(tmp_path: Path) -> None:
     for image, is_first in [(b"first", True), (b"second", False)]:
         with Spool.create(tmp_path, LIMITS) as new:

@@ -109,6 +109,8 @@ def settle(network: nn.Module, size: int) -> nn.Module:
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train().momentum = None  # the average of what was seen, which is once
+        if isinstance(module, nn.Linear) and not module.weight.any():
+            nn.init.normal_(module.weight, std=0.02)  # ViT's last layer begins with zeros
     network(functional.interpolate(images, size=size, mode="bilinear"))
     return network.eval()
 

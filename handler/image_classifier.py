@@ -111,6 +111,7 @@ class ImageClassifier(BaseHandler):
         self.metrics.add(metrics.STARTS, 1)
         self.metrics.add(metrics.HUNG, count_hung(model_dir))
         self.metrics.flush()  # before what may fail
+        self.metrics.set(metrics.STARTUP, 0)
         self.card = ModelCard.read(model_dir)
         self.card.check_files(model_dir)
         self.confidence = Confidence.read(self.card, model_dir)

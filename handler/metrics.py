@@ -211,7 +211,8 @@ STARTUP = _gauge(
     "classifier_worker_startup_seconds",
     WORKER,
     "seconds from the start of a worker's process until it was ready",
-    "Imports, loading the model and the warm-up are included.",
+    "Imports, loading the model and the warm-up are included. 0 while it starts, and for good if "
+    "it has failed to.",
 )
 WARM_UP = _gauge(
     "classifier_worker_warmup_seconds", WORKER, "seconds that the warm-up of a worker took"

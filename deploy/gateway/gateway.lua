@@ -121,7 +121,7 @@ function gateway.predict()
     local target, trial = rollout.choose(ngx.var.target)
     local is_alone = not replicas.another_than(replica)
     local first = ask(is_alone and "/_only/" or "/_first/", replica, target, asked)
-    local of_old = trial and rollout.finish(trial, first)
+    local of_old = trial and rollout.finish(trial, first, asked)
     local other = of_old and replica or try_again_at(first, replica)
     local second = other and ask(is_alone and "/_only/" or "/_second/", other, of_old or target, asked)
     local reply = second or first

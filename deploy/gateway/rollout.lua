@@ -88,10 +88,10 @@ local function note(now, arm, failed, seconds)
 end
 
 -- Counts an answer. Gives the path at which to ask again, or nil: what the new version fails, the old
--- one answers.
-function rollout.finish(trial, reply)
+-- one answers. `asked` is the client's own X-Request-Timeout, if it sent one.
+function rollout.finish(trial, reply, asked)
     local now, arm = trial.now, trial.arm
-    if reply.status == 504 and reply.by_handler and ngx.var.http_x_request_timeout then
+    if reply.status == 504 and reply.by_handler and asked and asked ~= "" then
         return -- the client has given it too little time, which says nothing about the version
     end
     local failed = has_failed(reply.status, reply.by_handler)

@@ -51,7 +51,12 @@ COMMON = {
 }
 # These wait a quarter of an hour or longer: they are pending whenever there are few requests or a
 # process has just started, and only what fires is an alarm.
-PATIENT = {"ClassifierConfidenceFell", "ClassifierWorkerMemoryGrowing", REFUSED}
+PATIENT = {
+    "ClassifierConfidenceFell",
+    "ClassifierWorkerLost",
+    "ClassifierWorkerMemoryGrowing",
+    REFUSED,
+}
 FEW = f"a worker is back within seconds; `{RESTARTING}` after more than 3 in an hour"
 SPARED = "the replicas serve on"
 REPLACED = "nginx starts another one at once"

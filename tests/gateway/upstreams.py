@@ -24,7 +24,7 @@ def answer_of(
 def torchserve_that(answer: bytes | None, seen: list[bytes] | None = None) -> Iterator[str]:
     """A server that gives this answer to everything, or, with None, never one.
 
-    What it was sent is added to `seen`.
+    The predictions of clients that it was sent are added to `seen`, and not the gateway's own.
     """
     held = ExitStack()
     received = [] if seen is None else seen
@@ -38,7 +38,9 @@ def torchserve_that(answer: bytes | None, seen: list[bytes] | None = None) -> It
             held.enter_context(connection)
             if answer is not None:
                 with suppress(OSError):  # the client is gone
-                    received.append(connection.recv(65536))
+                    data = connection.recv(65536)
+                    if data.startswith(b"POST") and b"X-Probe" not in data:
+                        received.append(data)
                     connection.sendall(answer)
                     connection.shutdown(socket.SHUT_WR)
 

@@ -28,7 +28,10 @@ KEYS = {"alice": "a" * 20, "bob": "b" * 20}
 
 @dataclass
 class Other:
-    """A server that notes what it is sent: TorchServe, images by URL, or who waits for webhooks."""
+    """A server that notes what it is sent: TorchServe, images by URL, or who waits for webhooks.
+
+    Whether it lives, a gateway asks whenever it likes: that is not noted, and the answer is 200.
+    """
 
     port: int = 0
     statuses: list[int] = field(default_factory=list)  # of the next answers; then 200
@@ -40,13 +43,9 @@ class Other:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         body = request.rfile.read(int(request.headers.get("Content-Length", 0)))
-        self.bodies.append(body)
-        self.paths.append(request.path)
-        self.headers.append({name.lower(): text for name, text in request.headers.items()})
-        time.sleep(self.seconds)
-        if body == b"held":
-            self.held.wait(TIMEOUT)
-        status = self.statuses.pop(0) if self.statuses else 200
+        status = 200
+        if request.path != "/ping" and "X-Probe" not in request.headers:
+            status = self._note(request, body)
         answer = body_at(request.path) if request.command == "GET" else answer_to(body)
         request.send_response(status)
         request.send_header("X-Model-Version", "1.0")
@@ -56,6 +55,16 @@ class Other:
             request.send_header("Location", f"http://127.0.0.1:{self.port}/images/elsewhere")
         request.end_headers()
         request.wfile.write(answer)
+
+    def _note(self, request: BaseHTTPRequestHandler, body: bytes) -> int:
+        """Keep what was sent, and take as long as it should; gives the status of the answer."""
+        self.bodies.append(body)
+        self.paths.append(request.path)
+        self.headers.append({name.lower(): text for name, text in request.headers.items()})
+        time.sleep(self.seconds)
+        if body == b"held":
+            self.held.wait(TIMEOUT)
+        return self.statuses.pop(0) if self.statuses else 200
 
 
 def body_at(path: str) -> bytes:

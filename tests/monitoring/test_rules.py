@@ -103,6 +103,12 @@ def test_panels_lie_under_their_row() -> None:
     assert [panel["id"] for panel in order] == [panel["id"] for panel in PANELS]
 
 
+def test_operations_names_every_row() -> None:
+    rows = [panel["title"] for panel in PANELS if panel["type"] == "row"]
+    text = " ".join((ROOT / "docs" / "operations.md").read_text().split())
+    assert f"Each of its rows answers one question: {' '.join(rows)}." in text
+
+
 def test_provisioning_finds_the_dashboard() -> None:
     folder = MONITORING / "grafana" / "provisioning"
     [source] = yaml.safe_load((folder / "datasources" / "prometheus.yml").read_text())[

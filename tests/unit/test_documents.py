@@ -1,5 +1,6 @@
 """What the documents name exists, and the site that is made of them has no broken link."""
 
+import ast
 import os
 import re
 import subprocess
@@ -71,6 +72,14 @@ def test_no_other_metric_is_named(page: str) -> None:
     assert named <= series | FAMILIES.keys() | RECORDED
 
 
+def test_every_metric_of_the_gateway_is_listed() -> None:
+    """Those of a rollout as one."""
+    code = [path.read_text("utf-8") for path in (ROOT / "deploy" / "gateway").glob("*.lua")]
+    written = set(re.findall(r"# TYPE (gateway_(?:rollout_|\w+))", "\n".join(code)))
+    listed = re.findall(r"^\| `(gateway_\w+)(?:…?)` \|", TEXTS["metrics.md"], re.MULTILINE)
+    assert sorted(listed) == sorted(written)
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_file_that_is_named_exists(page: str) -> None:
     named = re.findall(rf"(?<![\w/.-])(?:\./)?((?:{FOLDERS})/[\w./-]*\w)", TEXTS[page])
@@ -99,3 +108,28 @@ def test_every_error_is_listed_under_its_status() -> None:
     }
     known.pop("RequestError")
     assert listed == known
+
+
+def events_of(path: Path) -> set[str]:
+    """The events that a module writes into the log; levels, which are in capitals, are none."""
+    found = set[str]()
+    for call in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name | ast.Attribute):
+            name = call.func.id if isinstance(call.func, ast.Name) else call.func.attr
+            named = [word.value for word in call.keywords if word.arg == "event"]
+            if name in ("log", "log_line", "log_lines", "event"):
+                named += call.args[:2]
+            found |= {word.value for word in named if isinstance(word, ast.Constant)}  # type: ignore[misc]
+    return {word for word in found if word == word.lower()}
+
+
+def test_every_event_of_the_log_is_explained() -> None:
+    code = [path for top in ("handler", "service") for path in (ROOT / top).rglob("*.py")]
+    written = set[str]().union(*map(events_of, code))
+    gateway = [path.read_text("utf-8") for path in (ROOT / "deploy" / "gateway").glob("*.*")]
+    written |= set(re.findall(r'"event": "(\w+)"', "\n".join(gateway)))
+    assert len(written) > 25
+    table = TEXTS["operations.md"].partition("| event | meaning |")[2].partition("\n\n")[0]
+    cells = re.findall(r"^\| (`.+?) \|", table, re.MULTILINE)
+    listed = set(re.findall(r"`(\w+)`", "\n".join(cells)))
+    assert written - {"request"} <= listed

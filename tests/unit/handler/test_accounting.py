@@ -243,6 +243,7 @@ def test_a_start_that_fails_is_counted(tmp_path: Path, emitted: dict[str, tuple[
     with pytest.raises(RuntimeError):
         start(tmp_path)
     assert emitted["classifier_worker_starts_total"][0] == 1
+    assert emitted["classifier_worker_startup_seconds"][0] == 0
 
 
 def test_metrics_are_flushed_from_the_start(

@@ -19,6 +19,8 @@ from service.torchserve.management import ModelState, UnknownModel
 
 FULL_INTERVALS = 2  # in a row, until there are more workers
 COST_SECONDS = 60  # over which it is measured what a request takes
+# In which a worker gets ready. After that it has been given up: TorchServe tries for a minute.
+START_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ class Autoscaler:
 
     There are as many workers as bring the capacity ratio to the target, but at most twice as many
     as before, if it was above the target in two intervals in a row; and one fewer if for the whole
-    cool-down the workers that are left would have been within the target.
+    cool-down the workers that are left would have been within the target. Workers that start are
+    waited for. While one does not get ready there are not fewer: it may be a good one that ended.
     """
 
     def __init__(self, minimum: int, maximum: int, target: float, cool_down: float) -> None:
@@ -101,6 +104,7 @@ class Autoscaler:
         """Forget the past: the workers have changed, or nothing is known of a time."""
         self._above = 0
         self._quiet_since: float | None = None
+        self._starting_since: float | None = None
 
     def decide(self, sample: Sample, now: float) -> Decision:
         """How many workers there should be; the caller calls reset() after changing them."""
@@ -109,8 +113,12 @@ class Autoscaler:
             return Decision(self._minimum, "fewer than the minimum")
         if workers > self._maximum:
             return Decision(self._maximum, "more than the maximum")
-        if sample.ready < workers:
+        if sample.ready == workers:
+            self._starting_since = None
+        elif self._starting_since is None:
             self.reset()
+            self._starting_since = now
+        if self._starting_since is not None and now - self._starting_since < START_SECONDS:
             return Decision(workers, "workers are starting")
         ratio = sample.capacity_ratio
         stuck = sample.pending > 0 and sample.requests == 0
@@ -130,6 +138,8 @@ class Autoscaler:
             return Decision(workers, "as it should be")
         if self._quiet_since is None:
             self._quiet_since = now
+        if sample.ready < workers:
+            return Decision(workers, "quiet, and not every worker is ready")
         if workers == self._minimum or now - self._quiet_since < self._cool_down:
             return Decision(workers, "quiet")
         return Decision(workers - 1, "quiet")

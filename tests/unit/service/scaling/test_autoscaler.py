@@ -12,6 +12,7 @@ import pytest
 
 from service.processes import wait_until
 from service.scaling.autoscaler import (
+    START_SECONDS,
     Autoscaler,
     Decision,
     Sample,
@@ -115,6 +116,16 @@ def test_workers_that_start_are_waited_for() -> None:
         assert autoscaler.decide(starting, now) == Decision(2, "workers are starting")
     there = replace(FAR, workers=2, ready=2)
     assert [autoscaler.decide(there, now).workers for now in (10, 11)] == [2, 4]
+
+
+def test_a_worker_that_is_given_up_is_not_waited_for() -> None:
+    autoscaler = Autoscaler(1, 8, 0.7, 20)
+    lost = replace(FAR, workers=2, ready=1)
+    times = (0, START_SECONDS - 1, START_SECONDS, START_SECONDS + 1)
+    assert [autoscaler.decide(lost, now).workers for now in times] == [2, 2, 2, 4]
+    idle = replace(IDLE, workers=2, ready=1)
+    for now in range(START_SECONDS + 2, START_SECONDS + 60):
+        assert autoscaler.decide(idle, now).workers == 2
 
 
 def test_load_that_comes_and_goes_ends_where_it_began() -> None:

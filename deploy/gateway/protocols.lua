@@ -96,16 +96,17 @@ function protocols.describe_model(model, version)
     local function tensor(name, datatype, ...)
         return { name = name, datatype = datatype, shape = { ... } }
     end
-    local certificate = {} -- the protocol's properties are strings
-    if type(facts.certificate) == "table" then -- else null: an archive without golden images
-        for name, value in pairs(facts.certificate) do
-            certificate["certificate." .. name] = tostring(value)
+    local properties = {} -- strings, as the protocol has them
+    for _, of in ipairs { "certificate", "confidence" } do
+        -- Else null: an archive without golden images, or one that was not calibrated.
+        for name, value in pairs(type(facts[of]) == "table" and facts[of] or {}) do
+            properties[of .. "." .. name] = tostring(value)
         end
     end
     health.send(200, cjson.encode {
         name = model,
         versions = known.versions,
-        properties = next(certificate) and certificate or nil,
+        properties = next(properties) and properties or nil,
         platform = "pytorch_torchserve",
         inputs = { tensor("image", "BYTES", -1) },
         outputs = {
@@ -114,7 +115,6 @@ function protocols.describe_model(model, version)
             tensor("confidence", "FP32", -1, -1),
             tensor("probabilities", "FP32", -1, facts.classes),
         },
-        parameters = facts.confidence,
     })
 end
 

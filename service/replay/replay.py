@@ -150,15 +150,15 @@ def describe(found: Replay) -> str:
     logged = found.logged
     lines = [
         f"logged    {logged.best}  archive {logged.archive or '?'}, {logged.engine or '?'}",
-        f"replayed  {found.best}  {found.archive}, {found.engine}",
+        f"replayed  {found.best}  {_shown(found.archive)}, {found.engine}",
     ]
     if logged.images > 1:
         lines.append(
             f"the line is of {logged.images} images, and has the answer to the first alone"
         )
     if found.checked != "sha256":
-        known = f"only its {found.checked} is" if found.checked else "nothing is"
-        lines.append(f"whether the image is the one that was sent: {known} in the log")
+        known = f"only its {found.checked} is known" if found.checked else "nothing is known of it"
+        lines.append(f"the image may be another than the one that was sent: {known}")
     differences = [
         f"{name}: {then} then, {now} now" for name, (then, now) in found.differences.items()
     ]
@@ -180,3 +180,10 @@ def describe(found: Replay) -> str:
     else:
         lines.append("nothing that is known explains it: is it the image that was sent?")
     return "\n".join([*lines, *differences])
+
+
+def _shown(path: str) -> str:
+    """From here, if it is below."""
+    with suppress(ValueError):
+        return str(Path(path).relative_to(Path.cwd()))
+    return path

@@ -47,6 +47,8 @@ def test_keys(gateway: Served, tmp_path: Path) -> None:
                 answer = ask(path, **wrong)
                 check_error(answer, 401)
                 assert answer.headers["WWW-Authenticate"] == "Bearer"
+                sent = any(wrong.values())
+                assert ("is not known" if sent else "is needed") in answer.json()["message"]
             check_error(ask(path, X_API_Key=KEYS["carol"]), 403)
             assert ask(path, **bearer).status_code == 200
             assert ask(path, X_API_Key=KEYS["alice"]).status_code == 200

@@ -50,8 +50,14 @@ class Management:
         status = "READY" if version in self.ready else "UNLOADING"
         facts: dict[str, Any] = {"modelVersion": version, "workers": [{"status": status}]}
         if query:
-            described = {"model": "resnet50", "version": version, "classes": self.classes[version]}
-            facts["customizedMetadata"] = described
+            known = version == "2.0"
+            facts["customizedMetadata"] = {
+                "model": "resnet50",
+                "version": version,
+                "classes": self.classes[version],
+                "certificate": {"images": 8, "engine": "openvino-bf16"} if known else None,
+                "confidence": {"temperature": 0.7} if known else None,
+            }
         return facts
 
 
@@ -105,10 +111,26 @@ def test_what_the_server_is(served: tuple[Gateway, Management], path: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("path", "classes"),
-    [(MODEL, 1000), (f"{MODEL}/versions/1.0", 1000), (f"{MODEL}/versions/2.0", 3)],
+    ("path", "classes", "properties"),
+    [
+        (MODEL, 1000, {}),
+        (f"{MODEL}/versions/1.0", 1000, {}),
+        (
+            f"{MODEL}/versions/2.0",
+            3,
+            {
+                "properties": {
+                    "certificate.images": "8",
+                    "certificate.engine": "openvino-bf16",
+                    "confidence.temperature": "0.7",
+                }
+            },
+        ),
+    ],
 )
-def test_what_a_model_takes_and_gives(tmp_path: Path, path: str, classes: int) -> None:
+def test_what_a_model_takes_and_gives(
+    tmp_path: Path, path: str, classes: int, properties: dict[str, dict[str, str]]
+) -> None:
     with described(tmp_path) as (gateway, management):
         management.ready.add("2.0")
         answer = get(gateway, path)
@@ -127,6 +149,7 @@ def test_what_a_model_takes_and_gives(tmp_path: Path, path: str, classes: int) -
             {"name": "confidence", "datatype": "FP32", "shape": [-1, -1]},
             {"name": "probabilities", "datatype": "FP32", "shape": [-1, classes]},
         ],
+        **properties,
     }
 
 

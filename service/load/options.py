@@ -41,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
         default="raw",
         help="multipart is multipart/form-data, which browsers send (%(default)s)",
     )
+    add("--key-file", type=Path, metavar="FILE", help="the gateway's API key (default: none)")
     add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="repeatable")
     add(
         "--expect",

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.arguments import number, positive, share
+from handler.fields import LEVELS
+from service.arguments import between, number, positive, share
 from service.client import read_key
 from service.evaluation.evaluation import evaluate
 from service.evaluation.figures import Figures
@@ -35,7 +36,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--against", metavar="URL|FILE.mar", help="measured as well, and compared (default: none)")
     model = "for a URL without a path (default: %(default)s)"
     add("--model", default="mobilenet_v2", metavar="NAME", help=model)
-    add("--set", type=share, metavar="LEVEL", help="ask for sets that hold the class so often")
+    add(
+        "--set",
+        type=between(*LEVELS),
+        metavar="LEVEL",
+        help="ask for sets that hold the class so often",
+    )
     add("--unknown", action="store_true", help="ask whether images are unlike all that is known")
     add("--min-top1", type=share, metavar="SHARE", help="exit status 1 if top-1 is less than this")
     add(

@@ -205,6 +205,13 @@ def test_a_target_that_is_wrong_is_named(
     assert "secret" not in done.stderr
 
 
+def test_levels_are_those_of_the_service(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["images", "--set", "0.995"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("--set: must be 0.5 to 0.99, got '0.995'\n")
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_service_that_refuses_all_is_not_measured(
     evaluate: Evaluate, images: Path, status: int

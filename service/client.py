@@ -100,9 +100,16 @@ def _seconds(retry_after: str | None) -> float | None:
         return None
 
 
-def silence(url: str) -> str:
-    """What to tell of a server that does not answer."""
-    return f"{url} does not answer: is ./scripts/serve running?"
+def silence(url: str, command: str = "./scripts/serve") -> str:
+    """What to tell of a server that does not answer; `command` is what starts it."""
+    return f"{url} does not answer: is {command} running?"
+
+
+def no_answer(url: str, exc: requests.RequestException, command: str = "./scripts/serve") -> str:
+    """What to tell of a request that failed; its kind if there was a connection."""
+    if isinstance(exc, requests.ConnectionError):
+        return silence(url, command)
+    return f"{url} does not answer: {type(exc).__name__}"
 
 
 def read_answer(status: int, content: bytes, reason: str | None) -> dict[str, Any]:

@@ -22,11 +22,13 @@ def test_the_command_ends_with_one_json_line(
     web.answers["/predictions/mobilenet_v2"] = web.text("{}", 503)
     plot = tmp_path / "plot.png"
     times = ["--seconds", "0.1", "--warmup-seconds", "0.05"]
-    argv = ["--url", web.url, "--concurrency", "2", "--rate", "20", *times, "--plot", str(plot)]
+    argv = ["--url", web.url, "--concurrency", "1", "--rate", "20", *times, "--plot", str(plot)]
     assert main(argv) == 1  # nothing was answered
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["1", "client"]
+    last = json.loads(lines[-1])
     assert last["url"] == f"{web.url}/predictions/mobilenet_v2"
-    assert [m["concurrency"] for m in last["measurements"]] == [2, 0]
+    assert [m["concurrency"] for m in last["measurements"]] == [1, 0]
     assert last["machine"]["cores"] >= 1
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -125,6 +125,11 @@ def test_thumbnails_are_of_what_can_be_opened_here() -> None:
         assert report.draw_thumbnail(body) is None
 
 
+def test_one_image_is_no_plural() -> None:
+    assert Summary(images=1, classified=1).lines()[0] == "1 image: 1 classified, 0 failed"
+    assert Summary().lines()[0] == "0 images: 0 classified, 0 failed"
+
+
 def test_csv_and_parquet_have_what_the_lines_have(images: Path, tmp_path: Path) -> None:
     paths = {kind: tmp_path / f"r.{kind}" for kind in ("csv", "parquet")}
     with serving(says) as service:

@@ -280,4 +280,4 @@ def test_names_are_compared_across_other_orders_of_the_classes(
     others = {(images / "1.jpg").read_bytes(): answer(2, 1, 0)}
     with serving(service_of(answers)) as a, serving(renamed(others)) as b:
         done = evaluate(images, "--url", a.url, "--against", b.url)
-    assert "1 images: both right 1" in done.stdout, done.stderr
+    assert "1 image: both right 1" in done.stdout, done.stderr

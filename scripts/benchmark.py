@@ -7,12 +7,17 @@ import asyncio
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from http import HTTPStatus
 
+import aiohttp
+
+from handler.errors import SetupError
+from service.client import read_answer, read_key, silence
 from service.load.answers import Expectations
-from service.load.generator import measure
-from service.load.images import in_forms, load_images
+from service.load.generator import REFUSALS, measure, try_one
+from service.load.images import ImageRequest, in_forms, load_images
 from service.load.measurement import Load
 from service.load.options import make_parser
 from service.load.report import heading, make_report, plot_runs, row
@@ -29,9 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     url = base if "/" in base.partition("://")[2] else f"{base}/predictions/{args.model}"
     try:
         headers = dict(re.split(r":\s*", header, maxsplit=1) for header in args.header)
+        if args.key_file:
+            headers["X-API-Key"] = read_key(args.key_file)
         images = load_images(args.images)
         expected = json.loads(args.expect.read_text("utf-8")) if args.expect else None
-    except (OSError, ValueError) as exc:
+    except (SetupError, OSError, ValueError) as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
     if args.form == "multipart" or args.per_request > 1:
@@ -41,18 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     times = {"seconds": args.seconds, "warmup_seconds": args.warmup_seconds}
     loads = [Load(concurrency=clients, **times) for clients in args.concurrency or ()]
     loads += [Load(rate=rate, **times) for rate in args.rate or ()]
-    print(heading(), flush=True)
-    for load in loads:
-        measuring = measure(url, images, load, headers=headers, expectations=expectations)
-        try:
+    try:
+        if problem := asyncio.run(find_problem(url, images[0], headers)):
+            print(f"error: {problem}", file=sys.stderr)
+            return 2
+        print(heading(), flush=True)
+        for load in loads:
+            measuring = measure(url, images, load, headers=headers, expectations=expectations)
             report.measurements.append(asyncio.run(measuring))
-        except KeyboardInterrupt:
-            return 130
-        print(row(report.measurements[-1]), flush=True)
+            print(row(report.measurements[-1]), flush=True)
+    except KeyboardInterrupt:
+        return 130
     if args.plot:
         plot_runs(report.measurements, args.plot)
     print(json.dumps(asdict(report)))
     return 1 if any(run.failed or not run.ok for run in report.measurements) else 0
+
+
+async def find_problem(url: str, image: ImageRequest, headers: Mapping[str, str]) -> str | None:
+    """Why a load would be pointless; None if the server classifies an image, or is only busy."""
+    try:
+        status, _, content = await try_one(url, image, headers)
+    except (aiohttp.ClientError, asyncio.TimeoutError, OSError):
+        return silence(url)
+    if status in (HTTPStatus.OK, *REFUSALS):
+        return None
+    answer = read_answer(status, content, f"HTTP {status}")
+    return f"{url}: {answer.get('type')}: {answer.get('message')}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.arguments import number, positive, share
+from handler.fields import LEVELS
+from service.arguments import between, number, positive, share
 from service.client import read_key
 from service.evaluation.evaluation import evaluate
 from service.evaluation.figures import Figures
@@ -29,15 +30,18 @@ def make_parser() -> argparse.ArgumentParser:
         help="folder with a folder for each class or labels.csv; or a .csv or .jsonl with file, "
         "and class_id or label",
     )
-    add(
-        "--url",
-        default="http://127.0.0.1:8080",
-        help="where predictions are (default: %(default)s)",
-    )
+    where = "where predictions are (default: %(default)s)"
+    add("--url", default="http://127.0.0.1:8080", help=where)
     add("--archive", metavar="FILE.mar", help="measured in this process, in place of --url")
     add("--against", metavar="URL|FILE.mar", help="measured as well, and compared (default: none)")
-    add("--model", default="mobilenet_v2", help="for a URL without a path (default: %(default)s)")
-    add("--set", type=share, metavar="LEVEL", help="ask for sets that hold the class so often")
+    model = "for a URL without a path (default: %(default)s)"
+    add("--model", default="mobilenet_v2", metavar="NAME", help=model)
+    add(
+        "--set",
+        type=between(*LEVELS),
+        metavar="LEVEL",
+        help="ask for sets that hold the class so often",
+    )
     add("--unknown", action="store_true", help="ask whether images are unlike all that is known")
     add("--min-top1", type=share, metavar="SHARE", help="exit status 1 if top-1 is less than this")
     add(
@@ -48,20 +52,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="the figures as one line")
     add("--html", type=Path, metavar="FILE", help="a report with thumbnails")
     add("--key-file", type=Path, metavar="FILE", help="the gateway's API key (default: none)")
-    add(
-        "--concurrency",
-        type=number(1, 256),
-        default=16,
-        metavar="N",
-        help="requests at most (default: %(default)s)",
-    )
-    add(
-        "--patience",
-        type=positive,
-        default=300,
-        metavar="S",
-        help="seconds without any answer until it gives up (default: %(default)s)",
-    )
+    most = "requests at most (default: %(default)s)"
+    add("--concurrency", type=number(1, 256), default=16, metavar="N", help=most)
+    patience = "seconds without any answer until it gives up (default: %(default)s)"
+    add("--patience", type=positive, default=300, metavar="S", help=patience)
     return parser
 
 

@@ -13,13 +13,19 @@ from service.health import check_gateway, check_models
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
-    parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
     parser.add_argument(
-        "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
+        "models",
+        nargs="*",
+        metavar="MODEL",
+        help="(default: every registered model, at least one)",
     )
-    parser.add_argument(
-        "--predictions", default="http://127.0.0.1:8080", help="predictions address (%(default)s)"
-    )
+    for name, port in (("management", 8081), ("predictions", 8080)):
+        parser.add_argument(
+            f"--{name}",
+            metavar="URL",
+            default=f"http://127.0.0.1:{port}",
+            help=f"{name} address (default: %(default)s)",
+        )
     parser.add_argument(
         "--gateway",
         action="store_true",

@@ -26,12 +26,10 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="IMAGE",
         help="file, folder, 'pattern', .zip, .tar, .tar.gz, or - for a list of paths on stdin",
     )
-    add(
-        "--url",
-        default="http://127.0.0.1:8080",
-        help="where predictions are (default: %(default)s)",
-    )
-    add("--model", default="mobilenet_v2", help="its name (default: %(default)s)")
+    where = "where predictions are (default: %(default)s)"
+    add("--url", default="http://127.0.0.1:8080", help=where)
+    model = "its name (default: %(default)s)"
+    add("--model", default="mobilenet_v2", metavar="NAME", help=model)
     add("--top-k", type=int, metavar="K", help="classes (default: the server's)")
     add(
         "--json",
@@ -42,20 +40,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--output", type=Path, metavar="FILE", help="results; continued if it is there")
     add("--format", choices=FORMATS, help="of the output (default: as its suffix says)")
     add("--html", type=Path, metavar="FILE", help="a report with thumbnails, beside the output")
-    add(
-        "--concurrency",
-        type=number(1, 256),
-        default=16,
-        metavar="N",
-        help="requests at most, for --output (default: %(default)s)",
-    )
-    add(
-        "--patience",
-        type=positive,
-        default=300,
-        metavar="S",
-        help="seconds without any answer until --output gives up (default: %(default)s)",
-    )
+    most = "requests at most, for --output (default: %(default)s)"
+    add("--concurrency", type=number(1, 256), default=16, metavar="N", help=most)
+    patience = "seconds without any answer until --output gives up (default: %(default)s)"
+    add("--patience", type=positive, default=300, metavar="S", help=patience)
     return parser
 
 

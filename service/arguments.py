@@ -31,11 +31,20 @@ def positive(text: str) -> float:
     return value
 
 
+def between(low: float, high: float) -> Callable[[str], float]:
+    """A number in a range."""
+
+    def parse(text: str) -> float:
+        if not low <= (value := _real(text)) <= high:
+            raise argparse.ArgumentTypeError(f"must be {low:g} to {high:g}, got {text!r}")
+        return value
+
+    return parse
+
+
 def share(text: str) -> float:
     """A number from 0 to 1."""
-    if not 0 <= (value := _real(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be 0 to 1, got {text!r}")
-    return value
+    return between(0, 1)(text)
 
 
 def _real(text: str) -> float:

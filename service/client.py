@@ -1,5 +1,6 @@
 """A client of the predictions port: asks about an image, and shows the answer in a terminal."""
 
+import json
 import re
 import sys
 from collections.abc import Mapping
@@ -71,16 +72,10 @@ class Client:
                 allow_redirects=False,  # the key is for this server alone
             )
         except requests.RequestException as exc:
-            message = f"{self.url} does not answer: is ./scripts/serve running?"
             cause = getattr(exc.args[0] if exc.args else None, "reason", None)
             reached = type(cause).__name__ not in UNCONNECTED
-            return Reply(error(0, type(exc).__name__, message), reached=reached)
-        try:
-            # TorchServe's own errors have no status.
-            answer = {"status": "error"} | response.json()
-        except (ValueError, TypeError):
-            reason = response.reason or "no JSON in the answer"
-            answer = error(response.status_code, "NoAnswer", reason)
+            return Reply(error(0, type(exc).__name__, silence(self.url)), reached=reached)
+        answer = read_answer(response.status_code, response.content, response.reason)
         after = _seconds(response.headers.get("Retry-After"))
         return Reply(answer, response.status_code, after)
 
@@ -103,6 +98,27 @@ def _seconds(retry_after: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(retry_after).timestamp() - time())
     except (ValueError, OverflowError):
         return None
+
+
+def silence(url: str, command: str = "./scripts/serve") -> str:
+    """What to tell of a server that does not answer; `command` is what starts it."""
+    return f"{url} does not answer: is {command} running?"
+
+
+def no_answer(url: str, exc: requests.RequestException, command: str = "./scripts/serve") -> str:
+    """What to tell of a request that failed; its kind if there was a connection."""
+    if isinstance(exc, requests.ConnectionError):
+        return silence(url, command)
+    return f"{url} does not answer: {type(exc).__name__}"
+
+
+def read_answer(status: int, content: bytes, reason: str | None) -> dict[str, Any]:
+    """What a server said; an error in its place if that is no JSON object."""
+    try:
+        # TorchServe's own errors have no status.
+        return {"status": "error"} | json.loads(content)
+    except (ValueError, TypeError):
+        return error(status, "NoAnswer", reason or "no JSON in the answer")
 
 
 def error(code: int, kind: str, message: str) -> dict[str, Any]:

@@ -186,8 +186,7 @@ def _usage(action: Action) -> str:
 
 def _help(parser: ArgumentParser, action: Action) -> tuple[str, str]:
     """The default, and the help without the words about it."""
-    text = (action.help or "").replace("(%(default)s)", "(default: %(default)s)")
-    text = text % (vars(action) | {"prog": parser.prog})
+    text = (action.help or "") % (vars(action) | {"prog": parser.prog})
     meaning, _, default = text.partition("(default: ")
     if not default and action.default not in (None, False, SUPPRESS) and action.default != []:
         default = f"{action.default})"

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import requests
 
 from handler.errors import SetupError
+from service.client import no_answer
 from service.gateway.settings import GatewaySettings
 from service.gateway.watch import ask_prediction
 from service.torchserve.management import Management, ModelState, UnknownModel, direct_session
@@ -26,7 +27,7 @@ def check_models(management: str, predictions: str, models: Sequence[str]) -> tu
     try:
         states = {model: _describe(client, model) for model in models or client.models()}
     except requests.RequestException as exc:
-        return False, f"{management} does not answer: {type(exc).__name__}"
+        return False, no_answer(management, exc)
     if not states:
         return False, "no model is registered"
     healthy, lines = True, []
@@ -59,5 +60,5 @@ def check_gateway() -> tuple[bool, str]:
     except SetupError as exc:
         return False, str(exc)
     except requests.RequestException as exc:
-        return False, f"{url} does not answer: {type(exc).__name__}"
-    return answer.ok, answer.text
+        return False, no_answer(url, exc, "./scripts/gateway")
+    return answer.ok, answer.text.rstrip()

@@ -47,3 +47,8 @@ def cell_text(cell: object, digits: int = 1) -> str:
     if cell is None:
         return "-"
     return f"{cell:.{digits}f}" if isinstance(cell, float) else str(cell)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and what it counts, as in 1 image and 2 images; the plural has an s more."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from service.tables import counted
+
 
 @contextmanager
 def stage(what: str, total: int, unit: str) -> Iterator[Callable[[], object]]:
@@ -14,6 +16,6 @@ def stage(what: str, total: int, unit: str) -> Iterator[Callable[[], object]]:
     The function that it gives is to be called after each unit.
     """
     if not sys.stderr.isatty():
-        print(f"{what}: {total} {unit}s", file=sys.stderr, flush=True)
+        print(f"{what}: {counted(total, unit)}", file=sys.stderr, flush=True)
     with tqdm(desc=what, total=total, unit=unit, disable=None) as bar:
         yield bar.update

@@ -68,8 +68,8 @@ def expand(inputs: Iterable[Path], listed: BinaryIO) -> list[Path]:
     """The files and archives that are meant, in a fixed order.
 
     A folder stands for the images below it, a pattern for what it fits, and `-` for the paths in
-    the lines of `listed`. Raises SetupError if there are more than MAX_PATHS, or a line is too
-    long.
+    the lines of `listed`. Raises SetupError if an input does not exist, if there are more than
+    MAX_PATHS files, or a line is too long.
     """
     found: list[Path] = []
     for path in _expand(inputs, listed):
@@ -84,12 +84,14 @@ def _expand(inputs: Iterable[Path], listed: BinaryIO) -> Iterator[Path]:
         if given == Path("-"):
             for path in _lines(listed):
                 yield from _below(path)
-        elif glob.has_magic(str(given)) and not given.exists():
-            fitting = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207 - absolute, too
-            for name in fitting or [str(given)]:  # one that fits nothing cannot be read
-                yield from _below(Path(name))
-        else:
+        elif given.exists():
             yield from _below(given)
+        else:
+            fitting = sorted(glob.glob(str(given), recursive=True))  # noqa: PTH207 - absolute, too
+            if not fitting:
+                raise SetupError(f"{given} does not exist")
+            for name in fitting:
+                yield from _below(Path(name))
 
 
 def _lines(listed: BinaryIO) -> Iterator[Path]:
@@ -136,7 +138,7 @@ def read(paths: Iterable[Path]) -> Iterator[Image]:
             yield from members(path)
         except DAMAGED as exc:
             reason = getattr(exc, "strerror", None) or str(exc) or type(exc).__name__
-            problem = f"{path}: the rest of the archive cannot be read: {reason}"
+            problem = f"the rest of the archive cannot be read: {reason}"
             yield Image(str(path), problem=("UnreadableArchive", problem))
 
 
@@ -147,15 +149,13 @@ def read_file(path: Path) -> Image:
             return _image(str(path), file)
     except (OSError, ValueError) as exc:  # ValueError: a NUL in the name
         reason = getattr(exc, "strerror", exc)
-        return Image(str(path), problem=("UnreadableFile", f"{path}: {reason}"))
+        return Image(str(path), problem=("UnreadableFile", str(reason)))
 
 
 def _image(name: str, file: IO[bytes]) -> Image:
     body = file.read(MAX_IMAGE_BYTES + 1)
     if len(body) > MAX_IMAGE_BYTES:
-        return Image(
-            name, problem=("ImageTooLarge", f"{name}: more than {MAX_IMAGE_BYTES >> 20} MiB")
-        )
+        return Image(name, problem=("ImageTooLarge", f"more than {MAX_IMAGE_BYTES >> 20} MiB"))
     return Image(name, body)
 
 
@@ -170,7 +170,7 @@ def _read_zip(path: Path) -> Iterator[Image]:
                 with archive.open(member) as file:
                     image = _image(name, file)
             except DAMAGED as exc:
-                image = Image(name, problem=("UnreadableFile", f"{name}: {exc}"))
+                image = Image(name, problem=("UnreadableFile", str(exc)))
             left -= len(image.body) or MAX_IMAGE_BYTES  # a broken one may have taken as much
             if left < 0:
                 raise ValueError("it grows too much as it is decompressed")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from service.bulk.results import Record
-from service.tables import text_table
+from service.tables import counted, text_table
 
 MOST = 10  # classes that are listed
 
@@ -67,7 +67,7 @@ class Summary:
         """For a terminal."""
         failed = sum(self.failed.values())
         lines = [
-            f"{self.images} images: {self.classified} classified, {failed} failed",
+            f"{counted(self.images, 'image')}: {self.classified} classified, {failed} failed",
             f"this run: {self.new} in {self.seconds:.1f} s, {self.rate:.1f} images/s; "
             f"{self.skipped} skipped",
         ]

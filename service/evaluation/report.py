@@ -9,7 +9,7 @@ from service.bulk.report import draw_thumbnail, render
 from service.bulk.sources import read_file
 from service.evaluation.figures import EXAMPLES, Comparison, Figures, Group, Share
 from service.evaluation.run import Outcome, Run
-from service.tables import text_table
+from service.tables import counted, text_table
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 MOST_FAILED = 200
@@ -35,8 +35,8 @@ def lines(report: Report) -> list[str]:
         text += [f"{letter} {figures.target}".strip(), *_models(figures), *_headline(figures), ""]
     if compared := report.comparison:
         text += [
-            f"{compared.images} images: both right {compared.both}, only A {compared.only_a}, "
-            f"only B {compared.only_b}, neither {compared.neither}",
+            f"{counted(compared.images, 'image')}: both right {compared.both}, "
+            f"only A {compared.only_a}, only B {compared.only_b}, neither {compared.neither}",
             compared.verdict,
             "",
         ]

@@ -68,7 +68,7 @@ def _read(paths: Mapping[Path, int]) -> Iterator[Image]:
         if path.is_file():
             yield read_file(path)
         else:  # a pipe or a device might never end
-            yield Image(str(path), problem=("UnreadableFile", f"{path}: no such file"))
+            yield Image(str(path), problem=("UnreadableFile", "no such file"))
 
 
 def _model(metadata: Answer) -> str:

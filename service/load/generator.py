@@ -68,6 +68,12 @@ async def send_once(
         return generator.samples
 
 
+async def try_one(url: str, image: ImageRequest, headers: Mapping[str, str] | None = None) -> Reply:
+    """The reply to one image. Raises aiohttp.ClientError, TimeoutError and OSError."""
+    async with _session(headers, TIMEOUT_SECONDS) as session:
+        return await poster(session, url)(image)
+
+
 def _session(headers: Mapping[str, str] | None, timeout_seconds: float) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0),  # as many connections as requests at once
@@ -82,7 +88,12 @@ def poster(session: aiohttp.ClientSession, url: str) -> Post:
 
     async def post(image: ImageRequest) -> Reply:
         headers = {"Content-Type": image.content_type}
-        async with session.post(url, data=image.body, headers=headers) as response:
+        async with session.post(
+            url,
+            data=image.body,
+            headers=headers,
+            allow_redirects=False,  # a key in the session's headers is for this server alone
+        ) as response:
             return response.status, response.headers, await response.read()
 
     return post

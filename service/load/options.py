@@ -14,9 +14,10 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--url",
         default="http://127.0.0.1:8080",
-        help="the server, or a whole URL with a path to send images to (%(default)s)",
+        help="the server, or a whole URL with a path to send images to (default: %(default)s)",
     )
-    add("--model", default="mobilenet_v2", help="if --url has no path (%(default)s)")
+    model = "if --url has no path (default: %(default)s)"
+    add("--model", default="mobilenet_v2", metavar="NAME", help=model)
     add("--images", type=Path, metavar="DIR", help="JPEGs to send (default: drawn here)")
     add(
         "--concurrency",
@@ -26,21 +27,24 @@ def make_parser() -> argparse.ArgumentParser:
         help="closed loop of so many clients, one measurement each (default: 1 8 32)",
     )
     add("--rate", type=positive, nargs="+", metavar="R", help="open loop of R requests a second")
-    add("--seconds", type=positive, default=10.0, help="measured (%(default)s)")
-    add("--warmup-seconds", type=positive, default=2.0, help="before each (%(default)s)")
+    seconds = "measured (default: %(default)s)"
+    add("--seconds", type=positive, default=10.0, metavar="S", help=seconds)
+    warmup = "before each (default: %(default)s)"
+    add("--warmup-seconds", type=positive, default=2.0, metavar="S", help=warmup)
     add(
         "--per-request",
         type=number(1, 1024),
         default=1,
         metavar="IMAGES",
-        help="in each request; several go as multipart/mixed (%(default)s)",
+        help="in each request; several go as multipart/mixed (default: %(default)s)",
     )
     add(
         "--form",
         choices=["raw", "multipart"],
         default="raw",
-        help="multipart is multipart/form-data, which browsers send (%(default)s)",
+        help="multipart is multipart/form-data, which browsers send (default: %(default)s)",
     )
+    add("--key-file", type=Path, metavar="FILE", help="the gateway's API key (default: none)")
     add("--header", action="append", default=[], metavar="'NAME: VALUE'", help="repeatable")
     add(
         "--expect",

@@ -13,7 +13,7 @@ from handler.machine import available_cores, cpu_model
 from service.load.images import ImageRequest
 from service.load.measurement import Measurement
 from service.plots import plot
-from service.tables import text_line
+from service.tables import counted, text_line
 
 HEADINGS = ("load", "req/s", "p50 ms", "p90 ms", "p95 ms", "p99 ms", "refused", "failed", "own CPU")
 WIDTHS = (11, *[9] * (len(HEADINGS) - 1))  # known before a figure is: each line is printed at once
@@ -54,7 +54,7 @@ def heading() -> str:
 
 def row(run: Measurement) -> str:
     """A line of the table, and one more for each kind of failure."""
-    load = f"{run.rate:g}/s" if run.rate else f"{run.concurrency} clients"
+    load = f"{run.rate:g}/s" if run.rate else counted(run.concurrency, "client")
     times = (run.p50_ms, run.p90_ms, run.p95_ms, run.p99_ms)
     cells = (load, run.throughput_rps, *times, run.refused, run.failed)
     line = text_line((*cells, f"{run.generator_cpu_percent:.0f}%"), WIDTHS)

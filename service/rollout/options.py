@@ -43,7 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=_steps,
         default="1,5,25,50,100",
         metavar="P,…",
-        help="percent of the requests that the new version gets, at last 100 (%(default)s)",
+        help="percent of the requests for the new version, at last 100 (default: %(default)s)",
     )
     for option, default, kind, text in (
         ("--shadow", 10, number(0, 100), "percent of the requests that are asked of both versions"),
@@ -70,7 +70,7 @@ def _add(
     text: str,
 ) -> None:
     group.add_argument(
-        option, metavar="N", type=kind, default=default, help=f"{text} (%(default)s)"
+        option, metavar="N", type=kind, default=default, help=f"{text} (default: %(default)s)"
     )
 
 

@@ -16,7 +16,7 @@ def make_parser() -> argparse.ArgumentParser:
         "the load (--watch).",
         allow_abbrev=False,
     )
-    parser.add_argument("model", help="its name in the server")
+    parser.add_argument("model", metavar="MODEL", help="its name in the server")
     parser.add_argument(
         "workers",
         nargs="?",
@@ -26,8 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     for name, port in (("--management", 8081), ("--metrics", 8082)):
         url = f"http://127.0.0.1:{port}"
-        parser.add_argument(name, default=url, help="address (%(default)s)")
-    parser.add_argument("--version", help="of the model (the default one)")
+        parser.add_argument(name, metavar="URL", default=url, help="address (default: %(default)s)")
+    parser.add_argument("--version", help="of the model (default: its default version)")
     parser.add_argument(
         "--force", action="store_true", help="start more workers even if memory does not suffice"
     )
@@ -36,7 +36,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         type=SECONDS,
         default=300,
-        help="seconds until all workers are READY (%(default)s)",
+        help="seconds until all workers are READY (default: %(default)s)",
     )
     group = parser.add_argument_group("autoscaler")
     group.add_argument("--watch", action="store_true", help="let the number follow the load")
@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
         ("--interval", 5, SECONDS, "seconds between two looks"),
     ):
         group.add_argument(
-            option, metavar="N", type=kind, default=default, help=f"{text} (%(default)s)"
+            option, metavar="N", type=kind, default=default, help=f"{text} (default: %(default)s)"
         )
     return parser
 

@@ -26,7 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--slo-p99-ms", type=positive, required=True, metavar="MS", help=limit)
     budget = "start no measurement that would end later (default: %(default)s)"
     add("--budget-minutes", type=positive, default=10.0, metavar="N", help=budget)
-    add("--seconds", type=positive, default=5.0, help="of each measurement (default: %(default)s)")
+    each = "of each measurement (default: %(default)s)"
+    add("--seconds", type=positive, default=5.0, metavar="S", help=each)
     add(
         "--concurrency",
         type=number(1, 10_000),

@@ -25,6 +25,7 @@ from handler.machine import available_cores, cpu_model, has_gpu
 from handler.settings import PREFIX
 from service.load.images import load_images
 from service.options import ModelOptions
+from service.tables import counted
 from service.temporary import TemporaryFolder
 from service.torchserve.config import ServerConfig
 from service.tuning.bench import Bench, TuningOptions
@@ -140,7 +141,7 @@ def conclude(trials: Sequence[Trial], bench: Bench, out: Path, ending: Ending) -
         return 130 if ending == "interrupted" else 1
     trial, point = winner
     figures = f"{point.throughput_rps:.1f} req/s, p99 {point.p99_ms:.1f} ms"
-    found = f"{trial.configuration}: {figures} with {point.concurrency} clients"
+    found = f"{trial.configuration}: {figures} with {counted(point.concurrency, 'client')}"
     met = point.meets(slo)
     missed = f"No configuration meets p99 {slo:g} ms; nothing is written. Closest:"
     print("Best:" if met else missed, found)

@@ -89,7 +89,8 @@ def test_predict_prints_a_table(server: Server, tmp_path: Path) -> None:
 def test_predict_tells_failures(server: Server, tmp_path: Path, machine: bool) -> None:
     (tmp_path / "good.png").write_bytes(encoded("red", "PNG"))
     (tmp_path / "bad.jpg").write_bytes(b"no image")
-    images = [str(tmp_path / name) for name in ("good.png", "bad.jpg", "missing.jpg")]
+    (tmp_path / "bad.zip").write_bytes(b"no archive")
+    images = [str(tmp_path / name) for name in ("good.png", "bad.jpg", "bad.zip")]
     options = ["--json"] if machine else []
     done = run_script("predict", tmp_path, "--url", server.url, "--top-k", "3", *options, *images)
     assert done.returncode == 1
@@ -97,7 +98,10 @@ def test_predict_tells_failures(server: Server, tmp_path: Path, machine: bool) -
         answers = [json.loads(line) for line in done.stdout.splitlines()]
         assert [answer["status"] for answer in answers] == ["success", "error", "error"]
         assert answers[0]["metadata"]["filename"] == "good.png"
-        assert [answer["type"] for answer in answers[1:]] == ["UnreadableImage", "UnreadableFile"]
+        assert [answer["type"] for answer in answers[1:]] == [
+            "UnreadableImage",
+            "UnreadableArchive",
+        ]
     else:
         assert "UnreadableImage" in done.stdout
 

@@ -69,7 +69,9 @@ def test_more_than_memory_holds(two_workers: Server) -> None:
 
 
 def test_unknown_models(two_workers: Server) -> None:
-    assert scale(two_workers, "1", "--version", "9").returncode == 1
+    done = scale(two_workers, "1", "--version", "9")
+    assert done.returncode == 2
+    assert "has no model mobilenet_v2/9; it has mobilenet_v2/1.0" in done.stderr
     assert scale(two_workers, "0").returncode == 2
 
 

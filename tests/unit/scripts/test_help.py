@@ -1,10 +1,13 @@
 """What the commands say of themselves."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from scripts.generate import PARSERS
 
 ROOT = Path(__file__).parents[3]
 COMMANDS = sorted(
@@ -20,3 +23,14 @@ def test_help_names_defaults_only_where_there_are_some(command: str) -> None:
     assert f"./scripts/{command}" in done.stdout
     assert "default: None" not in done.stdout
     assert "default: False" not in done.stdout
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_defaults_are_named_in_one_form(command: str) -> None:
+    parser = PARSERS[command]()
+    for action in parser._actions:
+        text = (action.help or "") % (vars(action) | {"prog": parser.prog})
+        outside = re.sub(r"\(default: .*\)", "", text)
+        assert f"({action.default})" not in outside
+        assert "default: " not in outside
+        assert "(the default" not in outside

@@ -86,7 +86,7 @@ def test_options_are_listed_as_help_explains_them() -> None:
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of a worker")
     other.add_argument("images", nargs="+", metavar="IMAGE")
     other.add_argument("--tuned", nargs="?", metavar="FILE", help="best so far (default: not used)")
-    other.add_argument("--seconds", type=float, default=2.0, help="measured (%(default)s)")
+    other.add_argument("--seconds", type=float, default=2.0, help="measured (default: %(default)s)")
     other.add_argument("--json", action="store_true", help="for machines")
     found = tables({"serve": serve, "other": other})
     assert found["options serve"][2:] == ["| `--device cpu/cuda` | cpu | of a worker |"]

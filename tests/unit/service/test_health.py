@@ -121,7 +121,7 @@ def test_models_on_several_pages(web: Web) -> None:
 def test_nobody_answers(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
     address = f"http://127.0.0.1:{closed_port}"
     assert main(["--management", address]) == 1
-    assert capsys.readouterr().out == f"{address} does not answer: ConnectionError\n"
+    assert capsys.readouterr().out == f"{address} does not answer: is ./scripts/serve running?\n"
 
 
 @pytest.mark.parametrize("models", [[], ["birds"]], ids=["all", "named"])
@@ -149,10 +149,10 @@ def test_the_gateway_is_asked_where_its_variables_say(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    web.answers["/health"] = web.text('{"status": "what it says"}', status)
+    web.answers["/health"] = web.text('{"status": "what it says"}\n', status)
     monkeypatch.setenv("GATEWAY_PORT", web.url.rpartition(":")[2])
     assert main(["--gateway"]) == exit_status
-    assert "what it says" in capsys.readouterr().out
+    assert capsys.readouterr().out == '{"status": "what it says"}\n'
 
 
 def test_a_gateway_that_does_not_answer(
@@ -160,7 +160,8 @@ def test_a_gateway_that_does_not_answer(
 ) -> None:
     monkeypatch.setenv("GATEWAY_PORT", str(closed_port))
     assert main(["--gateway"]) == 1
-    assert f":{closed_port}/health does not answer: ConnectionError" in capsys.readouterr().out
+    message = f":{closed_port}/health does not answer: is ./scripts/gateway running?\n"
+    assert capsys.readouterr().out.endswith(message)
     monkeypatch.setenv("GATEWAY_PORT", "0")
     assert main(["--gateway"]) == 1
     assert "GATEWAY_PORT must be 1 to 65535" in capsys.readouterr().out

@@ -125,6 +125,11 @@ def test_thumbnails_are_of_what_can_be_opened_here() -> None:
         assert report.draw_thumbnail(body) is None
 
 
+def test_one_image_is_no_plural() -> None:
+    assert Summary(images=1, classified=1).lines()[0] == "1 image: 1 classified, 0 failed"
+    assert Summary().lines()[0] == "0 images: 0 classified, 0 failed"
+
+
 def test_csv_and_parquet_have_what_the_lines_have(images: Path, tmp_path: Path) -> None:
     paths = {kind: tmp_path / f"r.{kind}" for kind in ("csv", "parquet")}
     with serving(says) as service:
@@ -190,12 +195,25 @@ def test_mistakes_are_named_before_anything_is_sent(images: Path, tmp_path: Path
 def test_without_an_output_a_folder_is_answered_in_order(images: Path) -> None:
     with serving(says) as service:
         done = predict(service, images, "--json")
-        missing = predict(service, "missing.png")
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     best = [answer["predictions"][0]["confidence"] for answer in answers[:6]]
     assert best == [0.9, 0.8, 0.7, 0.4, 0.6, 0.5], "by name: <img… before =4.png"
     assert [answer["type"] for answer in answers[6:]] == ["UnreadableImage"]
-    assert (done.returncode, missing.returncode) == (1, 1)
-    assert missing.stdout == (
-        "missing.png\n  UnreadableFile: missing.png: No such file or directory\n\n"
-    )
+    assert done.returncode == 1
+
+
+def test_a_path_that_does_not_exist_is_a_mistake(images: Path, tmp_path: Path) -> None:
+    with serving(says) as service:
+        done = predict(service, images, "missing", "--output", tmp_path / "r.csv")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: missing does not exist\n"
+    assert not service.asked
+    assert list(tmp_path.iterdir()) == [images]
+
+
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path: Path) -> None:
+    (tmp_path / "broken.zip").touch()
+    with serving(says) as service:
+        done = predict(service, tmp_path / "broken.zip")
+    assert done.returncode == 1
+    assert done.stdout.count("broken.zip") == 1

@@ -55,8 +55,18 @@ def test_a_pattern_is_a_file_of_that_name_first(tmp_path: Path) -> None:
     deep, odd, plain = files(tmp_path, "a/b/1.jpg", "[1].jpg", "1.jpg")
     assert set(expand([tmp_path / "**" / "1.jpg"], NOTHING)) == {deep, plain}
     assert expand([tmp_path / "[1].jpg"], NOTHING) == [odd]
-    [missing] = read(expand([tmp_path / "*.webp"], NOTHING))
-    assert missing.problem == ("UnreadableFile", f"{tmp_path}/*.webp: No such file or directory")
+
+
+@pytest.mark.parametrize("name", ["missing", "missing.jpg", "missing.zip", "*.webp"])
+def test_a_path_that_does_not_exist_is_a_mistake(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SetupError) as raised:
+        expand([*files(tmp_path, "1.jpg"), tmp_path / name], NOTHING)
+    assert str(raised.value) == f"{tmp_path / name} does not exist"
+
+
+def test_a_path_of_a_list_that_does_not_exist_is_a_problem(tmp_path: Path) -> None:
+    [missing] = read(expand([Path("-")], io.BytesIO(f"{tmp_path}/missing.jpg\n".encode())))
+    assert missing.problem == ("UnreadableFile", "No such file or directory")
 
 
 def test_a_list_on_stdin_names_files_and_folders(tmp_path: Path) -> None:
@@ -113,7 +123,7 @@ def test_a_member_that_is_too_large_is_left_out(
     else:
         tar(path, members, "w:gz")
     large, fits = read([path])
-    assert large.problem == ("ImageTooLarge", f"{path}/1.jpg: more than 1 MiB")
+    assert large.problem == ("ImageTooLarge", "more than 1 MiB")
     assert (large.body, fits.body) == (b"", b"fits")
 
 
@@ -127,7 +137,7 @@ def test_a_tar_that_grows_too_much_ends(tmp_path: Path, monkeypatch: pytest.Monk
     path = tar(tmp_path / "a.tgz", {"zeros": bytes(2**24), "1.jpg": b"one"}, "w:gz")
     assert path.stat().st_size * sources.MAX_RATIO < 2**24
     assert problems(path) == [
-        f"{path}: the rest of the archive cannot be read: it grows too much as it is decompressed"
+        "the rest of the archive cannot be read: it grows too much as it is decompressed"
     ]
 
 
@@ -151,7 +161,7 @@ def test_a_header_cannot_ask_for_memory(tmp_path: Path) -> None:
             file.write(bytes(2**24))
     with at_most(2**28):
         assert problems(path) == [
-            f"{path}: the rest of the archive cannot be read: a header of {2**30} bytes"
+            f"the rest of the archive cannot be read: a header of {2**30} bytes"
         ]
 
 

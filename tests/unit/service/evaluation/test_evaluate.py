@@ -205,6 +205,13 @@ def test_a_target_that_is_wrong_is_named(
     assert "secret" not in done.stderr
 
 
+def test_levels_are_those_of_the_service(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["images", "--set", "0.995"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("--set: must be 0.5 to 0.99, got '0.995'\n")
+
+
 @pytest.mark.parametrize("status", [401, 404])
 def test_a_service_that_refuses_all_is_not_measured(
     evaluate: Evaluate, images: Path, status: int
@@ -273,4 +280,4 @@ def test_names_are_compared_across_other_orders_of_the_classes(
     others = {(images / "1.jpg").read_bytes(): answer(2, 1, 0)}
     with serving(service_of(answers)) as a, serving(renamed(others)) as b:
         done = evaluate(images, "--url", a.url, "--against", b.url)
-    assert "1 images: both right 1" in done.stdout, done.stderr
+    assert "1 image: both right 1" in done.stdout, done.stderr

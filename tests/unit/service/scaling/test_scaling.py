@@ -1,5 +1,7 @@
 """./scripts/scale in front of a server of every mood, and what it reads there."""
 
+import json
+
 import pytest
 
 from scripts.scale import main
@@ -100,25 +102,38 @@ def test_workers_that_do_not_come(server: Server, capsys: pytest.CaptureFixture[
     assert "UNLOADING" in done.out
 
 
-def test_an_unknown_model(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(web, "2") == 1
+@pytest.mark.parametrize("argv", [["2"], ["--watch"]])
+def test_an_unknown_model(web: Web, capsys: pytest.CaptureFixture[str], argv: list[str]) -> None:
+    """The server says which there are, if it can."""
+    assert run(web, *argv) == 2
     assert capsys.readouterr().err == f"error: {web.url} has no model birds\n"
-    assert run(web, "2", "--version", "2.0") == 1
-    assert capsys.readouterr().err == f"error: {web.url} has no model birds/2.0\n"
-    assert run(web, "--watch") == 1
-    assert capsys.readouterr().err == f"error: {web.url} has no model birds\n"
+    for names, words in ((["fish", "owls"], "fish, owls"), ([], "none")):
+        models = {"models": [{"modelName": name} for name in names]}
+        web.answers["/models"] = web.text(json.dumps(models), content_type=JSON)
+        assert run(web, *argv) == 2
+        assert capsys.readouterr().err == f"error: {web.url} has no model birds; it has {words}\n"
+
+
+def test_an_unknown_version(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
+    web.answers["/models"] = web.text('{"models": [{"modelName": "birds"}]}', content_type=JSON)
+    web.answers["/models/birds/all"] = web.text('[{"modelVersion": "1.0"}]', content_type=JSON)
+    assert run(web, "2", "--version", "2.0") == 2
+    message = f"error: {web.url} has no model birds/2.0; it has birds/1.0\n"
+    assert capsys.readouterr().err == message
 
 
 def test_nobody_answers(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:
     address = f"http://127.0.0.1:{closed_port}"
-    assert main(["birds", "2", "--management", address]) == 1
-    assert capsys.readouterr().err == f"error: {address} does not answer: ConnectionError\n"
+    assert main(["birds", "2", "--management", address]) == 2
+    message = f"error: {address} does not answer: is ./scripts/serve running?\n"
+    assert capsys.readouterr().err == message
 
 
 def test_somebody_else_answers(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
     web.answers["/models/birds"] = Web.text("<html>")
-    assert run(web, "2") == 1
-    assert capsys.readouterr().err.startswith(f"error: {web.url} does not answer: ")
+    assert run(web, "2") == 2
+    message = f"error: {web.url} does not answer: InvalidJSONError\n"
+    assert capsys.readouterr().err == message
 
 
 def test_what_the_server_says_against_it(
@@ -126,7 +141,7 @@ def test_what_the_server_says_against_it(
 ) -> None:
     refusal = Web.text('{\n  "message": "no"\n}', 400, JSON)
     server.web.answers["/models/birds?min_worker=2&max_worker=2"] = refusal
-    assert run(server.web, "2") == 1
+    assert run(server.web, "2") == 2
     assert capsys.readouterr().err == 'error: HTTP 400 of the server: { "message": "no" }\n'
 
 

@@ -1,4 +1,4 @@
-"""Exit 0 only if each model has all its workers READY and answers a prediction.
+"""Exit 0 only if each version of each model has all its workers READY and answers a prediction.
 
 For containers and load balancers. TorchServe's own /ping says Healthy while models load, while
 workers crash, and without any model; its workers say READY while every prediction fails.
@@ -13,7 +13,12 @@ from service.health import check_gateway, check_models
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
-    parser.add_argument("models", nargs="*", help="default: every registered model, at least one")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        help="NAME, which is its default version, or NAME/VERSION; default: every version of every "
+        "registered model, at least one",
+    )
     parser.add_argument(
         "--management", default="http://127.0.0.1:8081", help="management address (%(default)s)"
     )

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.arguments import number, positive, share
+from service.arguments import Parser, number, positive, share
 from service.client import read_key
 from service.evaluation.evaluation import evaluate
 from service.evaluation.figures import Figures
@@ -20,7 +20,7 @@ from service.evaluation.targets import Asking
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/evaluate", description=__doc__)
+    parser = Parser(prog="./scripts/evaluate", description=__doc__)
     add = parser.add_argument
     add(
         "images",

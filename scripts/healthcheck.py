@@ -8,11 +8,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from service.arguments import Parser
 from service.health import check_gateway, check_models
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
+    parser = Parser(prog="./scripts/healthcheck", description=__doc__)
     parser.add_argument(
         "models",
         nargs="*",

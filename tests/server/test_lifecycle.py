@@ -54,8 +54,7 @@ def refused(folder: Path, *options: str, env: dict[str, str] | None = None) -> s
     """The one line that ./scripts/serve ends with; it must end with 2 before Java starts."""
     done = run_script("serve", folder, *port_options(free_ports()), *options, env=env)
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    beside = ("usage:", "  ", "Downloading ")
-    [line] = [line for line in done.stderr.splitlines() if not line.startswith(beside)]
+    [line] = [line for line in done.stderr.splitlines() if not line.startswith("Downloading ")]
     return line
 
 

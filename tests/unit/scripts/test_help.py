@@ -20,3 +20,13 @@ def test_help_names_defaults_only_where_there_are_some(command: str) -> None:
     assert f"./scripts/{command}" in done.stdout
     assert "default: None" not in done.stdout
     assert "default: False" not in done.stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_in_the_options_is_one_line(command: str) -> None:
+    asked = [sys.executable, "-m", f"scripts.{command}", "--modell=resnet50"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(f"; see ./scripts/{command} --help\n")
+    assert done.stderr.count("\n") == 1

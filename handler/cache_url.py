@@ -6,7 +6,7 @@ from urllib.parse import SplitResult, urlsplit
 from handler.errors import InvalidSettings
 
 
-def check_url(url: str) -> None:
+def check_url(url: str, name: str = "cache_url") -> None:
     """Raise InvalidSettings unless it is the URL of a Redis. Needs no client."""
     try:
         fits = _fits(urlsplit(url))
@@ -14,7 +14,7 @@ def check_url(url: str) -> None:
         fits = False
     if not fits:
         raise InvalidSettings(
-            "cache_url must be redis://[[USER]:PASSWORD@]HOST[:PORT][/NUMBER], rediss://… for TLS, "
+            f"{name} must be redis://[[USER]:PASSWORD@]HOST[:PORT][/NUMBER], rediss://… for TLS, "
             "or unix:///PATH; special characters of a password are percent-encoded (its value is "
             "not shown here)"
         )

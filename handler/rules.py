@@ -151,6 +151,7 @@ def from_environment(kind: type, prefix: str, environ: Mapping[str, str]) -> dic
             known = ", ".join(prefix + key.upper() for key in rules)
             raise InvalidSettings(f"{name} is unknown; known: {known}")
         values[key] = rules[key].parse(name, text)
+        rules[key].check(name, values[key])  # here, so that a message names the variable
     return values
 
 

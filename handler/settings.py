@@ -111,7 +111,10 @@ class Settings:
         """
         section = {} if section is None else section
         check_names(rules_of(cls), section, "handler")
-        values = dict(section) | from_environment(cls, PREFIX, environ)
+        given = from_environment(cls, PREFIX, environ)
+        if given.get("cache_url"):
+            check_url(given["cache_url"], f"{PREFIX}CACHE_URL")
+        values = dict(section) | given
         profile = values.get("env", cls.env)
         rules_of(cls)["env"].check("env", profile)
         return cls(**PROFILES[profile] | values)

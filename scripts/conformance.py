@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from service.arguments import Parser
 from service.tables import text_table
 from tests.conformance.checks import FAIL
 from tests.conformance.environments import SetupFailed
@@ -18,7 +19,7 @@ from tests.conformance.kit import ClientFailed, NoServer, counts, examine, run
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/conformance", description=__doc__)
+    parser = Parser(prog="./scripts/conformance", description=__doc__)
     parser.add_argument("url", help="where the REST protocols are, as in http://127.0.0.1:8080")
     parser.add_argument("model", help="the model's name")
     parser.add_argument(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from handler.errors import SetupError
 from handler.fields import LEVELS
-from service.arguments import between, number, positive, share
+from service.arguments import Parser, between, number, positive, share
 from service.client import read_key
 from service.evaluation.evaluation import evaluate
 from service.evaluation.figures import Figures
@@ -21,7 +21,7 @@ from service.evaluation.targets import Asking
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/evaluate", description=__doc__)
+    parser = Parser(prog="./scripts/evaluate", description=__doc__)
     add = parser.add_argument
     add(
         "images",

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from threading import Event
 
 from handler.errors import SetupError
+from service.arguments import Parser
 from service.gateway.process import POLL_SECONDS, Gateway, GatewayEnded
 from service.gateway.settings import NAME, GatewaySettings, name_ignored
 from service.logs import Log, default_form
@@ -18,7 +19,7 @@ from service.processes import on_stop
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/gateway", description=__doc__)
+    parser = Parser(prog="./scripts/gateway", description=__doc__)
     parser.add_argument(
         "--new-key", metavar="NAME", help="print a new key of a client and its line for the file"
     )

@@ -24,13 +24,14 @@ from scripts import (
     replay,
     sbom,
 )
+from service.arguments import Parser
 from service.generated import ROOT, outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/generate", description=__doc__)
+    parser = Parser(prog="./scripts/generate", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and exit with 1 if anything is stale"
     )

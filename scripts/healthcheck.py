@@ -1,4 +1,4 @@
-"""Exit 0 only if each model has all its workers READY and answers a prediction.
+"""Exit 0 only if each version of each model has all its workers READY and answers a prediction.
 
 For containers and load balancers. TorchServe's own /ping says Healthy while models load, while
 workers crash, and without any model; its workers say READY while every prediction fails.
@@ -8,16 +8,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from service.arguments import Parser
 from service.health import check_gateway, check_models
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/healthcheck", description=__doc__)
+    parser = Parser(prog="./scripts/healthcheck", description=__doc__)
     parser.add_argument(
         "models",
         nargs="*",
         metavar="MODEL",
-        help="(default: every registered model, at least one)",
+        help="NAME, which is its default version, or NAME/VERSION (default: every version of every "
+        "registered model, at least one)",
     )
     for name, port in (("management", 8081), ("predictions", 8080)):
         parser.add_argument(

@@ -18,7 +18,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetupError as exc:
         print(f"warning: Java starts slower, without class data sharing: {exc}", file=sys.stderr)
         return 1
-    print(f"{JAVA_CDS}  {JAVA_CDS.stat().st_size / 2**20:.1f} MiB")
     return 0
 
 

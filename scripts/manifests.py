@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from handler.errors import SetupError
+from service.arguments import Parser
 from service.manifests import ROOT, outdated
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/manifests", description=__doc__)
+    parser = Parser(prog="./scripts/manifests", description=__doc__)
     parser.add_argument(
         "--check", action="store_true", help="write nothing, and exit with 1 if anything is stale"
     )

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.arguments import number, positive
+from service.arguments import Parser, number, positive
 from service.bulk.labelling import FORMATS, Output, label
 from service.bulk.sources import SUFFIXES, expand, read
 from service.client import Client, error, read_key, table
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/predict", description=__doc__)
+    parser = Parser(prog="./scripts/predict", description=__doc__)
     add = parser.add_argument
     add(
         "images",

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
-from service.arguments import number, positive
+from service.arguments import Parser, number, positive
 from service.processes import on_stop
 from service.rehearsal.scenarios import SCENARIOS, Rehearsal
 from service.torchserve.config import ROOT
@@ -22,7 +22,7 @@ MANIFESTS = ("deploy/kubernetes/base", "deploy/kubernetes/components/hpa")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/rehearse", description=__doc__)
+    parser = Parser(prog="./scripts/rehearse", description=__doc__)
     add = parser.add_argument
     add("scenarios", nargs="+", metavar="SCENARIO", choices=SCENARIOS, help=", ".join(SCENARIOS))
     add(

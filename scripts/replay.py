@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
+from service.arguments import Parser
 from service.replay.logged import read_logged
 from service.replay.replay import describe, replay
 from service.torchserve.config import ServerConfig
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./scripts/replay",
         description=__doc__,
         epilog="Exit status: 0 the same answer, 1 another one, 2 it cannot be told.",

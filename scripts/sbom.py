@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from handler.errors import SetupError
+from service.arguments import Parser
 from service.sbom import sbom_of_archive, sbom_of_installation
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="./scripts/sbom", description=__doc__)
+    parser = Parser(prog="./scripts/sbom", description=__doc__)
     parser.add_argument(
         "archive", type=Path, nargs="?", metavar="ARCHIVE", help="(default: this installation)"
     )

@@ -1,13 +1,21 @@
-"""Types of argparse: what an option's text may be. Standard library only."""
+"""The commands' parser, and its types: what an option's text may be. Standard library only."""
 
 import argparse
 import math
 import re
 from collections.abc import Callable
+from typing import NoReturn
 
 from service.registry.references import DIGEST, NAME, parse_reference
 
 WORKERS = 1, 1024
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that reports a mistake in one line, not under its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; see {self.prog} --help\n")
 
 
 def number(low: int, high: int) -> Callable[[str], int]:

@@ -42,7 +42,13 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
             return
         torch = installed.get("torch")
         build = torch or "auto" if torch_build == "auto" else torch_build
-        print("Setting up .venv (once; torch is a large download) …", file=sys.stderr, flush=True)
+        missing = sorted(name for name in required if installed.get(name) != required[name])
+        is_renewed = "requirements.txt" in missing  # which has torch, TorchServe and Java
+        if torch != build or is_renewed:
+            what = "Setting up .venv (once; torch is a large download)"
+        else:
+            what = f"Adding {', '.join(missing)} to .venv"
+        print(f"{what} …", file=sys.stderr, flush=True)
         if not installed:
             _run([sys.executable, "-m", "venv", "--clear", VENV])
             # The repository itself becomes importable, as an editable install would make it. The
@@ -53,14 +59,15 @@ def set_up(requirements: Sequence[str], torch_build: str) -> None:
         STAMP.unlink(missing_ok=True)  # an interrupted set-up starts over
         if torch not in (None, build):
             _pip("uninstall", "--yes", "torch", "torchvision")
-        if torch != build or installed.get("requirements.txt") != required["requirements.txt"]:
+        if torch != build or is_renewed:
             build = _install_torch(build)  # before the rest, which would take the default build
         _pip("install", *(f"--requirement={ROOT / name}" for name in requirements))
         if build == "cuda" and has_gpu():
             with suppress(CalledProcessError):  # it has said so; the service does without
                 _pip("install", f"--requirement={ROOT / GPU_REQUIREMENTS}")
-        with suppress(CalledProcessError):  # it has said so; Java does without
-            _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
+        if is_renewed:
+            with suppress(CalledProcessError):  # it has said so; Java does without
+                _run([PYTHON, ROOT / "scripts" / "java_cds.py"])
         facts = {"torch": build, "python": _real_python()}
         STAMP.write_text(json.dumps(installed | required | facts))
 

@@ -5,6 +5,7 @@ its workers say READY while every prediction fails.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import requests
 
@@ -20,12 +21,15 @@ TIMEOUT_SECONDS = 5
 def check_models(management: str, predictions: str, models: Sequence[str]) -> tuple[bool, str]:
     """Whether each model has all its workers READY and answers a prediction; a line for each.
 
-    `management` and `predictions` are http://HOST:PORT. No models means every registered one, and
-    at least one.
+    `management` and `predictions` are http://HOST:PORT. A model is NAME, which is its default
+    version, or NAME/VERSION. No models means every registered version, and at least one.
     """
     client, address = Management(management, TIMEOUT_SECONDS), predictions.removeprefix("http://")
     try:
-        states = {model: _describe(client, model) for model in models or client.models()}
+        if models:
+            states = {model: _describe(client, model) for model in models}
+        else:
+            states = _describe_all(client)
     except requests.RequestException as exc:
         return False, no_answer(management, exc)
     if not states:
@@ -48,6 +52,18 @@ def _describe(client: Management, model: str) -> ModelState | None:
         return client.describe(model)
     except UnknownModel:
         return None
+
+
+def _describe_all(client: Management) -> dict[str, ModelState | None]:
+    """All versions of all models; the only version of a model goes by the model's name."""
+    states: dict[str, ModelState | None] = {}
+    for model in client.models():
+        with suppress(UnknownModel):  # it was unregistered meanwhile
+            versions = client.describe_versions(model)
+            for state in versions:
+                name = model if len(versions) == 1 else f"{model}/{state.version}"
+                states[name] = state
+    return states
 
 
 def check_gateway() -> tuple[bool, str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from service.arguments import (
     PORT,
     WORKERS,
+    Parser,
     device_ids,
     host,
     model_version,
@@ -245,14 +246,14 @@ def parse_package(argv: Sequence[str] | None = None) -> ModelOptions:
 
 def serve_parser() -> argparse.ArgumentParser:
     about = "Package models and serve them with TorchServe."
-    parser = argparse.ArgumentParser("./scripts/serve", description=about, allow_abbrev=False)
+    parser = Parser("./scripts/serve", description=about, allow_abbrev=False)
     add_options(parser, ServeOptions, without=NOT_SERVED)
     return parser
 
 
 def package_parser() -> argparse.ArgumentParser:
     about = "Make model_store/{model}.mar."
-    parser = argparse.ArgumentParser("./scripts/package", description=about, allow_abbrev=False)
+    parser = Parser("./scripts/package", description=about, allow_abbrev=False)
     add_options(parser, ModelOptions)
     return parser
 

@@ -3,11 +3,12 @@
 import argparse
 from pathlib import Path
 
+from service.arguments import Parser
 from service.chaos.schedule import KINDS
 
 
 def make_parser(description: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./scripts/chaos",
         description=description,
         epilog=f"The faults are {', '.join(KINDS)}.",

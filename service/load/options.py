@@ -3,11 +3,11 @@
 import argparse
 from pathlib import Path
 
-from service.arguments import number, positive
+from service.arguments import Parser, number, positive
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./scripts/benchmark", description="Load a running server and check every answer."
     )
     add = parser.add_argument

@@ -6,7 +6,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from service.arguments import number, positive, share
+from service.arguments import Parser, number, positive, share
 
 ABOUT = (
     "Put a new version of a model in the place of the old one step by step, and put everything "
@@ -15,7 +15,7 @@ ABOUT = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("./scripts/rollout", description=ABOUT, allow_abbrev=False)
+    parser = Parser("./scripts/rollout", description=ABOUT, allow_abbrev=False)
     parser.add_argument("archive", nargs="?", type=Path, metavar="NEW.mar", help="the new version")
     parser.add_argument(
         "--status", action="store_true", help="what the last rollout is doing, or has done"

@@ -3,14 +3,14 @@
 import argparse
 from collections.abc import Sequence
 
-from service.arguments import number, positive
+from service.arguments import Parser, number, positive
 from service.options import RANGES
 
 WORKERS, SECONDS = number(*RANGES["workers"]), number(1, 86_400)
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./scripts/scale",
         description="Have more or fewer workers of a running model, or let their number follow "
         "the load (--watch).",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from handler.environment import own_variables
 from handler.errors import InvalidSettings
 from handler.machine import count_gpus
 
@@ -39,6 +40,17 @@ CONFIG_KEYS = frozenset(
     workflow_store vmargs plugins_path
     """.split()
 )
+# TorchServe takes these from its file alone. The other variables are called as its constants are.
+_FILE_ONLY = frozenset(
+    """
+    enable_envvars_config io_ratio metric_time_interval model_snapshot models system_metrics_cmd
+    use_env_allowed_urls use_native_io
+    """.split()
+)
+VARIABLES = {f"TS_{key.upper().removeprefix('TS_')}": key for key in CONFIG_KEYS - _FILE_ONLY}
+VARIABLES["TS_TOKEN_EXPIRATION_TIME_MIN"] = VARIABLES.pop("TS_TOKEN_EXPIRATION_MIN")
+# The first is read by TorchServe's workers, the second is kept from it by TorchServe.start().
+_OTHER_VARIABLES = frozenset({"TS_BENCHMARK", "TS_CONFIG_FILE"})
 
 
 class Address(NamedTuple):
@@ -170,7 +182,7 @@ class ServerConfig:
 def read_properties(path: Path = CONFIG) -> dict[str, str]:
     """config.properties under the environment's TS_<KEY>, as TorchServe itself reads the two.
 
-    Raises InvalidSettings for a key that TorchServe would ignore.
+    Raises InvalidSettings for a key, or a variable, that TorchServe would ignore.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -186,8 +198,10 @@ def read_properties(path: Path = CONFIG) -> dict[str, str]:
                 f"{path.name}, line {number}: {key!r} is not a TorchServe setting"
             )
         properties[key] = value
-    names = {key: f"TS_{key.upper()}" for key in CONFIG_KEYS}
-    return properties | {key: os.environ[n] for key, n in names.items() if n in os.environ}
+    variables = own_variables(os.environ, "TS_")
+    for name in variables.keys() - VARIABLES.keys() - _OTHER_VARIABLES:
+        raise InvalidSettings(f"{name} has no effect: TorchServe reads no such variable")
+    return properties | {VARIABLES[n]: text for n, text in variables.items() if n in VARIABLES}
 
 
 def _path(properties: Mapping[str, str], key: str, file: Path) -> Path:

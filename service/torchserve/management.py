@@ -91,6 +91,11 @@ class Management:
         """The model's state. Raises UnknownModel."""
         return self._ask_model("GET", model, _parse_state)
 
+    def describe_versions(self, model: str) -> list[ModelState]:
+        """The states of all versions of a model, by version. Raises UnknownModel."""
+        states = self._ask_model("GET", f"{model}/all", _parse_states)
+        return sorted(states, key=lambda state: state.version)
+
     def info(self, model: str) -> dict[str, Any]:
         """What the model's handler says of itself; a worker answers this. Raises UnknownModel."""
         return self._ask_model("GET", model, _parse_info, customized="true")
@@ -159,7 +164,15 @@ def _parse_versions(answer: Any) -> list[str]:
 
 
 def _parse_state(answer: Any) -> ModelState:
-    (facts,) = answer
+    (state,) = _parse_states(answer)
+    return state
+
+
+def _parse_states(answer: Any) -> list[ModelState]:
+    return [_parse_version(facts) for facts in answer]
+
+
+def _parse_version(facts: Any) -> ModelState:
     queue = facts["jobQueueStatus"]
     return ModelState(
         version=facts["modelVersion"],

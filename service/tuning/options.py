@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from handler.machine import available_cores
-from service.arguments import number, positive
+from service.arguments import Parser, number, positive
 from service.options import NOT_SERVED, ModelOptions, add_options, read_options
 from service.registry.references import parse_reference
 from service.tuning.bench import TuningOptions
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="./scripts/tune",
         description="Find the configuration that serves a model fastest within a latency limit. "
         "A model option that is given (--precision, --workers, …) is kept and not varied.",

@@ -8,7 +8,7 @@ from dataclasses import fields
 
 from handler.settings import Settings
 from service.gateway.settings import GatewaySettings
-from service.torchserve.config import CONFIG_KEYS
+from service.torchserve.config import VARIABLES
 from tests import ROOT
 
 
@@ -37,9 +37,8 @@ def check_variables(environment: Mapping[str, str]) -> None:
     """Every variable is one that the code reads, with a value that it takes."""
     others = {"PATH", "PYTHONDONTWRITEBYTECODE"}
     handler = {f"CLASSIFIER_{spec.name.upper()}" for spec in fields(Settings)}
-    server = {f"TS_{key.upper()}" for key in CONFIG_KEYS}
     for name in environment:
-        assert name.startswith("GATEWAY_") or name in handler | server | others
+        assert name.startswith("GATEWAY_") or name in handler | VARIABLES.keys() | others
     Settings.load({}, environment)
     values = {
         name: re.sub(r"\$\{\w+:-(.*?)\}", r"\1", value)

@@ -61,6 +61,9 @@ def addresses(server: Server) -> list[str]:
 def test_healthcheck(server: Server, tmp_path: Path) -> None:
     done = run_script("healthcheck", tmp_path, *addresses(server), server.model)
     assert (done.returncode, done.stdout) == (0, "mobilenet_v2: 2 of 2 workers READY\n")
+    done = run_script("healthcheck", tmp_path, *addresses(server))
+    assert done.returncode == 0
+    assert f"{server.model}: 2 of 2 workers READY\n" in done.stdout
     done = run_script("healthcheck", tmp_path, *addresses(server), server.model, "unknown")
     assert done.returncode == 1
     assert "unknown: not registered" in done.stdout

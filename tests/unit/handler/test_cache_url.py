@@ -41,3 +41,5 @@ def test_an_address_that_is_none_stops_the_start_and_is_not_quoted(url: str) -> 
         Settings(cache_url=url)
     assert "s3cret" not in str(raised.value)
     assert raised.value.__suppress_context__ or raised.value.__context__ is None
+    with pytest.raises(InvalidSettings, match=r"^CLASSIFIER_CACHE_URL must be redis://"):
+        Settings.load({}, {"CLASSIFIER_CACHE_URL": url})

@@ -172,11 +172,13 @@ def test_edges_of_a_range_are_valid(name: str, low: int, high: int) -> None:
 @pytest.mark.parametrize("source", ["yaml", "environment"])
 def test_beyond_a_range_is_refused(name: str, low: int, high: int, side: str, source: str) -> None:
     value = low - 1 if side == "below" else high + 1
+    variable = f"CLASSIFIER_{name.upper()}"
     section = {name: value} if source == "yaml" else {}
-    environ = {f"CLASSIFIER_{name.upper()}": str(value)} if source == "environment" else {}
+    environ = {variable: str(value)} if source == "environment" else {}
     with pytest.raises(InvalidSettings) as refusal:
         load(section, **environ)
-    assert str(refusal.value) == f"{name} must be {low} to {high}, got {value}"
+    said = name if source == "yaml" else variable
+    assert str(refusal.value) == f"{said} must be {low} to {high}, got {value}"
 
 
 @pytest.mark.parametrize(("name", "choices"), CHOICES)
@@ -188,10 +190,11 @@ def test_every_choice_is_valid(name: str, choices: list[str]) -> None:
 @pytest.mark.parametrize(("name", "choices"), CHOICES)
 @pytest.mark.parametrize("value", ["", "CPU", "other"])
 def test_another_choice_is_refused(name: str, choices: list[str], value: str) -> None:
-    for section, environ in (({name: value}, {}), ({}, {f"CLASSIFIER_{name.upper()}": value})):
+    variable = f"CLASSIFIER_{name.upper()}"
+    for said, section, environ in ((name, {name: value}, {}), (variable, {}, {variable: value})):
         with pytest.raises(InvalidSettings) as refusal:
             load(section, **environ)
-        rule = f"{name} must be one of {', '.join(choices)}"
+        rule = f"{said} must be one of {', '.join(choices)}"
         assert str(refusal.value) == f"{rule}, got {value!r}"
 
 

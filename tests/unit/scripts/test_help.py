@@ -34,3 +34,13 @@ def test_defaults_are_named_in_one_form(command: str) -> None:
         assert f"({action.default})" not in outside
         assert "default: " not in outside
         assert "(the default" not in outside
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_mistake_in_the_options_is_one_line(command: str) -> None:
+    asked = [sys.executable, "-m", f"scripts.{command}", "--modell=resnet50"]
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(f"; see ./scripts/{command} --help\n")
+    assert done.stderr.count("\n") == 1

@@ -142,10 +142,24 @@ def test_a_checkout_that_is_moved_runs_its_own_code(
         subprocess.run(command, env={"LC_ALL": locale}, cwd="/", check=True)
 
 
-def test_changed_pins_are_installed_again(repository: Path, commands: list[list[str]]) -> None:
+def test_what_a_command_needs_beside_is_added(
+    repository: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither torch nor Java's classes are made anew."""
+    set_up(["requirements-dev.txt"], "auto")
+    assert capsys.readouterr().err == "Adding requirements-dev.txt to .venv …\n"
+    [command] = commands
+    assert f"--requirement={repository / 'requirements-dev.txt'}" in command
+
+
+def test_changed_pins_are_installed_again(
+    repository: Path, commands: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
     requirements = repository / "requirements.txt"
     requirements.write_text(requirements.read_text() + "orjson==3.0\n")
     set_up(["requirements-dev.txt"], "auto")
+    assert capsys.readouterr().err == "Setting up .venv (once; torch is a large download) …\n"
+    assert [str(repository / "scripts" / "java_cds.py")] in commands
     assert "--index-url" in installing(commands, "torch==2.0.0")  # it stays the CPU build
     assert installing(commands, f"--requirement={repository / 'requirements-dev.txt'}")
     commands.clear()
@@ -181,6 +195,7 @@ def test_a_class_archive_that_fails_is_done_without(
             raise subprocess.CalledProcessError(1, command)
 
     monkeypatch.setattr(bootstrap, "_run", failing)
+    stamp(repository, "cpu")
     set_up(["requirements-dev.txt"], "auto")
     assert "requirements-dev.txt" in json.loads(bootstrap.STAMP.read_text())
 

@@ -18,7 +18,8 @@ def serve(web: Web, **models: Any) -> None:
     listed = {"models": [{"modelName": name, "modelUrl": f"{name}.mar"} for name in models]}
     web.answers["/models"] = web.text(json.dumps(listed), content_type=JSON)
     for name, facts in models.items():
-        web.answers[f"/models/{name}"] = web.text(json.dumps(facts), content_type=JSON)
+        answer = web.text(json.dumps(facts), content_type=JSON)
+        web.answers[f"/models/{name}"] = web.answers[f"/models/{name}/all"] = answer
         web.answers[f"/predictions/{name}"] = web.text("{}", content_type=JSON)
 
 
@@ -93,6 +94,27 @@ def test_every_model_counts(web: Web, capsys: pytest.CaptureFixture[str]) -> Non
     ]
 
 
+def test_every_version_counts(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
+    """TorchServe lists versions in no order, and describes the default one to who names none."""
+    first, second = described("READY", expected=1)[0], described(expected=0)[0]
+    serve(web, birds=[second | {"modelVersion": "2.0"}, first])
+    for version, facts in (("1.0", first), ("2.0", second)):
+        path = f"birds/{version}"
+        web.answers[f"/models/{path}"] = web.text(json.dumps([facts]), content_type=JSON)
+        web.answers[f"/predictions/{path}"] = web.text("{}", content_type=JSON)
+    assert check(web) == 1
+    lines = ["birds/1.0: 1 of 1 workers READY", "birds/2.0: 0 of 0 workers READY"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert [check(web, "birds/1.0"), check(web, "birds/2.0")] == [0, 1]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_model_that_is_unregistered_meanwhile(web: Web) -> None:
+    serve(web, birds=described("READY", "READY"), fish=described("READY"))
+    del web.answers["/models/fish/all"]
+    assert check(web) == 0
+
+
 def test_only_the_models_named_count(web: Web, capsys: pytest.CaptureFixture[str]) -> None:
     serve(web, birds=described("READY", "READY"), fish=described("READY"))
     assert check(web, "birds") == 0
@@ -115,7 +137,7 @@ def test_models_on_several_pages(web: Web) -> None:
     second = {"models": [{"modelName": "fish"}]}
     web.answers["/models?next_page_token=1"] = web.text(json.dumps(second), content_type=JSON)
     assert check(web) == 1
-    assert "/models/fish" in web.asked
+    assert "/models/fish/all" in web.asked
 
 
 def test_nobody_answers(closed_port: int, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,11 +16,14 @@ Parse = Callable[[list[str]], Any]
 
 
 def mistake(argv: list[str], capsys: pytest.CaptureFixture[str], parse: Parse = parse_serve) -> str:
-    """What is printed below the usage; the exit status is 2."""
+    """The mistake in the one line that is printed; the exit status is 2."""
     with pytest.raises(SystemExit) as ended:
         parse(argv)
     assert ended.value.code == 2
-    return capsys.readouterr().err.splitlines()[-1]
+    [line] = capsys.readouterr().err.splitlines()
+    message, see, _ = line.partition("; see ./scripts/")
+    assert see
+    return message
 
 
 def test_nothing_is_decided_without_options() -> None:

@@ -162,4 +162,5 @@ def test_a_mistake_is_one_line(
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"{message}; see ./scripts/scale --help")

@@ -1,5 +1,6 @@
 """config.properties: the keys that TorchServe reads, paths, addresses, numbers."""
 
+import re
 import struct
 import zipfile
 from collections.abc import Callable
@@ -12,7 +13,14 @@ import pytest
 from handler.errors import InvalidSettings
 from service.plan import MODEL_CONFIG
 from service.torchserve import config as configuration
-from service.torchserve.config import CONFIG, CONFIG_KEYS, Address, ServerConfig, read_properties
+from service.torchserve.config import (
+    CONFIG,
+    CONFIG_KEYS,
+    VARIABLES,
+    Address,
+    ServerConfig,
+    read_properties,
+)
 from service.torchserve.java import LOG_CONFIG
 
 READ_BY_THE_LAUNCHER = {"vmargs", "plugins_path"}
@@ -48,6 +56,14 @@ def test_every_known_key_is_one_that_torchserve_reads() -> None:
     read = constants("org/pytorch/serve/util/ConfigManager.class")
     assert read >= CONFIG_KEYS - READ_BY_THE_LAUNCHER
     assert not READ_BY_THE_LAUNCHER & read
+
+
+def test_every_known_variable_is_one_that_torchserve_reads() -> None:
+    """It looks for variables that are called like its constants."""
+    read = constants("org/pytorch/serve/util/ConfigManager.class")
+    others = {"TS_CONFIG_FILE", "TS_METRICS"}  # kept from it, and the name of a logger
+    assert {name for name in read if re.fullmatch("TS_[A-Z_]+", name)} - others < VARIABLES.keys()
+    assert VARIABLES.keys() - read == {f"TS_{key.upper()}" for key in READ_BY_THE_LAUNCHER}
 
 
 def test_every_known_model_key_is_one_that_torchserve_reads() -> None:
@@ -109,9 +125,19 @@ def test_typo_is_named_with_its_line(tmp_path: Path, line: str, key: str) -> Non
 def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TS_MODEL_STORE", "/elsewhere")
     monkeypatch.setenv("TS_DEBUG", "")
-    monkeypatch.setenv("TS_SURPRISE", "x")
+    monkeypatch.setenv("TS_BENCHMARK", "true")
+    monkeypatch.setenv("TS_SERVICE_HOST", "10.0.0.1")  # Kubernetes', of a Service called ts
     config = read_properties(written(tmp_path, "model_store=here\nmetrics_mode=log\n"))
     assert config == {"model_store": "/elsewhere", "metrics_mode": "log", "debug": ""}
+
+
+@pytest.mark.parametrize("name", ["TS_MODEL_STROE", "TS_model_store", "TS_IO_RATIO"])
+def test_a_variable_that_torchserve_ignores_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(InvalidSettings, match=f"^{name} has no effect: TorchServe reads no such"):
+        read_properties(written(tmp_path, "model_store=here\n"))
 
 
 # --- Values

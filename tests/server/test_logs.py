@@ -15,10 +15,11 @@ def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> Non
     """The lines of the banner are run as printed, and what comes of them is in the log."""
     env = {"TS_MODEL_STORE": str(store)}
     with serving(tmp_path, *colours, "--log-format", "text", env=env) as server:
-        lines = [line for line in server.text().splitlines() if " curl " in line]
+        lines = re.findall("^  (?:predict|top 3|info|scale|metrics) +(.*)", server.text(), re.M)
         assert len(lines) == 5
         for line in lines:
-            command = line[line.index("curl ") :] + " --silent --show-error --fail"
+            options = " --silent --show-error --fail" if line.startswith("curl ") else ""
+            command = line + options
             done = subprocess.run(["bash", "-c", command], capture_output=True, timeout=60)
             assert done.returncode == 0, (line, done.stderr)
             assert done.stdout

@@ -33,15 +33,15 @@ class Log:
         """What is for people, as it is."""
         self._write(text.encode())
 
-    def relay(self, output: IO[bytes], look: Callable[[bytes], None] | None = None) -> None:
-        """Write what a process prints, line by line, until it ends; `look` sees each line first."""
+    def relay(self, output: IO[bytes], look: Callable[[bytes], bool] | None = None) -> None:
+        """Write what a process prints, line by line, until it ends.
+
+        `look` sees each line first, and says whether it is worth writing.
+        """
         rest = b""
         while chunk := os.read(output.fileno(), CHUNK_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
-            if look:
-                for line in lines:
-                    look(line)
-            self._write_lines(lines)
+            self._write_lines([line for line in lines if look(line)] if look else lines)
         self._write_lines([rest])
 
     def _write_lines(self, lines: Iterable[bytes]) -> None:

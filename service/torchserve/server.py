@@ -21,6 +21,7 @@ from service.torchserve.config import CONFIG, ServerConfig
 from service.torchserve.java import (
     JAVA_CDS,
     MEMORY_OPTIONS,
+    NOISE,
     OUT_OF_MEMORY,
     memory_bounds,
     server_command,
@@ -153,10 +154,14 @@ class TorchServe:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
 
-    def read(self, line: bytes) -> None:
-        """Look at a line that Java has printed; `relay` calls this."""
+    def read(self, line: bytes) -> bool:
+        """Look at a line that Java has printed; `relay` calls this.
+
+        False if it tells nobody anything.
+        """
         if found := OUT_OF_MEMORY.match(line):
             self._out_of_memory = found[1].decode("utf-8", "replace").removesuffix(", aborting")
+        return not line.startswith(NOISE)
 
     def exit_status(self) -> int | None:
         """The status with which Java ended; None while it runs."""

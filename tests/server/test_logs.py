@@ -17,6 +17,7 @@ def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> Non
     with serving(tmp_path, *colours, "--log-format", "text", env=env) as server:
         lines = re.findall("^  (?:predict|top 3|info|scale|metrics) +(.*)", server.text(), re.M)
         assert len(lines) == 5
+        assert "getCallerClass" not in server.text()  # which log4j prints at each start
         for line in lines:
             options = " --silent --show-error --fail" if line.startswith("curl ") else ""
             command = line + options

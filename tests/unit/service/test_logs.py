@@ -45,7 +45,7 @@ def relayed(
     form: str,
     *parts: bytes,
     capfd: pytest.CaptureFixture[str],
-    look: Callable[[bytes], None] | None = None,
+    look: Callable[[bytes], bool] | None = None,
 ) -> list[str]:
     """What comes out for what a process prints in parts."""
     reader, writer = os.pipe()
@@ -176,5 +176,11 @@ def test_text_is_for_terminals() -> None:
 
 def test_each_line_is_shown_to_who_looks(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[bytes] = []
-    relayed("json", b"one\ntw", b"o\n", b"three\n", capfd=capfd, look=seen.append)
+
+    def look(line: bytes) -> bool:
+        seen.append(line)
+        return line != b"two"
+
+    written = relayed("json", b"one\ntw", b"o\n", b"three\n", capfd=capfd, look=look)
     assert seen == [b"one", b"two", b"three"]
+    assert [json.loads(line)["message"] for line in written] == ["one", "three"]

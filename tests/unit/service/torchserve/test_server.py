@@ -145,6 +145,13 @@ def test_what_java_had_no_memory_for(tmp_path: Path, line: str, found: str | Non
     assert server.out_of_memory() == found
 
 
+def test_what_log4j_prints_at_each_start_is_not_written(tmp_path: Path) -> None:
+    server = server_of(tmp_path, "exit 0")
+    noise = b"WARNING: sun.reflect.Reflection.getCallerClass is not supported. This will impact"
+    assert not server.read(noise)
+    assert server.read(b"WARNING: something else")
+
+
 # --- The process, with a shell script for Java
 
 

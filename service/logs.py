@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from typing import IO, Any
 
 CHUNK_BYTES = 65536
+# What a terminal could take for orders, as escapes that people see: all but newline and tab.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Log:
@@ -79,9 +81,10 @@ def to_json(line: bytes) -> bytes:
 def to_text(line: bytes) -> bytes:
     """One readable line; a traceback follows on lines of its own."""
     try:
-        return _for_people(json.loads(to_json(line))).encode()
+        text = _for_people(json.loads(to_json(line)))
     except (ValueError, KeyError, TypeError):  # whoever writes like us; nothing is lost
-        return line
+        text = line.decode("utf-8", "replace")
+    return text.translate(CONTROLS).encode("utf-8", "backslashreplace")  # half a surrogate pair
 
 
 def _for_people(facts: dict[str, Any]) -> str:

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import requests
 
+from tests.processes import wait_for
 from tests.server.colours import encoded
 from tests.server.serving import Server, serving
+
+BAD_FORM, AS_FORM = b"a=\x1b[31mPWNED%zz", {"Content-Type": "application/x-www-form-urlencoded"}
 
 
 def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> None:
@@ -28,6 +31,7 @@ def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> Non
                 assert json.loads(done.stdout)["status"] == "success"
         answer = requests.post(server.predictions, data=encoded("blue"), timeout=30)
         requests.post(server.predictions, data=b"no image", timeout=30)
+        requests.post(server.predictions, data=BAD_FORM, headers=AS_FORM, timeout=30)
     log = server.text().split("Ready after")[1].splitlines()[1:]
     good = [line for line in log if answer.headers["x-request-id"] in line]
     clock = r"\d\d:\d\d:\d\d\.\d{3}"
@@ -37,6 +41,23 @@ def test_text_for_people(tmp_path: Path, colours: list[str], store: Path) -> Non
     assert "stopping" in last_words  # TorchServe may have something to say after it
     assert last_words[-1] == "stopped"
     assert not any("{" in line for line in log)
+    (position,) = [number for number, line in enumerate(log) if "HttpRequestHandler" in line]
+    assert log[position + 1].endswith("$ErrorDataDecoderException")
+    assert re.match(clock, log[position + 2])
+    assert "PWNED" not in server.text()
+
+
+def test_a_form_that_netty_cannot_read_is_not_quoted(server: Server) -> None:
+    answer = requests.post(server.predictions, data=BAD_FORM, headers=AS_FORM, timeout=30)
+    assert (answer.status_code, answer.json()["type"]) == (500, "ErrorDataDecoderException")
+
+    def causes() -> list[str]:
+        lines = [line["cause"] for line in server.log("torchserve")]
+        return [cause for cause in lines if "ErrorDataDecoderException" in cause]
+
+    wait_for(causes, 10)
+    assert all(cause.endswith("$ErrorDataDecoderException") for cause in causes())
+    assert "PWNED" not in server.text()
 
 
 def test_variables_of_kubernetes_are_named_once(server: Server) -> None:

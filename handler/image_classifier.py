@@ -31,7 +31,7 @@ from handler.failures import GPU_FAILED, Failures
 from handler.golden import limit_of
 from handler.gpus import open_gauges
 from handler.headers import is_probe, read_deadline, wants_best_classes
-from handler.logs import log_line, quiet_torchserve, set_level
+from handler.logs import log_line, quiet_torchserve, set_level, silence_torchserve
 from handler.model_card import ModelCard
 from handler.payloads import ImageRequest, protocol_of, read_request
 from handler.pipeline import warm_up
@@ -71,6 +71,8 @@ class ImageClassifier(BaseHandler):
                 message=str(exc),
                 cause=None if expected else traceback.format_exc(),
             )
+            if self.may_end:
+                silence_torchserve()
             raise RuntimeError(str(exc)) from exc
         # What was loaded stays for good: a full collection, in the middle of a request, would go
         # through all of torch and find nothing.

@@ -35,6 +35,11 @@ def quiet_torchserve() -> None:
     logging.getLogger(caching_metric.__name__).setLevel(logging.INFO)
 
 
+def silence_torchserve() -> None:
+    """Stop TorchServe's worker from writing tracebacks of a failure that our own line tells."""
+    logging.getLogger().setLevel(logging.CRITICAL)
+
+
 def log_line(level: int, event: str, **facts: Any) -> None:
     """One JSON object on one line of the worker's stdout, which TorchServe passes on.
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from service.gateway.process import Gateway
 from service.logs import Log
+from service.scaling.options import make_parser
 from service.torchserve.config import ROOT, Addresses
 from service.torchserve.management import Management
 
@@ -39,6 +40,19 @@ def announce(
         log.text(text) if log.form == "text" else sys.stderr.write(text)
 
 
+def scale_command(model: str, workers: int, addresses: Addresses) -> str:
+    """The line that gives `model`, by its name or name/version, so many workers."""
+    name, _, version = model.partition("/")
+    words = [f"{os.path.relpath(ROOT)}/scripts/scale", name, str(workers)]
+    if version:
+        words += ["--version", version]
+    for option in ("management", "metrics"):
+        url = getattr(addresses, option).url
+        if url != make_parser().get_default(option):
+            words += [f"--{option}", url]
+    return shlex.join(words)
+
+
 def banner(
     served: Sequence[str], addresses: Addresses, gateway: Gateway | None, seconds: float
 ) -> str:
@@ -59,7 +73,7 @@ def banner(
             f"  predict   curl {predict} -T {example}",
             f"  top {top_k}     curl {predict} -F file=@{example} -F top_k={top_k}",
             f"  info      curl '{described}?customized=true'",
-            f"  scale     curl -X PUT '{described}?min_worker={workers + 1}'",
+            f"  scale     {scale_command(model, workers + 1, addresses)}",
             "",
         ]
     if gateway:

@@ -13,6 +13,8 @@ from datetime import datetime, timezone
 from typing import IO, Any
 
 CHUNK_BYTES = 65536
+# What a terminal could take for orders, as escapes that people see: all but newline and tab.
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 
 
 class Log:
@@ -33,15 +35,15 @@ class Log:
         """What is for people, as it is."""
         self._write(text.encode())
 
-    def relay(self, output: IO[bytes], look: Callable[[bytes], None] | None = None) -> None:
-        """Write what a process prints, line by line, until it ends; `look` sees each line first."""
+    def relay(self, output: IO[bytes], look: Callable[[bytes], bool] | None = None) -> None:
+        """Write what a process prints, line by line, until it ends.
+
+        `look` sees each line first, and says whether it is worth writing.
+        """
         rest = b""
         while chunk := os.read(output.fileno(), CHUNK_BYTES):
             *lines, rest = (rest + chunk).split(b"\n")
-            if look:
-                for line in lines:
-                    look(line)
-            self._write_lines(lines)
+            self._write_lines([line for line in lines if look(line)] if look else lines)
         self._write_lines([rest])
 
     def _write_lines(self, lines: Iterable[bytes]) -> None:
@@ -79,9 +81,10 @@ def to_json(line: bytes) -> bytes:
 def to_text(line: bytes) -> bytes:
     """One readable line; a traceback follows on lines of its own."""
     try:
-        return _for_people(json.loads(to_json(line))).encode()
+        text = _for_people(json.loads(to_json(line)))
     except (ValueError, KeyError, TypeError):  # whoever writes like us; nothing is lost
-        return line
+        text = line.decode("utf-8", "replace")
+    return text.translate(CONTROLS).encode("utf-8", "backslashreplace")  # half a surrogate pair
 
 
 def _for_people(facts: dict[str, Any]) -> str:

@@ -103,6 +103,23 @@ def run(
 
     `started` is when the command was, by time.monotonic().
     """
+    try:
+        serve_until_stopped(plan, server, gateway, log, started)
+    except SetupError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return 2
+    except (StartFailed, GatewayEnded, requests.RequestException) as exc:
+        log.event("ERROR", "failed", message=str(exc))
+        print(f"error: {exc}; see the log above", file=sys.stderr)
+        return 1
+    log.event("INFO", "stopped")
+    return 0
+
+
+def serve_until_stopped(
+    plan: ServicePlan, server: TorchServe, gateway: Gateway | None, log: Log, started: float
+) -> None:
+    """Start everything, and return or raise what went wrong only when all of it has ended."""
     stop = Event()
     on_stop(lambda *_: stop.set())
     addresses, served = plan.server.addresses, [model.served_as for model in plan.models]
@@ -127,13 +144,6 @@ def run(
             if gateway:
                 gateway.check()
         log.event("INFO", "stopping")
-    except SetupError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return 2
-    except (StartFailed, GatewayEnded, requests.RequestException) as exc:
-        log.event("ERROR", "failed", message=str(exc))
-        print(f"error: {exc}; the cause is in the log above", file=sys.stderr)
-        return 1
     finally:
         # A second Ctrl-C is obeyed at once.
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -142,8 +152,6 @@ def run(
                 gateway.stop()  # first: what it has taken in is answered
         finally:
             server.stop()
-    log.event("INFO", "stopped")
-    return 0
 
 
 def ending(server: TorchServe) -> str:
@@ -169,7 +177,8 @@ def wait_until_ready(
             raise StartFailed(f"TorchServe did not accept the archive of {model}") from exc
         pids[model] |= {worker.pid for worker in state.workers if worker.pid > 0}
         if not state.is_ready and len(pids[model]) > state.min_workers * (1 + MAX_RESTARTS):
-            raise StartFailed(f"{model} does not load: its workers end again and again")
+            reason = server.startup_failure(model) or "its workers end again and again"
+            raise StartFailed(f"{model} does not load: {reason}")
         return state.is_ready
 
     def all_ready() -> bool:

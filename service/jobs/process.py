@@ -102,9 +102,10 @@ class JobsServer:
         with process.stdout as output:
             self._output.relay(output, self._look)
 
-    def _look(self, line: bytes) -> None:
+    def _look(self, line: bytes) -> bool:
         if LISTENING.encode() in line:
             self._listens.set()
+        return True
 
     def check(self) -> None:
         """Start it again if it has died; to be called repeatedly.

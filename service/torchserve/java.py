@@ -28,6 +28,8 @@ MEMORY_OPTIONS = (
     "-XX:AbortVMOnException=MemoryError",
     "-XX:-CreateCoredumpOnCrash",
 )
+# What log4j prints at each start, because TorchServe's jar does not say "Multi-Release".
+NOISE = b"WARNING: sun.reflect.Reflection.getCallerClass is not supported."
 OUT_OF_MEMORY = re.compile(rb"(?:#  fatal error: Saw|Terminating due to) (\S+MemoryError.*)")
 
 

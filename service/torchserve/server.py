@@ -1,5 +1,6 @@
 """TorchServe as a process: started, watched and stopped."""
 
+import json
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from service.torchserve.config import CONFIG, ServerConfig
 from service.torchserve.java import (
     JAVA_CDS,
     MEMORY_OPTIONS,
+    NOISE,
     OUT_OF_MEMORY,
     memory_bounds,
     server_command,
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
 
 STOP_SECONDS = 15
 READ_SECONDS = 5  # for what Java has printed before its end
+STARTUP_FAILED = b'"event": "startup_failed"'
 MAX_FOLDER = 85  # a socket's path has 104 bytes on macOS, and ends in "/.ts.sock.9000"
 
 
@@ -91,6 +94,7 @@ class TorchServe:
         self._watchdog: Watchdog | None = None
         self._folder: TemporaryFolder | None = None
         self._out_of_memory: str | None = None  # in Java's words
+        self._startup_failures: dict[str, str] = {}  # by model: the last that a worker said
 
     def start(self, relay: Callable[[IO[bytes]], None] | None = None) -> None:
         """Start Java as the launcher `torchserve` would.
@@ -153,10 +157,18 @@ class TorchServe:
             self._reader = Thread(target=relay, args=[self._process.stdout], daemon=True)
             self._reader.start()
 
-    def read(self, line: bytes) -> None:
-        """Look at a line that Java has printed; `relay` calls this."""
+    def read(self, line: bytes) -> bool:
+        """Look at a line that Java has printed; `relay` calls this.
+
+        False if it tells nobody anything.
+        """
         if found := OUT_OF_MEMORY.match(line):
             self._out_of_memory = found[1].decode("utf-8", "replace").removesuffix(", aborting")
+        if STARTUP_FAILED in line:
+            with suppress(ValueError, KeyError, TypeError):  # only looks like a worker's
+                facts = json.loads(line)
+                self._startup_failures[facts["model"]] = facts["message"]
+        return not line.startswith(NOISE)
 
     def exit_status(self) -> int | None:
         """The status with which Java ended; None while it runs."""
@@ -167,6 +179,10 @@ class TorchServe:
         if self._reader is not None:
             self._reader.join(READ_SECONDS)
         return self._out_of_memory
+
+    def startup_failure(self, model: str) -> str | None:
+        """Why a worker of a model, by its name or name/version, could not load it, in its words."""
+        return self._startup_failures.get(model.partition("/")[0])
 
     def end_hung_workers(self) -> list[Hung]:
         """Kill the workers that hang and return them; to be called again and again.

@@ -209,11 +209,24 @@ def test_a_launcher_killed_while_packaging_leaves_nothing(tmp_path: Path) -> Non
 def test_a_model_that_cannot_load_ends_the_server(
     tmp_path: Path, colours: list[str], store: Path
 ) -> None:
-    """An archive damaged after packaging: the worker's reason is in the log, the status is 1."""
+    """An archive damaged after packaging: the worker's reason is the last line, the status is 1."""
     copy_changed(store, tmp_path, {"openvino.xml": "<"})
     options = [*colours, "--workers", "1", *port_options(free_ports())]
-    done = run_script("serve", tmp_path, *options)
+    done = subprocess.run(
+        [*SERVE, *options],
+        env=environment(tmp_path),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=180,
+        check=False,
+    )
     assert done.returncode == 1
-    assert "mobilenet_v2 does not load" in done.stderr
+    error = "mobilenet_v2 does not load: openvino.xml in the archive cannot be loaded"
+    assert done.stdout.splitlines()[-1] == f"error: {error}; see the log above"
+    [failed] = events(done.stdout, "failed")
+    assert failed["message"] == error
+    assert not events(done.stdout, "worker")  # the traceback is in the line with the reason
     failure, *_ = events(done.stdout, "startup_failed")
     assert failure["message"] == "openvino.xml in the archive cannot be loaded"
+    assert "Traceback" in failure["cause"]

@@ -45,7 +45,7 @@ def relayed(
     form: str,
     *parts: bytes,
     capfd: pytest.CaptureFixture[str],
-    look: Callable[[bytes], None] | None = None,
+    look: Callable[[bytes], bool] | None = None,
 ) -> list[str]:
     """What comes out for what a process prints in parts."""
     reader, writer = os.pipe()
@@ -112,6 +112,21 @@ def test_a_line_that_only_looks_like_ours_is_kept(text: bytes) -> None:
     assert to_text(text) == text
 
 
+@pytest.mark.parametrize(
+    "text",
+    [line(event="\x1b[31m\x9b\x7f\r", cause="\ta"), b'{"time": "\x1b[31m\xc2\x9b\x7f\r\ta"}'],
+)
+def test_a_terminal_gets_no_orders(text: bytes) -> None:
+    shown = to_text(text).decode()
+    assert "\\x1b[31m\\x9b\\x7f\\x0d" in shown
+    assert "\ta" in shown
+    assert all(character.isprintable() or character in "\n\t" for character in shown)
+
+
+def test_half_a_surrogate_pair_is_shown() -> None:
+    assert b" \\ud800 " in to_text(line(event="\ud800"))
+
+
 @pytest.mark.parametrize("form", ["json", "text"])
 def test_lines_in_parts_come_out_whole(form: str, capfd: pytest.CaptureFixture[str]) -> None:
     long = b"x" * 200_000
@@ -176,5 +191,11 @@ def test_text_is_for_terminals() -> None:
 
 def test_each_line_is_shown_to_who_looks(capfd: pytest.CaptureFixture[str]) -> None:
     seen: list[bytes] = []
-    relayed("json", b"one\ntw", b"o\n", b"three\n", capfd=capfd, look=seen.append)
+
+    def look(line: bytes) -> bool:
+        seen.append(line)
+        return line != b"two"
+
+    written = relayed("json", b"one\ntw", b"o\n", b"three\n", capfd=capfd, look=look)
     assert seen == [b"one", b"two", b"three"]
+    assert [json.loads(line)["message"] for line in written] == ["one", "three"]

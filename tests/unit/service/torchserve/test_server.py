@@ -145,6 +145,23 @@ def test_what_java_had_no_memory_for(tmp_path: Path, line: str, found: str | Non
     assert server.out_of_memory() == found
 
 
+def test_why_a_model_does_not_load(tmp_path: Path) -> None:
+    server = server_of(tmp_path, "exit 0")
+    for model, message in (("birds", "first"), ("birds", "last"), ("cats", "another")):
+        facts = {"time": "", "event": "startup_failed", "model": model, "message": message}
+        assert server.read(json.dumps(facts).encode())
+    assert server.read(b'x "event": "startup_failed"')
+    assert server.startup_failure("birds") == server.startup_failure("birds/1.0") == "last"
+    assert server.startup_failure("dogs") is None
+
+
+def test_what_log4j_prints_at_each_start_is_not_written(tmp_path: Path) -> None:
+    server = server_of(tmp_path, "exit 0")
+    noise = b"WARNING: sun.reflect.Reflection.getCallerClass is not supported. This will impact"
+    assert not server.read(noise)
+    assert server.read(b"WARNING: something else")
+
+
 # --- The process, with a shell script for Java
 
 

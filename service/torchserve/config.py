@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,7 @@ _FILE_ONLY = frozenset(
 VARIABLES = {f"TS_{key.upper().removeprefix('TS_')}": key for key in CONFIG_KEYS - _FILE_ONLY}
 VARIABLES["TS_TOKEN_EXPIRATION_TIME_MIN"] = VARIABLES.pop("TS_TOKEN_EXPIRATION_MIN")
 # The first is read by TorchServe's workers, the second is kept from it by TorchServe.start().
+ALIKE = 0.85  # of difflib: a letter or two are wrong
 _OTHER_VARIABLES = frozenset({"TS_BENCHMARK", "TS_CONFIG_FILE"})
 
 
@@ -182,7 +184,8 @@ class ServerConfig:
 def read_properties(path: Path = CONFIG) -> dict[str, str]:
     """config.properties under the environment's TS_<KEY>, as TorchServe itself reads the two.
 
-    Raises InvalidSettings for a key, or a variable, that TorchServe would ignore.
+    Raises InvalidSettings for a key that TorchServe would ignore, or a variable that is nearly one
+    that it reads: other programs have variables TS_… as well.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -200,7 +203,8 @@ def read_properties(path: Path = CONFIG) -> dict[str, str]:
         properties[key] = value
     variables = own_variables(os.environ, "TS_")
     for name in variables.keys() - VARIABLES.keys() - _OTHER_VARIABLES:
-        raise InvalidSettings(f"{name} has no effect: TorchServe reads no such variable")
+        for meant in get_close_matches(name.upper(), VARIABLES, n=1, cutoff=ALIKE):
+            raise InvalidSettings(f"{name} has no effect: TorchServe reads {meant}")
     return properties | {VARIABLES[n]: text for n, text in variables.items() if n in VARIABLES}
 
 

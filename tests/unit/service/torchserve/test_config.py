@@ -127,16 +127,18 @@ def test_environment_goes_over_the_file(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("TS_DEBUG", "")
     monkeypatch.setenv("TS_BENCHMARK", "true")
     monkeypatch.setenv("TS_SERVICE_HOST", "10.0.0.1")  # Kubernetes', of a Service called ts
+    monkeypatch.setenv("TS_NODE_PROJECT", "x")  # another program's
     config = read_properties(written(tmp_path, "model_store=here\nmetrics_mode=log\n"))
     assert config == {"model_store": "/elsewhere", "metrics_mode": "log", "debug": ""}
 
 
-@pytest.mark.parametrize("name", ["TS_MODEL_STROE", "TS_model_store", "TS_IO_RATIO"])
-def test_a_variable_that_torchserve_ignores_is_named(
+@pytest.mark.parametrize("name", ["TS_MODEL_STROE", "TS_model_store", "TS_MODELSTORE"])
+def test_a_mistyped_variable_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
+    monkeypatch.setenv("TS_AUTHKEY", "of another program")
     monkeypatch.setenv(name, "1")
-    with pytest.raises(InvalidSettings, match=f"^{name} has no effect: TorchServe reads no such"):
+    with pytest.raises(InvalidSettings, match=f"^{name} has no effect: TorchServe reads TS_MODEL"):
         read_properties(written(tmp_path, "model_store=here\n"))
 
 

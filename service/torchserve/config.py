@@ -50,8 +50,8 @@ _FILE_ONLY = frozenset(
 )
 VARIABLES = {f"TS_{key.upper().removeprefix('TS_')}": key for key in CONFIG_KEYS - _FILE_ONLY}
 VARIABLES["TS_TOKEN_EXPIRATION_TIME_MIN"] = VARIABLES.pop("TS_TOKEN_EXPIRATION_MIN")
-# The first is read by TorchServe's workers, the second is kept from it by TorchServe.start().
 ALIKE = 0.85  # of difflib: a letter or two are wrong
+# The first is read by TorchServe's workers, the second is kept from it by TorchServe.start().
 _OTHER_VARIABLES = frozenset({"TS_BENCHMARK", "TS_CONFIG_FILE"})
 
 

@@ -25,9 +25,10 @@ from scripts import (
     sbom,
 )
 from service.arguments import Parser
-from service.generated import ROOT, outdated
+from service.generated import outdated
 from service.openinference import compiled
 from service.options import package_parser, serve_parser
+from service.stale import settle
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,14 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    for path, text in stale.items():
-        name = path.relative_to(ROOT)
-        if args.check:
-            print(f"{name} is stale: run ./scripts/generate")
-        else:
-            path.write_text(text, "utf-8")
-            print(f"{name} is written")
-    return 1 if args.check and stale else 0
+    return settle(stale, "./scripts/generate", args.check)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from handler.errors import SetupError
 from service.arguments import Parser
-from service.manifests import ROOT, outdated
+from service.manifests import outdated
+from service.stale import settle
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -24,14 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SetupError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return 2
-    for path, text in stale.items():
-        name = path.relative_to(ROOT)
-        if args.check:
-            print(f"{name} is stale: run ./scripts/manifests")
-        else:
-            path.write_text(text, "utf-8")
-            print(f"{name} is written")
-    return 1 if args.check and stale else 0
+    return settle(stale, "./scripts/manifests", args.check)
 
 
 if __name__ == "__main__":

@@ -181,14 +181,21 @@ def check_untouched(light: Light, record: Record) -> None:
     assert sent < 0.01 * total
 
 
-def test_a_wrong_recipe_is_taken_back_in_the_shadow(
-    service: Running, good: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("images = [image.flip(0) for image in images]", "another best class"),  # red is blue
+        ("_os._exit(1)", "failed"),
+    ],
+    ids=["wrong recipe", "crashing"],
+)
+def test_a_bad_version_is_taken_back_in_the_shadow(
+    service: Running, good: Path, tmp_path: Path, fault: str, words: str
 ) -> None:
-    """Blue, green and red in place of red, green and blue."""
-    archive = altered(good, tmp_path, "images = [image.flip(0) for image in images]")
+    archive = altered(good, tmp_path, fault)
     with light_load(service) as light:
         record = service.roll_out(archive, *PACE, "--shadow=100", expected=1)
-    check_taken_back(service, light, record, "another best class")
+    check_taken_back(service, light, record, words)
     check_untouched(light, record)
 
 
@@ -203,16 +210,6 @@ def test_a_slow_version_is_taken_back_by_the_replay(
     with light_load(service) as light:
         record = service.roll_out(archive, *PACE, f"--images={images}", expected=1)
     check_taken_back(service, light, record, "slower than")
-    check_untouched(light, record)
-
-
-def test_a_crashing_version_is_taken_back_in_the_shadow(
-    service: Running, good: Path, tmp_path: Path
-) -> None:
-    archive = altered(good, tmp_path, "_os._exit(1)")
-    with light_load(service) as light:
-        record = service.roll_out(archive, *PACE, "--shadow=100", expected=1)
-    check_taken_back(service, light, record, "failed")
     check_untouched(light, record)
 
 

@@ -37,7 +37,8 @@ class TorchServe:
             state = {"modelVersion": "1.0", "workers": [{"status": "READY"}]}
             about = {"model": "mobilenet_v2", "classes": len(LABELS)}
             return [state | ({"customizedMetadata": about} if "customized" in path else {})], {}
-        if "x-probe" not in headers:  # the gateway's own, whenever it likes
+        # The gateway itself asks whether it lives, and for the labels, whenever it likes.
+        if path != "/ping" and "x-probe" not in headers:
             self.asked.append(headers)
         version = path.partition("?")[0].split("/")[-1]
         found = {"x-request-id": str(uuid4()), "X-Model-Version": version}

@@ -209,7 +209,7 @@ def test_levels_are_those_of_the_service(capsys: pytest.CaptureFixture[str]) -> 
     with pytest.raises(SystemExit) as ended:
         main(["images", "--set", "0.995"])
     assert ended.value.code == 2
-    assert capsys.readouterr().err.endswith("--set: must be 0.5 to 0.99, got '0.995'\n")
+    assert "--set: must be 0.5 to 0.99, got '0.995'; see" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("status", [401, 404])

@@ -128,7 +128,8 @@ class Accounts:
         if self._reference:  # before a row lets go of an image that another has as well
             for row in rows:
                 row.brightness = [brightness(pixels) for pixels, _ in row.classified()]
-            if self._confidence and arrival - self._sampled >= SAMPLE_SECONDS:
+            # The clock may be set back.
+            if self._confidence and not 0 <= arrival - self._sampled < SAMPLE_SECONDS:
                 sampled = (row.classified() for row in rows if not is_probe(row.headers))
                 if sample := next(chain.from_iterable(sampled), None):
                     self._sampled = arrival

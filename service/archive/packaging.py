@@ -39,7 +39,7 @@ from service.archive.confidence import Fitted, fit, read_labelled
 from service.archive.conversion import check_conversion, compare, to_openvino
 from service.archive.digest import LIBRARIES, code_sha256, digest, is_current
 from service.archive.fitting import fit_checkpoint, two_outputs
-from service.archive.golden import make_golden
+from service.archive.golden import DRAWN, make_golden
 from service.archive.labels import check_labels, read_labels
 from service.archive.mar import CONFIG_FILE, configure, dump_config, seal, sign
 from service.archive.quantization import check_images, import_nncf, quantize
@@ -125,7 +125,9 @@ def package(plan: PackagePlan) -> Path:
     reference = None
     if labelled and fitted:
         reference = reference_of(labelled, fitted.probabilities, fitted.distances)
-    card = make_card(plan, recipe, labels, source, model, int8_report, fitted, reference, inputs)
+    card = make_card(
+        plan, recipe, labels, source, model, golden, int8_report, fitted, reference, inputs
+    )
     write_archive(plan, card, model, converted, golden, fitted)
     return plan.archive
 
@@ -268,6 +270,7 @@ def make_card(
     labels: Sequence[str],
     source: Source,
     model: Model,
+    golden: Golden,
     int8_report: dict[str, Any] | None,
     fitted: Fitted | None,
     reference: Reference | None,
@@ -287,7 +290,7 @@ def make_card(
         int8=int8_report,
         confidence=fitted.facts if fitted else None,
         reference=reference,
-        golden_images=len(read_images(plan.golden)) if plan.golden else 0,
+        golden_images=len(golden.files) - len(DRAWN),
         golden_logits=plan.golden_logits is not None,
         inputs_sha256=inputs_sha256,
         code_sha256=code_sha256(plan.card),

@@ -113,7 +113,7 @@ class Autoscaler:
             return Decision(self._minimum, "fewer than the minimum")
         if workers > self._maximum:
             return Decision(self._maximum, "more than the maximum")
-        if sample.ready == workers:
+        if sample.ready >= workers:  # more while some are being stopped
             self._starting_since = None
         elif self._starting_since is None:
             self.reset()

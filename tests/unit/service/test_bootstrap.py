@@ -259,38 +259,27 @@ def test_what_only_signatures_need_is_installed_for_them(
 
 
 @pytest.mark.parametrize(
-    ("command", "port", "needed"),
+    ("variable", "text", "file"),
     [
-        ("serve", "8001", True),
-        ("gateway", "8001", True),
-        ("gateway", "0", False),
-        ("serve", "", False),
+        ("GATEWAY_GRPC_PORT", "8001", "requirements-grpc.txt"),
+        ("GATEWAY_JOBS_URL", "redis://jobs", "requirements-jobs.txt"),
     ],
 )
-def test_what_only_grpc_needs_is_installed_for_it(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch, command: str, port: str, needed: bool
+def test_what_only_a_part_of_the_gateway_needs_is_installed_for_it(
+    asked: list[str], monkeypatch: pytest.MonkeyPatch, variable: str, text: str, file: str
 ) -> None:
-    if port:
-        monkeypatch.setenv("GATEWAY_GRPC_PORT", port)
-    assert main([command]) == 0
-    assert ("requirements-grpc.txt" in asked) is needed
+    def needed(command: str) -> bool:
+        asked.clear()
+        assert main([command]) == 0
+        return file in asked
 
-
-@pytest.mark.parametrize(
-    ("command", "url", "needed"),
-    [
-        ("serve", "redis://jobs", True),
-        ("gateway", "redis://jobs", True),
-        ("package", "redis://jobs", False),
-        ("serve", "", False),
-    ],
-)
-def test_what_only_jobs_need_is_installed_for_them(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch, command: str, url: str, needed: bool
-) -> None:
-    monkeypatch.setenv("GATEWAY_JOBS_URL", url)
-    assert main([command]) == 0
-    assert ("requirements-jobs.txt" in asked) is needed
+    off = {"GATEWAY_GRPC_PORT": "0", "GATEWAY_JOBS_URL": ""}
+    monkeypatch.setenv(variable, text)
+    assert [needed(command) for command in ("serve", "gateway", "package")] == [True, True, False]
+    monkeypatch.setenv(variable, off[variable])
+    assert not needed("gateway")
+    monkeypatch.delenv(variable)
+    assert not needed("serve")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,12 @@ def test_a_worker_that_is_given_up_is_not_waited_for() -> None:
         assert autoscaler.decide(idle, now).workers == 2
 
 
+def test_workers_that_are_being_stopped_are_no_reason_to_wait() -> None:
+    autoscaler = Autoscaler(1, 8, 0.7, 20)
+    stopping = replace(FAR, workers=1, ready=2)
+    assert [autoscaler.decide(stopping, now).workers for now in (0, 1)] == [1, 2]
+
+
 def test_load_that_comes_and_goes_ends_where_it_began() -> None:
     numbers = drive([HIGH] * 4 + [LOADED] * 4 + [IDLE] * 30)
     assert (numbers[0], max(numbers), numbers[-1]) == (1, 3, 1)
